@@ -1,0 +1,42 @@
+// On CUDA, ops that have no kernels of their own yet run on the CPU: right, differentiable, and slow, which a warning says
+// once. The composition in nsa/ runs where its parts do.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/native/CPUFallback.h>
+#include <c10/util/Exception.h>
+#include <torch/library.h>
+
+namespace nsa {
+namespace {
+
+void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto given = torch::jit::last(*stack, arguments.size());
+  const c10::IValue* first = nullptr;
+  size_t first_at = 0;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    if (!given[i].isTensor()) {
+      continue;
+    }
+    if (first == nullptr) {
+      first = &given[i];
+      first_at = i;
+    }
+    const auto device = given[i].toTensor().device();
+    TORCH_CHECK_TYPE(device == first->toTensor().device(), arguments[i].name(), " must be on the device of ",
+                     arguments[first_at].name(), ", ", first->toTensor().device(), ", got ", device);
+  }
+  TORCH_WARN_ONCE("nsa_torch: ", op.schema().name(), " has no CUDA kernel in this version and runs on the CPU");
+  at::native::cpu_fallback(op, stack);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
+  for (const char* op :
+       {"compress", "compress_backward", "compressed_attention", "compressed_attention_backward", "select_blocks",
+        "selected_attention", "selected_attention_backward", "window_attention", "window_attention_backward"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,45 @@
+// How the sequences of a call lie in its tensors: dense (B, T, H, D), or packed (sum T, H, D) with cumulative lengths.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace nsa {
+
+struct Packing {
+  std::optional<at::Tensor> cu_seqlens_q;  // (B + 1,) int32: where each sequence's queries start
+  std::optional<at::Tensor> cu_seqlens_k;  // (B + 1,) int32: where each sequence's uncompressed keys start
+  std::optional<c10::SymInt> max_seqlen_q;
+  std::optional<c10::SymInt> max_seqlen_k;
+  std::optional<at::Tensor> seqused_k;  // (B,) int32: keys in use of each slot of cu_seqlens_k; absent: all of them
+
+  bool packed() const { return cu_seqlens_k.has_value(); }
+};
+
+// One sequence of a call. `batch` is 0 for a packed one, whose tokens start at the offsets.
+struct Sequence {
+  int64_t batch;
+  int64_t q_begin;
+  int64_t q_length;
+  int64_t k_begin;
+  int64_t k_length;  // in use
+  int64_t cmp_begin;  // first compressed block
+
+  // The last query sees the last key.
+  int64_t position(int64_t query) const { return k_length - q_length + query; }
+};
+
+// The sequences of a call on the CPU, read from the lengths. ValueError when the lengths contradict the tensors, which hold
+// `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
+std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k);
+
+// The same for an op whose keys are compressed: `tokens_cmp` compressed ones, of `seqlen_k` keys when dense.
+std::vector<Sequence> list_compressed_sequences(const Packing& packing, int64_t batch, int64_t tokens_q,
+                                                int64_t tokens_cmp, const std::optional<c10::SymInt>& seqlen_k,
+                                                int64_t block_size, int64_t block_stride);
+
+}  // namespace nsa

@@ -1,0 +1,359 @@
+"""The ops of ``torch.ops.nsa``, typed and documented.
+
+Common to all of them:
+
+- Dense tensors are (B, T, H, D). Packed sequences are (sum T, H, D) with ``cu_seqlens_q`` and ``cu_seqlens_k`` (int32,
+  B + 1 entries, on the tensors' device) and, optionally, upper bounds ``max_seqlen_q`` and ``max_seqlen_k`` (int).
+  ``cu_seqlens_k`` always counts uncompressed keys. ``seqused_k`` (int32, B), for caches with a slot of fixed size per
+  sequence, says how many keys of each slot are in use.
+- Query i of a sequence stands at position p = Tk - Tq + i: the last query sees the last key.
+- float16, bfloat16, float32 and float64. Tensors whose last stride is 1 are read in place.
+- ``scale`` multiplies q k^T; None stands for Dk ** -0.5.
+- ``lse`` is the natural logarithm of the softmax denominator, float32 (float64 for float64), (B, Hq, Tq) or packed
+  (Hq, sum Tq). A query that sees no key has output 0, lse -inf and zero gradients. Gradients flow through lse too.
+- Wrong sizes and options raise ValueError, wrong dtypes and devices TypeError, naming the argument.
+- Gradients are themselves ops; gradients of gradients are not implemented and say so.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _check_tensors(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+
+
+def compress(
+    x: Tensor,
+    pe: Tensor | None = None,
+    w1: Tensor | None = None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    block_size: int = 32,
+    block_stride: int = 16,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+) -> Tensor:
+    """phi: keys or values to one token per block (Eq. 7).
+
+    Block m covers tokens [m d, m d + l), l = block_size and d = block_stride; a sequence of T tokens has
+    M = (T - l) // d + 1 blocks, none when T < l. With x_m the block plus ``pe``, flattened row by row to l * D:
+
+    - ``w1`` and ``w2``: w2 gelu(w1 x_m + b1) + b2, with the exact GELU;
+    - ``w1`` alone: w1 x_m + b1;
+    - no weights: the mean of the block.
+
+    Args:
+        x: (B, T, Hkv, D), or packed (sum T, Hkv, D) with ``cu_seqlens_k``.
+        pe: (l, D), the position encoding within a block. Like every weight it may carry a leading Hkv dimension: one
+            for each KV head.
+        w1: (hidden, l * D), or (D', l * D) without ``w2``.
+        b1: (hidden,), or (D',) without ``w2``.
+        w2: (D', hidden).
+        b2: (D',).
+        block_size, block_stride: l and d, in tokens; d divides l.
+        cu_seqlens_k, max_seqlen_k: see the module.
+
+    Returns:
+        (B, M, Hkv, D'). Packed: (sum T // d, Hkv, D'), an upper bound that needs no answer from the device; the blocks
+        of the sequences follow one another without gaps, and the rows after the last one's are zero.
+
+    Raises:
+        ValueError: sizes that do not fit, pe, b1, w2 or b2 without w1, b2 without w2.
+        TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(x=x)
+    return torch.ops.nsa.compress(
+        x,
+        pe,
+        w1,
+        b1,
+        w2,
+        b2,
+        block_size=block_size,
+        block_stride=block_stride,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_k=max_seqlen_k,
+    )
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    *,
+    seqlen_k: int | None = None,
+    block_size: int = 32,
+    block_stride: int = 16,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over compressed tokens (the compression branch of Eq. 5).
+
+    Block m is visible to position p when its last key is: m d + l - 1 <= p.
+
+    Args:
+        q: (B, Tq, Hq, Dk).
+        k_cmp: (B, M, Hkv, Dk), the result of :func:`compress`; Hkv divides Hq.
+        v_cmp: (B, M, Hkv, Dv).
+        seqlen_k: Tk, how many uncompressed keys there are. Required for dense tensors, not used for packed ones.
+        block_size, block_stride: l and d, in tokens.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k: see the module. The blocks of packed
+            sequence b start at the sum of the blocks that the slots before it have room for.
+
+    Returns:
+        out (B, Tq, Hq, Dv) in q's dtype, and lse (B, Hq, Tq).
+
+    Raises:
+        ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
+    return torch.ops.nsa.compressed_attention(
+        q,
+        k_cmp,
+        v_cmp,
+        seqlen_k=seqlen_k,
+        block_size=block_size,
+        block_stride=block_stride,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    *,
+    seqlen_k: int | None = None,
+    block_size: int = 32,
+    block_stride: int = 16,
+    select_size: int = 64,
+    num_selected: int = 16,
+    num_initial: int = 1,
+    num_local: int = 2,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+) -> Tensor:
+    """Which blocks each query reads (Eq. 8 to 12). No gradient flows through the choice.
+
+    Importance of block j, keys [j l', (j + 1) l'): p_cmp of the compressed blocks weighted by the stride-d pieces that
+    they share with it (Eq. 9), summed over the heads of the group (Eq. 10). Chosen are the first ``num_initial`` blocks,
+    the query's own with the ``num_local`` - 1 before it, and the most important of the others, ties to the lower index.
+
+    Args:
+        q: (B, Tq, Hq, Dk).
+        k_cmp: (B, M, Hkv, Dk).
+        lse: (B, Hq, Tq), the second result of :func:`compressed_attention` for the same q and k_cmp.
+        seqlen_k: Tk, required for dense tensors.
+        block_size, block_stride: l and d, in tokens.
+        select_size: l', in tokens; a multiple of d.
+        num_selected: n, blocks per query and KV head, forced ones included; at least num_initial + num_local.
+        num_initial, num_local: forced blocks, each at least 0.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k: see the module.
+
+    Returns:
+        int32 (B, Tq, Hkv, n), packed (sum Tq, Hkv, n): ascending, without duplicates, -1 at the end where fewer than n
+        blocks start at or before p. Blocks count from the start of their own sequence.
+
+    Raises:
+        ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(q=q, k_cmp=k_cmp, lse=lse)
+    return torch.ops.nsa.select_blocks(
+        q,
+        k_cmp,
+        lse,
+        seqlen_k=seqlen_k,
+        block_size=block_size,
+        block_stride=block_stride,
+        select_size=select_size,
+        num_selected=num_selected,
+        num_initial=num_initial,
+        num_local=num_local,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    select_size: int = 64,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the keys j <= p of listed blocks (the selection branch of Eq. 5).
+
+    Args:
+        q: (B, Tq, Hq, Dk).
+        k: (B, Tk, Hkv, Dk).
+        v: (B, Tk, Hkv, Dv).
+        block_indices: int32 (B, Tq, Hkv, n), distinct blocks in any order, -1 for none. Entries are checked on the CPU.
+        select_size: l', in tokens.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k: see the module.
+
+    Returns:
+        out (B, Tq, Hq, Dv) in q's dtype, and lse (B, Hq, Tq).
+
+    Raises:
+        ValueError: sizes or options that do not fit; on the CPU, a list with a block twice or one that is not there.
+        TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(q=q, k=k, v=v, block_indices=block_indices)
+    return torch.ops.nsa.selected_attention(
+        q,
+        k,
+        v,
+        block_indices,
+        select_size=select_size,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int = 512,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the last keys, p - window < j <= p (the window branch of Eq. 5).
+
+    Args:
+        q: (B, Tq, Hq, Dk).
+        k: (B, Tk, Hkv, Dk).
+        v: (B, Tk, Hkv, Dv).
+        window: w, how many keys a query sees, its own included; at least 1.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k: see the module.
+
+    Returns:
+        out (B, Tq, Hq, Dv) in q's dtype, and lse (B, Hq, Tq).
+
+    Raises:
+        ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(q=q, k=k, v=v)
+    return torch.ops.nsa.window_attention(
+        q,
+        k,
+        v,
+        window=window,
+        scale=scale,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )
+
+
+def nsa_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    k_slc: Tensor,
+    v_slc: Tensor,
+    k_win: Tensor,
+    v_win: Tensor,
+    gates: Tensor,
+    *,
+    block_size: int = 32,
+    block_stride: int = 16,
+    select_size: int = 64,
+    num_selected: int = 16,
+    num_initial: int = 1,
+    num_local: int = 2,
+    window: int = 512,
+    scale: float | None = None,
+    block_indices: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_k: Tensor | None = None,
+) -> Tensor:
+    """The three branches, each over its own keys and values, weighted by gates (Eq. 5).
+
+    Args:
+        q: (B, Tq, Hq, Dk).
+        k_cmp, v_cmp: (B, M, Hkv, Dk) and (B, M, Hkv, Dv), the results of :func:`compress`.
+        k_slc, v_slc, k_win, v_win: (B, Tk, Hkv, Dk) and (B, Tk, Hkv, Dv).
+        gates: (B, Tq, Hq, 3) in the order compressed, selected, window; any floating dtype.
+        block_size, block_stride, select_size: l, d and l', in tokens.
+        num_selected, num_initial, num_local: as in :func:`select_blocks`.
+        window: w, in tokens.
+        block_indices: int32 (B, Tq, Hkv, n): blocks to read instead of choosing them.
+        scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k: see the module.
+
+    Returns:
+        out (B, Tq, Hq, Dv) in q's dtype.
+
+    Raises:
+        ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
+    """
+    _check_tensors(
+        q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates
+    )
+    return torch.ops.nsa.nsa_attention(
+        q,
+        k_cmp,
+        v_cmp,
+        k_slc,
+        v_slc,
+        k_win,
+        v_win,
+        gates,
+        block_size=block_size,
+        block_stride=block_stride,
+        select_size=select_size,
+        num_selected=num_selected,
+        num_initial=num_initial,
+        num_local=num_local,
+        window=window,
+        scale=scale,
+        block_indices=block_indices,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+    )
