@@ -15,14 +15,35 @@ Common to all of them:
 - Gradients are themselves ops; gradients of gradients are not implemented and say so.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def _check_tensors(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+_INTEGERS = frozenset(
+    "block_size block_stride select_size num_selected num_initial num_local window seqlen_k max_seqlen_q "
+    "max_seqlen_k".split()
+)
+_OPTIONAL = frozenset(
+    "pe w1 b1 w2 b2 scale seqlen_k block_indices cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k".split()
+)
+
+
+def _check_types(**arguments: Any) -> None:
+    """Everything else is checked in C++; a wrong Python type would not get there with its name."""
+    for name, value in arguments.items():
+        if value is None and name in _OPTIONAL:
+            continue
+        if name in _INTEGERS:
+            expected, kinds = "an int", (int, torch.SymInt)
+        elif name == "scale":
+            expected, kinds = "a number", (int, float, torch.SymInt, torch.SymFloat)
+        else:
+            expected, kinds = "a tensor", (Tensor,)
+        if not isinstance(value, kinds):
+            optional = " or None" if name in _OPTIONAL else ""
+            raise TypeError(f"{name} must be {expected}{optional}, got {type(value).__name__}")
 
 
 def compress(
@@ -66,19 +87,14 @@ def compress(
         ValueError: sizes that do not fit, pe, b1, w2 or b2 without w1, b2 without w2.
         TypeError: dtypes or devices that differ.
     """
-    _check_tensors(x=x)
-    return torch.ops.nsa.compress(
-        x,
-        pe,
-        w1,
-        b1,
-        w2,
-        b2,
-        block_size=block_size,
-        block_stride=block_stride,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_k=max_seqlen_k,
-    )
+    options = {
+        "block_size": block_size,
+        "block_stride": block_stride,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_k": max_seqlen_k,
+    }
+    _check_types(x=x, pe=pe, w1=w1, b1=b1, w2=w2, b2=b2, **options)
+    return torch.ops.nsa.compress(x, pe, w1, b1, w2, b2, **options)
 
 
 def compressed_attention(
@@ -115,21 +131,19 @@ def compressed_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    _check_tensors(q=q, k_cmp=k_cmp, v_cmp=v_cmp)
-    return torch.ops.nsa.compressed_attention(
-        q,
-        k_cmp,
-        v_cmp,
-        seqlen_k=seqlen_k,
-        block_size=block_size,
-        block_stride=block_stride,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-    )
+    options = {
+        "seqlen_k": seqlen_k,
+        "block_size": block_size,
+        "block_stride": block_stride,
+        "scale": scale,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+    }
+    _check_types(q=q, k_cmp=k_cmp, v_cmp=v_cmp, **options)
+    return torch.ops.nsa.compressed_attention(q, k_cmp, v_cmp, **options)
 
 
 def select_blocks(
@@ -175,25 +189,23 @@ def select_blocks(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    _check_tensors(q=q, k_cmp=k_cmp, lse=lse)
-    return torch.ops.nsa.select_blocks(
-        q,
-        k_cmp,
-        lse,
-        seqlen_k=seqlen_k,
-        block_size=block_size,
-        block_stride=block_stride,
-        select_size=select_size,
-        num_selected=num_selected,
-        num_initial=num_initial,
-        num_local=num_local,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-    )
+    options = {
+        "seqlen_k": seqlen_k,
+        "block_size": block_size,
+        "block_stride": block_stride,
+        "select_size": select_size,
+        "num_selected": num_selected,
+        "num_initial": num_initial,
+        "num_local": num_local,
+        "scale": scale,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+    }
+    _check_types(q=q, k_cmp=k_cmp, lse=lse, **options)
+    return torch.ops.nsa.select_blocks(q, k_cmp, lse, **options)
 
 
 def selected_attention(
@@ -227,20 +239,17 @@ def selected_attention(
         ValueError: sizes or options that do not fit; on the CPU, a list with a block twice or one that is not there.
         TypeError: dtypes or devices that differ.
     """
-    _check_tensors(q=q, k=k, v=v, block_indices=block_indices)
-    return torch.ops.nsa.selected_attention(
-        q,
-        k,
-        v,
-        block_indices,
-        select_size=select_size,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-    )
+    options = {
+        "select_size": select_size,
+        "scale": scale,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+    }
+    _check_types(q=q, k=k, v=v, block_indices=block_indices, **options)
+    return torch.ops.nsa.selected_attention(q, k, v, block_indices, **options)
 
 
 def window_attention(
@@ -271,19 +280,17 @@ def window_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    _check_tensors(q=q, k=k, v=v)
-    return torch.ops.nsa.window_attention(
-        q,
-        k,
-        v,
-        window=window,
-        scale=scale,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-    )
+    options = {
+        "window": window,
+        "scale": scale,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+    }
+    _check_types(q=q, k=k, v=v, **options)
+    return torch.ops.nsa.window_attention(q, k, v, **options)
 
 
 def nsa_attention(
@@ -330,30 +337,21 @@ def nsa_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    _check_tensors(
-        q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates
-    )
-    return torch.ops.nsa.nsa_attention(
-        q,
-        k_cmp,
-        v_cmp,
-        k_slc,
-        v_slc,
-        k_win,
-        v_win,
-        gates,
-        block_size=block_size,
-        block_stride=block_stride,
-        select_size=select_size,
-        num_selected=num_selected,
-        num_initial=num_initial,
-        num_local=num_local,
-        window=window,
-        scale=scale,
-        block_indices=block_indices,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k,
-    )
+    options = {
+        "block_size": block_size,
+        "block_stride": block_stride,
+        "select_size": select_size,
+        "num_selected": num_selected,
+        "num_initial": num_initial,
+        "num_local": num_local,
+        "window": window,
+        "scale": scale,
+        "block_indices": block_indices,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "seqused_k": seqused_k,
+    }
+    _check_types(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates, **options)
+    return torch.ops.nsa.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)

@@ -14,6 +14,7 @@ namespace {
 constexpr AttentionNames kCompressedNames{"q", "k_cmp", "v_cmp"};
 
 void check_compressed(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  check_scale(options.scale);
   check_block_sizes(options.block_size, options.block_stride);
   check_queries_keys(q, k, options.packing, kCompressedNames);
   check_values(q, k, v, kCompressedNames);
@@ -21,6 +22,7 @@ void check_compressed(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 }
 
 void check_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  check_scale(options.scale);
   TORCH_CHECK_VALUE(options.window >= 1, "window must be at least 1, the query's own key, got ", options.window);
   check_queries_keys(q, k, options.packing, {});
   check_values(q, k, v, {});

@@ -45,7 +45,7 @@ c10::SymInt check_compress(const at::Tensor& x, const PhiWeights& weights, int64
   TORCH_CHECK_VALUE(x.sym_size(-1) >= 1 && x.sym_size(-2) >= 1, "x must have at least one head and one channel, got shape ",
                     x.sym_sizes());
   if (packing.packed()) {
-    check_packing(packing, "x", x);
+    check_cumulative_vector("cu_seqlens_k", *packing.cu_seqlens_k, "x", x);
   }
   const c10::SymInt width = x.sym_size(-1);
   if (!weights.w1.has_value()) {
@@ -98,7 +98,7 @@ PhiWeights widen(const PhiWeights& weights) {
 // On the CPU the lengths can be read, so wrong ones are refused.
 void check_lengths(const at::Tensor& x, const Packing& packing) {
   if (packing.packed() && x.is_cpu()) {
-    list_sequences(packing, 1, x.size(-3), x.size(-3));
+    check_cumulative_lengths("cu_seqlens_k", *packing.cu_seqlens_k, x.size(-3), "max_seqlen_k", packing.max_seqlen_k);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include <cmath>
+
 #include "common/geometry.h"
 
 namespace nsa {
@@ -52,6 +54,15 @@ void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef
                     tensor.sym_sizes());
 }
 
+void check_scale(const std::optional<double>& scale) {
+  TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale must be finite, got ", *scale);
+}
+
+void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name, const at::Tensor& like) {
+  check_lengths_vector(name, lengths, like_name, like);
+  TORCH_CHECK_VALUE(lengths.sym_size(0) >= 1, name, " must have B + 1 entries, got none");
+}
+
 void check_at_least(const char* name, int64_t value, int64_t least) {
   TORCH_CHECK_VALUE(value >= least, name, " must be at least ", least, ", got ", value);
 }
@@ -86,10 +97,9 @@ void check_packing(const Packing& packing, const char* like_name, const at::Tens
   if (!packing.packed()) {
     return;
   }
-  check_lengths_vector("cu_seqlens_q", *packing.cu_seqlens_q, like_name, like);
-  check_lengths_vector("cu_seqlens_k", *packing.cu_seqlens_k, like_name, like);
+  check_cumulative_vector("cu_seqlens_q", *packing.cu_seqlens_q, like_name, like);
+  check_cumulative_vector("cu_seqlens_k", *packing.cu_seqlens_k, like_name, like);
   const c10::SymInt size = packing.cu_seqlens_k->sym_size(0);
-  TORCH_CHECK_VALUE(size >= 1, "cu_seqlens_k must have B + 1 entries, got none");
   TORCH_CHECK_VALUE(packing.cu_seqlens_q->sym_size(0) == size,
                     "cu_seqlens_q must have as many entries as cu_seqlens_k, ", size, ", got ",
                     packing.cu_seqlens_q->sym_size(0));

@@ -28,6 +28,12 @@ void check_like(const char* name, const at::Tensor& tensor, const char* other_na
 // `tensor` has exactly this shape; `meaning` spells it, such as "(B, Tq, Hq, 3)".
 void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef shape, const char* meaning);
 
+// A finite softmax scale, or none.
+void check_scale(const std::optional<double>& scale);
+
+// An int32 vector of B + 1 cumulative lengths on `like`'s device.
+void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name, const at::Tensor& like);
+
 // At least `least`.
 void check_at_least(const char* name, int64_t value, int64_t least);
 

@@ -31,7 +31,8 @@ KernelChoice choose_cpu_kernel(const KernelQuery& query) {
     const int64_t blocks = ceil_div(query.num_keys, query.select_size);
     const int64_t tokens = cpu::tokens_per_selected_tile(group, blocks, query.num_selected);
     return {"cpu_selected_" + type, "tiles of " + std::to_string(tokens) + " queries, so that a block of " +
-                                        std::to_string(blocks) + " meets about 64 rows at once" + products};
+                                        std::to_string(blocks) + " meets about " +
+                                        std::to_string(cpu::kRowsWanted) + " rows at once" + products};
   }
   if (query.op == "nsa_attention") {
     return {"composition", "the kernels of compressed_attention, select_blocks, selected_attention and window_attention"};

@@ -64,6 +64,12 @@ std::vector<Sequence> list_dense(int64_t batch, int64_t q_length, int64_t k_leng
 
 }  // namespace
 
+void check_cumulative_lengths(const char* name, const at::Tensor& lengths, int64_t tokens, const char* maximum_name,
+                              const std::optional<c10::SymInt>& maximum) {
+  check_cumulative(name, lengths.contiguous(), maximum, maximum_name);
+  check_total(name, lengths.contiguous(), tokens);
+}
+
 std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k) {
   if (!packing.packed()) {
     return list_dense(batch, tokens_q, tokens_k);

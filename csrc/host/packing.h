@@ -33,6 +33,10 @@ struct Sequence {
   int64_t position(int64_t query) const { return k_length - q_length + query; }
 };
 
+// ValueError unless `lengths` rise from 0 to `tokens` by at most `maximum` at a time.
+void check_cumulative_lengths(const char* name, const at::Tensor& lengths, int64_t tokens, const char* maximum_name,
+                              const std::optional<c10::SymInt>& maximum);
+
 // The sequences of a call on the CPU, read from the lengths. ValueError when the lengths contradict the tensors, which hold
 // `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
 std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k);

@@ -17,6 +17,7 @@ namespace {
 void check_nsa(const NsaInputs& in, const AttentionOptions& options) {
   constexpr AttentionNames kCompressed{"q", "k_cmp", "v_cmp"};
   constexpr AttentionNames kSelected{"q", "k_slc", "v_slc"};
+  check_scale(options.scale);
   check_block_sizes(options.block_size, options.block_stride, options.select_size);
   TORCH_CHECK_VALUE(options.window >= 1, "window must be at least 1, the query's own key, got ", options.window);
   check_queries_keys(in.q, in.k_slc, options.packing, kSelected);

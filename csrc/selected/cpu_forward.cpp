@@ -29,6 +29,7 @@ void forward_tile(const TileSpan& span, const BlockLists& lists, const ForwardRo
   Buffer<T> gathered(most_rows * in.dk);
   Buffer<T> scores(most_rows * lists.select_size);
   Buffer<T> values(most_rows * in.dv);
+  Buffer<T> factors(most_rows);
   OnlineSoftmax<T> softmax(span.rows(), in.dv);
   load_tile(span, in.q, in.dk, in.scale, queries.data());
 
@@ -38,7 +39,6 @@ void forward_tile(const TileSpan& span, const BlockLists& lists, const ForwardRo
     const int64_t key_row = span.sequence->k_begin + group.keys.begin;
     const Matrix<const T> k{in.k.at(span.sequence->batch, key_row, kv_head), in.k.token_stride};
     const Matrix<const T> v{in.v.at(span.sequence->batch, key_row, kv_head), in.v.token_stride};
-    Buffer<T> factors(rows);
     gather(group, span.group, in.dk, queries.data(), gathered.data());
     multiply_nt<T>(rows, width, in.dk, {gathered.data(), in.dk}, k, {scores.data(), width});
     for (int64_t r = 0; r < rows; ++r) {

@@ -11,7 +11,8 @@ namespace nsa {
 namespace {
 
 void check_selected(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& block_indices,
-                    int64_t select_size, const Packing& packing) {
+                    int64_t select_size, const OptionalDouble& scale, const Packing& packing) {
+  check_scale(scale);
   check_at_least("select_size", select_size, 1);
   check_queries_keys(q, k, packing, {});
   check_values(q, k, v, {});
@@ -32,7 +33,7 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                              OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k};
-  check_selected(q, k, v, block_indices, select_size, packing);
+  check_selected(q, k, v, block_indices, select_size, scale, packing);
   auto [out, lse] = empty_results(q, v);
   if constexpr (backend == Backend::kCpu) {
     cpu::selected_attention_forward(q, k, v, block_indices, select_size, softmax_scale(scale, q.size(-1)),
@@ -50,7 +51,7 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                                OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
                                                const OptionalTensor& seqused_k) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k};
-  check_selected(q, k, v, block_indices, select_size, packing);
+  check_selected(q, k, v, block_indices, select_size, scale, packing);
   check_backward(grad_out, grad_lse, q, v, out, lse);
   if constexpr (backend == Backend::kCpu) {
     return cpu::selected_attention_backward(grad_out, grad_lse, q, k, v, block_indices, out, lse, select_size,

@@ -31,6 +31,7 @@ at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at:
       .block_stride = block_stride,
       .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
   };
+  check_scale(scale);
   check_block_sizes(block_size, block_stride, select_size);
   check_block_budget(num_selected, num_initial, num_local);
   check_queries_keys(q, k_cmp, options.packing, kNames);

@@ -5,8 +5,8 @@
 
 // Several versions of one function, picked by the loader through an ifunc. Sanitizers' runtimes are not up yet when ifuncs
 // resolve, so instrumented builds have one version.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
-#define NSA_VECTORIZED __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+#define NSA_VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define NSA_VECTORIZED
 #endif
