@@ -1,0 +1,108 @@
+# Everything one does with this repository, each by one command. `make` alone lists them.
+#
+#   PYTHON   the interpreter that .venv is made from (python3)      VENV   where the environment is (.venv)
+#   ARGS     more arguments for what the target runs                NSA_CUDA=0/1   never / always build the CUDA parts
+#   MAX_JOBS compile jobs at once (2: one with templates takes up to 2 GB)
+#
+# Stamps under $(VENV)/stamps say what is installed and built, so that a second run starts at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+MAX_JOBS ?= 2
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+SANITIZED := build/sanitize
+
+export MAX_JOBS
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The environment's ninja and cmake; and ccache, where it is installed: its results serve every checkout, wherever it lies.
+export PATH := $(abspath $(BIN)):$(if $(wildcard /usr/lib/ccache),/usr/lib/ccache:)$(PATH)
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+
+SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
+# What a build depends on besides files: another value builds again.
+SETTINGS := NSA_CUDA=$(NSA_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
+
+.PHONY: help demo test lint format bench docs wheel build sanitize clean distclean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+demo: $(STAMPS)/build $(STAMPS)/test  ## install, build, train on real text with NSA and with dense attention
+	$(BIN)/python examples/train.py $(ARGS)
+
+test: $(STAMPS)/build $(STAMPS)/test  ## install, build, run every test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/lint $(STAMPS)/test  ## check layout, types and likely bugs; changes nothing
+	$(BIN)/python tools/lint.py $(ARGS)
+
+format: $(STAMPS)/lint  ## lay out C++ and Python
+	$(BIN)/python tools/lint.py --fix clang-format ruff-check ruff-format
+
+bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+docs: $(STAMPS)/venv  ## write docs/api from the docstrings
+	$(BIN)/python docs/generate_api.py
+
+build: $(STAMPS)/build  ## compile, and install the package editable in .venv
+
+wheel: $(STAMPS)/requirements  ## build a wheel into dist/
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+sanitize: $(STAMPS)/sanitize $(STAMPS)/test  ## run the tests of the ops under the address and the undefined-behaviour sanitizer
+	$(BIN)/python tools/sanitize.py $(SANITIZED) $(ARGS)
+
+clean:  ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info compile_commands.json $(STAMPS)/build $(STAMPS)/install $(STAMPS)/sanitize
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/cpp/build
+	find nsa_torch -name '*.so' -delete
+	find . -path ./$(VENV) -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
+
+distclean: clean  ## remove the environment as well
+	rm -rf $(VENV)
+
+# --- the environment, in the order in which it grows ---------------------------------------------------------------------
+
+$(STAMPS)/venv:
+	$(PYTHON) tools/check_host.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/requirements: requirements/build.txt | $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off -r $<
+	@touch $@
+
+$(STAMPS)/test: requirements/test.txt $(STAMPS)/requirements
+	$(BIN)/python -m pip install --progress-bar off -r $<
+	@touch $@
+
+$(STAMPS)/lint: requirements/lint.txt $(STAMPS)/requirements
+	$(BIN)/python -m pip install --progress-bar off -r $<
+	@touch $@
+
+# Rewritten only when a setting changes, so that what depends on it is rebuilt only then.
+$(STAMPS)/settings: force | $(STAMPS)/venv
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+.PHONY: force
+
+# Metadata and the link from site-packages to this folder: again only when the packaging changes.
+$(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
+	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# Compiling in place afterwards is incremental.
+$(STAMPS)/build: $(SOURCES) $(STAMPS)/install
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(STAMPS)/sanitize: $(SOURCES) setup.py $(STAMPS)/requirements
+	$(BIN)/python tools/sanitize.py --build $(SANITIZED)
+	@touch $@

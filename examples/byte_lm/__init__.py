@@ -1,0 +1,1 @@
+"""A byte-level language model, trained with Native Sparse Attention or with dense attention."""

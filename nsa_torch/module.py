@@ -1,0 +1,368 @@
+"""Native Sparse Attention as a layer (arXiv 2502.11089, section 3), made of the ops."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .block_compression import BlockCompression
+from .cache import NSACache, NSALayerCache
+from .checks import check_at_least, check_divides
+from .packing import packed_block_ends, packed_positions
+from .rope import Tables, check_tables, for_heads, rotary_tables, rotate, take_rows
+
+__all__ = ["BlockCompression", "NSAAttention", "NSAChoices"]
+
+
+class _Inputs(NamedTuple):
+    """The tensors that attention starts from, in the order of `nsa_attention`.
+
+    Tokens are (B, T) or, packed, (sum T). Queries and keys are rotated, except k_cmp before it is
+    compressed.
+    """
+
+    q: Tensor  # (..., Hq, Dk)
+    k_cmp: Tensor  # (..., Hkv, Dk)
+    v_cmp: Tensor  # (..., Hkv, Dv)
+    k_slc: Tensor
+    v_slc: Tensor
+    k_win: Tensor
+    v_win: Tensor
+    gates: Tensor  # (..., Hq, 3), float32 or float64
+
+
+class NSAChoices(NamedTuple):
+    """What a layer attends to: `NSAAttention.choices`. Packed tensors have (sum T) for (B, T)."""
+
+    block_indices: Tensor  # (B, T, Hkv, n) int32: blocks that each query reads, ascending, -1 last
+    gates: Tensor  # (B, T, Hq, 3): weights of the compressed, the selected and the window branch
+
+
+class NSAAttention(nn.Module):
+    """Causal self-attention by three branches, added with gates: compressed, selected, window.
+
+    Args:
+        hidden_size: channels of the input and the output.
+        num_heads, num_kv_heads: Hq query heads share Hkv key/value heads; Hkv divides Hq.
+        head_dim: Dk, default hidden_size // num_heads; even when the layer has RoPE.
+        v_head_dim: Dv, default Dk.
+        block_size, block_stride: length l and stride d of compression blocks; d divides l.
+        select_size: length l' of selection blocks; d divides l'.
+        num_selected: n, selection blocks that each query reads, the forced ones included.
+        num_initial, num_local: forced blocks: the first ones, and the last ones up to the query.
+        window: w, keys that the window branch sees, the query's own included.
+        compression: "mlp", "linear" or "mean", see BlockCompression.
+        rope_theta: base of the rotary embedding; None: the layer has none of its own.
+        bias: biases in q_proj, k_proj, v_proj and o_proj. gate_proj always has one.
+        scale: of the scores, default Dk ** -0.5.
+        compression_hidden: width of the compression's mlp, default 2 D.
+        per_head_compression: each KV head has its own compression weights.
+
+    Parameters:
+        q_proj: Linear(hidden -> Hq Dk).
+        k_proj, v_proj: Linear(hidden -> 3 Hkv Dk or Dv), the branches in the order compressed, selected, window.
+        gate_proj: Linear(hidden -> Hq 3), with a bias; a sigmoid follows.
+        o_proj: Linear(Hq Dv -> hidden).
+        compress_k, compress_v: BlockCompression of the compressed branch's keys and values.
+
+    Raises:
+        ValueError: a size or an option out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int | None = None,
+        v_head_dim: int | None = None,
+        *,
+        block_size: int = 32,
+        block_stride: int = 16,
+        select_size: int = 64,
+        num_selected: int = 16,
+        num_initial: int = 1,
+        num_local: int = 2,
+        window: int = 512,
+        compression: str = "mlp",
+        rope_theta: float | None = 10000.0,
+        bias: bool = False,
+        scale: float | None = None,
+        compression_hidden: int | None = None,
+        per_head_compression: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_at_least(1, hidden_size=hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+        check_divides("num_kv_heads", num_kv_heads, "num_heads", num_heads)
+        if head_dim is None:
+            check_divides("num_heads", num_heads, "hidden_size when head_dim is None", hidden_size)
+            head_dim = hidden_size // num_heads
+        v_head_dim = head_dim if v_head_dim is None else v_head_dim
+        check_at_least(1, head_dim=head_dim, v_head_dim=v_head_dim, window=window)
+        check_at_least(1, block_stride=block_stride, select_size=select_size)
+        check_divides("block_stride", block_stride, "select_size", select_size)
+        check_at_least(0, num_initial=num_initial, num_local=num_local)
+        check_at_least(max(1, num_initial + num_local), num_selected=num_selected)
+        if rope_theta is not None and not rope_theta > 0:
+            raise ValueError(f"rope_theta must be above 0, or None, got {rope_theta}")
+        if rope_theta is not None and head_dim % 2:
+            raise ValueError(f"head_dim must be even unless rope_theta is None, got {head_dim}")
+        self.hidden_size = hidden_size
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.head_dim, self.v_head_dim = head_dim, v_head_dim
+        self.block_size, self.block_stride = block_size, block_stride
+        self.select_size, self.num_selected = select_size, num_selected
+        self.num_initial, self.num_local = num_initial, num_local
+        self.window, self.rope_theta, self.scale = window, rope_theta, scale
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, 3 * num_kv_heads * head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, 3 * num_kv_heads * v_head_dim, bias=bias, **factory)
+        self.gate_proj = nn.Linear(hidden_size, num_heads * 3, bias=True, **factory)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias, **factory)
+        phi = factory | {
+            "block_size": block_size,
+            "block_stride": block_stride,
+            "compression": compression,
+            "hidden_size": compression_hidden,
+            "num_heads": num_kv_heads if per_head_compression else None,
+        }
+        self.compress_k = BlockCompression(head_dim, **phi)
+        self.compress_v = BlockCompression(v_head_dim, **phi)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: as torch does a Linear's, and as BlockCompression does its."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
+        for module in (*projections, self.compress_k, self.compress_v):
+            module.reset_parameters()
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        num_layers: int = 1,
+        max_crop: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> NSACache:
+        """An empty NSACache for this layer, or for `num_layers` like it, on its device.
+
+        dtype: default that of the weights, or under autocast that of autocast.
+        """
+        weight = self.q_proj.weight
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(weight.device.type)
+            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        return NSACache(
+            batch_size,
+            max_length,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.v_head_dim,
+            num_layers=num_layers,
+            block_size=self.block_size,
+            block_stride=self.block_stride,
+            window=self.window,
+            max_crop=max_crop,
+            dtype=dtype,
+            device=weight.device,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: Tables | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: NSACache | NSALayerCache | None = None,
+    ) -> Tensor:
+        """Attend from every token to itself and those before it.
+
+        Args:
+            hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1.
+            position_embeddings: (cos, sin) in the convention of Hugging Face's Llama, in place of
+                rope_theta: each (B, T, Dk), (1, T, Dk) or (T, Dk), packed (sum T, Dk) or with a
+                leading 1.
+            cu_seqlens: (B + 1,) int32 on the same device: where each packed sequence starts and
+                the last one ends.
+            max_seqlen: at least the longest packed sequence, default sum T.
+            cache: continue its sequences, and append to them. With cu_seqlens, packed chunk b
+                continues sequence b. Of a cache of several layers give `cache[i]`. Needs
+                torch.no_grad() or inference_mode().
+
+        Returns:
+            The shape of hidden_states.
+
+        Raises:
+            ValueError: a shape that does not fit, or more tokens than the cache can hold.
+            TypeError: cu_seqlens of another dtype or device.
+            RuntimeError: a cache while gradients are recorded.
+        """
+        x = self._check_tokens(hidden_states, cu_seqlens)
+        if cache is not None:
+            layer = self._check_cache(cache)
+            out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
+        else:
+            inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
+            blocks = {"block_size": self.block_size, "block_stride": self.block_stride}
+            options = {"window": self.window, "scale": self.scale} | self._choice_options()
+            out = ops.nsa_attention(*inputs, **blocks, **options, **packing)
+        return self.o_proj(out.flatten(-2)).view(hidden_states.shape)
+
+    @torch.no_grad()
+    def choices(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: Tables | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> NSAChoices:
+        """The blocks that every query reads and its gates; arguments as for `forward`."""
+        x = self._check_tokens(hidden_states, cu_seqlens)
+        inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
+        if cu_seqlens is None:
+            packing["seqlen_k"] = x.size(1)
+        blocks = {"block_size": self.block_size, "block_stride": self.block_stride}
+        options = blocks | {"scale": self.scale} | packing
+        q, k_cmp, v_cmp = inputs[:3]
+        _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **options)
+        indices = ops.select_blocks(q, k_cmp, lse, **self._choice_options(), **options)
+        return NSAChoices(indices, inputs.gates)
+
+    def _choice_options(self) -> dict[str, int]:
+        names = ("select_size", "num_selected", "num_initial", "num_local")
+        return {name: getattr(self, name) for name in names}
+
+    def _given_tables(self, position_embeddings: Tables | None, x: Tensor) -> Tables | None:
+        if position_embeddings is None:
+            return None
+        return check_tables(position_embeddings, (*x.shape[:-1], self.head_dim))
+
+    def _project(self, x: Tensor, tables: Tables | None) -> _Inputs:
+        """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated."""
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.v_head_dim))
+        k_slc, k_win = rotate(k.narrow(-3, 1, 2), for_heads(tables, 2)).unbind(-3)
+        v_cmp, v_slc, v_win = v.unbind(-3)
+        logits = self.gate_proj(x).unflatten(-1, (self.num_heads, 3))
+        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
+        q = rotate(q, for_heads(tables))
+        return _Inputs(q, k.select(-3, 0), v_cmp, k_slc, v_slc, k_win, v_win, gates)
+
+    def _inputs(
+        self,
+        x: Tensor,
+        position_embeddings: Tables | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+    ) -> tuple[_Inputs, dict[str, Any]]:
+        """The op's inputs for whole sequences, compressed blocks included, and its packing."""
+        tokens, size, stride = x.size(-2), self.block_size, self.block_stride
+        tables = self._given_tables(position_embeddings, x)
+        if tables is None and self.rope_theta is not None:
+            if cu_seqlens is None:
+                positions = torch.arange(tokens, device=x.device)
+            else:
+                positions = packed_positions(cu_seqlens, tokens)
+            tables = rotary_tables(positions, self.head_dim, self.rope_theta, x.dtype)
+        inputs = self._project(x, tables)
+        k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if tables is not None:
+            rows = k_cmp.size(-3)
+            if cu_seqlens is None:
+                ends = torch.arange(rows, device=x.device) * stride + size - 1
+            else:
+                ends = packed_block_ends(cu_seqlens, tokens, rows, size, stride)
+            k_cmp = rotate(k_cmp, for_heads(take_rows(tables, ends)))
+        packing: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            packing |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+        return inputs._replace(k_cmp=k_cmp, v_cmp=v_cmp), packing
+
+    def _attend_cached(
+        self,
+        x: Tensor,
+        position_embeddings: Tables | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: NSALayerCache,
+    ) -> Tensor:
+        """Append tokens (B, T, hidden_size) or (N, hidden_size) and attend: (N, Hq, Dv)."""
+        tables = self._given_tables(position_embeddings, x)
+        if cu_seqlens is None:
+            batch, max_seqlen = x.shape[:2]
+            if batch != (expected := cache.sequences.geometry.batch_size):
+                raise ValueError(f"hidden_states must have the cache's batch {expected}, got {batch}")
+            cu_seqlens = torch.arange(batch + 1, dtype=torch.int32, device=x.device) * max_seqlen
+            x = x.flatten(0, 1)
+            if tables is not None:
+                cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in tables)
+                tables = cos, sin
+        if x.size(0) == 0:
+            return x.new_zeros(0, self.num_heads, self.v_head_dim)
+        step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
+        if tables is None and self.rope_theta is not None:
+            tables = rotary_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
+        inputs = self._project(x, tables)
+
+        raw = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
+        k_raw, v_raw = cache.extend_raw(step, inputs.k_cmp, inputs.v_cmp)
+        k_cmp = self.compress_k(k_raw.to(inputs.q.dtype), **raw)
+        k_cmp = rotate(k_cmp, for_heads(take_rows(tables, step.block_ends)))
+        cache.store_blocks(step, k_cmp, self.compress_v(v_raw.to(inputs.q.dtype), **raw))
+        cache.store_tokens(step, inputs.k_slc, inputs.v_slc)
+        window_slots = cache.extend_window(step, inputs.k_win, inputs.v_win)
+        options = self._choice_options()
+        return cache.attend(step, inputs.q, inputs.gates, window_slots, scale=self.scale, **options)
+
+    def _check_tokens(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """hidden_states without the leading 1 that packed ones may have."""
+        shape = tuple(hidden_states.shape)
+        dense, packed = len(shape) == 3, len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+        if not (dense if cu_seqlens is None else packed) or shape[-1] != self.hidden_size:
+            leading = "B, T" if cu_seqlens is None else "sum T"
+            expected = f"({leading}, hidden_size = {self.hidden_size})"
+            raise ValueError(f"hidden_states must be {expected}, got shape {shape}")
+        if cu_seqlens is None:
+            return hidden_states
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            got = tuple(cu_seqlens.shape)
+            raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 1, got shape {got}")
+        if cu_seqlens.dtype != torch.int32:
+            raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+        return hidden_states.flatten(0, -2)
+
+    def _check_cache(self, cache: NSACache | NSALayerCache) -> NSALayerCache:
+        if isinstance(cache, NSACache):
+            if len(cache) != 1:
+                raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
+            cache = cache[0]
+        geometry = cache.sequences.geometry
+        for name in ("block_size", "block_stride", "window"):
+            expected, got = getattr(self, name), getattr(geometry, name)
+            if got != expected:
+                raise ValueError(f"cache must have {name} {expected}, got {got}")
+        heads = (self.num_kv_heads, self.head_dim, self.v_head_dim)
+        held = (*cache.k_slc.shape[1:], cache.v_slc.size(2))
+        if held != heads:
+            names = "(num_kv_heads, head_dim, v_head_dim)"
+            raise ValueError(f"cache must have {names} {heads}, got {held}")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise RuntimeError("a cache records no gradients: use torch.no_grad()")
+        return cache
+
+    def extra_repr(self) -> str:
+        heads = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")
+        blocks = ("block_size", "block_stride", *self._choice_options(), "window", "rope_theta")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*heads, *blocks))

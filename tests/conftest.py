@@ -1,0 +1,93 @@
+"""What all tests share: the shapes, the devices and the dtypes they run on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))  # the list of shapes is shared with the benchmarks
+
+import nsa_torch  # noqa: E402
+from helpers import Inputs, Target, differentiable  # noqa: E402
+
+settings.register_profile("nsa", deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("nsa")
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        Target(device, dtype)
+        for device in DEVICES
+        for dtype in ([torch.float64] if device == "cpu" else [torch.float32, torch.bfloat16])
+    ],
+    ids=str,
+)
+def target(request: pytest.FixtureRequest) -> Target:
+    """Where results are judged as sharply as the device allows: in float64 where it has it."""
+    return request.param
+
+
+@pytest.fixture(params=[Target(device, dtype) for device in DEVICES for dtype in LOW_PRECISION], ids=str)
+def low_precision(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture
+def num_threads() -> Iterator[None]:
+    """Lets a test set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gradcheck_attention() -> Callable[[str, Inputs], None]:
+    """torch's gradcheck on every output of an attention op."""
+
+    def check(op: str, inputs: Inputs) -> None:
+        names = differentiable(inputs)
+
+        def call(*leaves: torch.Tensor) -> list[torch.Tensor]:
+            tensors = inputs.tensors | dict(zip(names, leaves, strict=True))
+            result = getattr(nsa_torch, op)(**tensors, **inputs.options)
+            outputs = result if isinstance(result, tuple) else (result,)
+            # gradcheck subtracts outputs, and an lse of -inf is one that nothing moves.
+            return [o.masked_fill(o.isneginf(), 0.0) for o in outputs]
+
+        leaves = [inputs.tensors[name].requires_grad_() for name in names]
+        assert torch.autograd.gradcheck(call, leaves)
+
+    return check
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """torch.use_deterministic_algorithms for one test."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,115 @@
+"""The documentation says what the code says: API pages, links, examples, defaults, commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import nsa_torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
+PUBLIC = [getattr(nsa_torch, name) for name in nsa_torch.__all__ if not name.startswith("_")]
+DOCUMENTED = [item for item in PUBLIC if inspect.isfunction(item) or inspect.isclass(item)]
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings, as they appear in links."""
+    headings = re.findall(r"^#+ +(.*)$", without_code(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_api_pages_are_up_to_date(generator: ModuleType) -> None:
+    written = {page.name: page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")}
+    assert written == generator.pages(), "run `make docs`"
+
+
+@pytest.mark.parametrize("item", DOCUMENTED, ids=lambda item: item.__name__)
+def test_public_names_are_documented(generator: ModuleType, item: object) -> None:
+    name = item.__name__  # type: ignore[attr-defined]
+    assert inspect.getdoc(item), f"{name} has no docstring"
+    headings = re.findall(r"^## (\S+)$", "\n".join(generator.pages().values()), flags=re.MULTILINE)
+    assert name in {heading.replace("\\", "") for heading in headings}
+
+
+def test_every_op_has_a_python_and_a_cpp_function(generator: ModuleType) -> None:
+    schemas = re.findall(r'"(\w+)\(', (ROOT / "csrc" / "library.cpp").read_text())
+    ops = {name for name in schemas if not name.endswith(("_backward", "_forward"))}
+    assert ops, "no schemas found"
+    pages = generator.pages()
+    for name in ops:
+        assert hasattr(torch.ops.nsa, name)
+        assert callable(getattr(nsa_torch, name))
+        assert re.search(rf"^## {name}$", pages["cpp.md"], flags=re.MULTILINE), f"{name} is not in csrc/nsa.h"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(without_code(page.read_text())):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+def test_readme_examples_run() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    decoded = torch.cat([names["prefix"], *names["tokens"]], dim=1)
+    torch.testing.assert_close(decoded, names["y"].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_defaults_in_the_maths_are_those_of_the_code() -> None:
+    table = re.findall(r"^\| [^|]+\| ([^|]+)\|[^|]+\| ([\d, ]+) \|$", (ROOT / "docs/math.md").read_text(), flags=re.M)
+    stated = {
+        name: int(value)
+        for names, values in table
+        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(","), strict=False)
+    }
+    assert set(stated) == {
+        "block_size",
+        "block_stride",
+        "select_size",
+        "num_selected",
+        "num_initial",
+        "num_local",
+        "window",
+    }
+    for item in DOCUMENTED:
+        for parameter in inspect.signature(item).parameters.values():
+            if parameter.name in stated and parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == stated[parameter.name], f"{item.__name__}: {parameter.name}"
+
+
+def test_commands_in_the_documents_are_targets_of_the_makefile() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    for page in PAGES:
+        for code in re.findall(r"```sh\n.*?```|`[^`\n]+`", page.read_text(), flags=re.DOTALL):
+            for target in re.findall(r"^`?make ([a-z]+)", code, flags=re.MULTILINE):
+                assert target in targets, f"{page.name}: make {target}"

@@ -1,0 +1,248 @@
+"""examples/hf_llama.py: NSA in a Hugging Face Llama. Padded, cached and packed runs against each sequence run alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import hf_llama
+from hf_llama import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, use_nsa
+
+# Large weights, so that attention and the choice of blocks matter in a model that has not been trained.
+LLAMA: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+NSA = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
+
+LENGTHS = [45, 1, 7, 0, 8, 31]
+
+# Llama's norms round to float32 in a float64 model too.
+close = {"rtol": 0.0, "atol": 2e-5}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only make threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_model(**options: Any) -> NSALlamaForCausalLM:
+    torch.manual_seed(0)
+    return NSALlamaForCausalLM(NSALlamaConfig(**(LLAMA | NSA | options))).double().eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> NSALlamaForCausalLM:
+    return make_model()
+
+
+def make_sequences(lengths: list[int]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(1, LLAMA["vocab_size"], (length,), generator=generator) for length in lengths]
+
+
+def pad(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """ids and attention_mask, (B, T)."""
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_side=side)
+    return ids, (ids != 0).long()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_batch_equals_each_sequence_alone(model: NSALlamaForCausalLM, side: str) -> None:
+    sequences = make_sequences(LENGTHS)
+    ids, mask = pad(sequences, side)
+    labels = ids.masked_fill(mask.cumsum(1) * mask <= 1, -100)  # padding, and first tokens, which only padding precedes
+
+    model.zero_grad()
+    out = model(ids, attention_mask=mask, labels=labels)
+    out.loss.backward()
+    assert out.past_key_values is None
+    gradients = [weight.grad.clone() for weight in model.parameters()]
+
+    model.zero_grad()
+    predicted = sum(max(len(sequence) - 1, 0) for sequence in sequences)
+    for sequence, row, real in zip(sequences, out.logits, mask.bool(), strict=True):
+        if len(sequence) > 0:
+            alone = model(sequence[None]).logits[0]
+            torch.testing.assert_close(row[real], alone, **close)
+            if len(sequence) > 1:
+                (torch.nn.functional.cross_entropy(alone[:-1], sequence[1:], reduction="sum") / predicted).backward()
+    for gradient, weight in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, weight.grad, **close)
+
+
+def test_packed_sequences_equal_each_alone(model: NSALlamaForCausalLM) -> None:
+    sequences = make_sequences([45, 1, 7, 31])
+    ends = torch.tensor([0] + [len(sequence) for sequence in sequences]).cumsum(0).int()
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])
+    packed = {"input_ids": torch.cat(sequences)[None], "position_ids": positions[None], "use_cache": False}
+    logits = model(**packed, cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=45, max_length_k=45).logits[0]
+    for sequence, part in zip(sequences, logits.split([len(sequence) for sequence in sequences]), strict=True):
+        torch.testing.assert_close(part, model(sequence[None]).logits[0], **close)
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(**packed)
+
+
+def test_greedy_generation_equals_full_forward(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([21, 21, 21]))
+    out = model.generate(ids, max_new_tokens=30, do_sample=False)
+    assert isinstance(out, Tensor)
+    with torch.no_grad():
+        for _ in range(30):
+            ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(out, ids)
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "top_k": 10}, {"num_beams": 3}, {"prefill_chunk_size": 6}])
+def test_generation_with_the_cache_equals_without(model: NSALlamaForCausalLM, options: dict[str, Any]) -> None:
+    ids, mask = pad(make_sequences([21, 4, 12]), "left")
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(2)
+        if not use_cache:
+            options = {name: value for name, value in options.items() if name != "prefill_chunk_size"}
+        runs.append(model.generate(ids, attention_mask=mask, max_new_tokens=20, use_cache=use_cache, **options))
+    assert torch.equal(*runs)
+
+
+def test_left_padded_generation_equals_each_alone(model: NSALlamaForCausalLM) -> None:
+    sequences = make_sequences([33, 1, 8, 15])
+    ids, mask = pad(sequences, "left")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False)
+    for sequence, row in zip(sequences, out[:, ids.size(1) :], strict=True):
+        alone = model.generate(sequence[None], max_new_tokens=25, do_sample=False)[0, len(sequence) :]
+        assert torch.equal(row, alone)
+
+
+@torch.no_grad()
+def test_cache_continues_a_right_padded_batch_in_chunks(model: NSALlamaForCausalLM) -> None:
+    sequences = make_sequences([40, 23, 31])
+    first = [sequence[:length] for sequence, length in zip(sequences, (17, 5, 1), strict=True)]
+    ids, mask = pad(first, "right")
+    out = model(ids, attention_mask=mask, use_cache=True)
+    cache = out.past_key_values
+    assert isinstance(cache, NSALlamaCache) and cache.get_seq_length() == 17 and cache.get_max_length() == -1
+    assert cache.nsa is not None and cache.nsa.lengths.tolist() == [17, 5, 1]
+
+    rest = [sequence[len(part) :] for sequence, part in zip(sequences, first, strict=True)]
+    rest_ids, rest_mask = pad(rest, "right")
+    positions = mask.sum(1, keepdim=True) + torch.arange(rest_ids.size(1))
+    masks = torch.cat((mask, rest_mask), dim=1)
+    out = model(rest_ids, attention_mask=masks, position_ids=positions, past_key_values=cache)
+    assert cache.nsa.lengths.tolist() == [40, 23, 31]
+    for sequence, part, row in zip(sequences, rest, out.logits, strict=True):
+        full = model(sequence[None], use_cache=False).logits[0, -len(part) :]
+        torch.testing.assert_close(row[: len(part)], full, **close)
+
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again = model(ids, attention_mask=mask, past_key_values=cache).logits
+    torch.testing.assert_close(again[0], model(first[0][None]).logits[0], **close)
+
+
+def test_training_lowers_the_loss_and_checkpointing_keeps_gradients() -> None:
+    model = make_model(initializer_range=0.05).train()
+    ids = torch.stack(make_sequences([12] * 4)).repeat(1, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, gradients = [], []
+    for checkpointing in (False, True):
+        model.zero_grad()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **close)
+    for _ in range(12):
+        loss = model(ids, labels=ids).loss
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("compression", ["mlp", "linear", "mean"])
+def test_saved_model_loads_with_the_same_logits(tmp_path: Path, compression: str) -> None:
+    model = make_model(compression=compression)
+    ids = torch.stack(make_sequences([30]))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert isinstance(loaded, NSALlamaForCausalLM)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.config.nsa_options() == model.config.nsa_options()
+    for one, other in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **close)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half(ids).logits.dtype == torch.bfloat16
+    assert half.generate(ids, max_new_tokens=4).shape == (1, 34)
+
+
+@pytest.mark.parametrize(("lengths", "backend"), [([30, 30], "inductor"), ([30, 21], "aot_eager")])
+def test_compiled_training_step_has_no_graph_break_and_the_same_gradients(lengths: list[int], backend: str) -> None:
+    model = make_model().train()
+    ids, mask = pad(make_sequences(lengths), "left")
+    batch = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, -100)}
+    if lengths[0] != lengths[1]:
+        batch["attention_mask"] = mask
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, backend=backend)):
+        model.zero_grad()
+        loss = run(**batch).loss
+        loss.backward()
+        results.append([loss.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, **close)
+
+
+def test_a_window_over_all_tokens_is_the_dense_model() -> None:
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**LLAMA)).double().eval()
+    model = use_nsa(dense, **(NSA | {"window": 64}))
+    assert not model.training and model.dtype == torch.float64
+    ids, mask = pad(make_sequences([50, 20]), "left")
+    only_the_window = torch.tensor([-40.0, -40.0, 40.0]).repeat(LLAMA["num_attention_heads"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.gate_proj.weight.zero_()
+            layer.self_attn.gate_proj.bias.copy_(only_the_window)
+    expected, out = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (dense, model))
+    torch.testing.assert_close(out, expected, **close)
+    tokens = [m.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False) for m in (dense, model)]
+    assert torch.equal(*tokens)
+
+
+def test_unsupported_calls_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([12]))
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\)"):
+        model(ids, attention_mask=torch.ones(1, 1, 12, 12))
+    with pytest.raises(TypeError, match="past_key_values must be an NSALlamaCache, got DynamicCache"), torch.no_grad():
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
+        model.generate(ids, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="attn_implementation must be 'nsa', got 'eager'"):
+        NSALlamaForCausalLM._from_config(NSALlamaConfig(**LLAMA, **NSA), attn_implementation="eager")
+    with pytest.raises(ValueError, match="attention_dropout must be 0"):
+        NSALlamaConfig(attention_dropout=0.1)
+
+
+def test_the_program_trains_and_samples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["hf_llama.py", "--steps", "4", "--length", "64", "--new-tokens", "8"])
+    hf_llama.main()
+    lines = capsys.readouterr().out.splitlines()
+    first, last = (float(line.split()[3]) for line in lines[:2])
+    assert last < first
+    assert "class NSALlama" in "\n".join(lines)

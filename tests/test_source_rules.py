@@ -1,0 +1,106 @@
+"""Rules of the source tree that no compiler checks."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+HOST_ONLY = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|(^|/)Python\.h$|(^|/)host/")
+
+# Lines of a file, by where it lives. A longer one says why in its design note.
+HEADER_OR_KERNEL, HOST, PYTHON, FUNCTION = 400, 250, 300, 60
+
+
+def device_files() -> list[Path]:
+    """Kernels and what they may include: every .cu and .cuh file, and all of common/."""
+    kernels = [*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")]
+    return sorted({*kernels, *(p for p in (CSRC / "common").rglob("*") if p.is_file())})
+
+
+def includes_with_torch(path: Path, seen: frozenset[Path] = frozenset()) -> Iterator[str]:
+    """Includes of `path`, and of the project's headers that it includes, that bring torch in."""
+    for name in INCLUDE.findall(path.read_text()):
+        if HOST_ONLY.search(name):
+            yield f"{path.name} includes {name}"
+        for header in (CSRC / name, path.parent / name):
+            if header.is_file() and header not in seen:
+                yield from includes_with_torch(header, seen | {path, header})
+
+
+@pytest.mark.parametrize("path", device_files(), ids=lambda p: str(p.relative_to(CSRC)))
+def test_device_code_includes_no_torch(path: Path) -> None:
+    assert list(includes_with_torch(path)) == []
+
+
+def test_device_code_is_found() -> None:
+    assert CSRC / "common" / "geometry.h" in device_files()
+
+
+@pytest.mark.parametrize(
+    ("line", "refused"),
+    [
+        ("#include <torch/library.h>", True),
+        ("#include <ATen/ATen.h>", True),
+        ('  # include "c10/core/SymInt.h"', True),
+        ("#include <Python.h>", True),
+        ("#include <pybind11/pybind11.h>", True),
+        ('#include "host/checks.h"', True),
+        ('#include "indirect.cuh"', True),
+        ("#include <cute/tensor.hpp>", False),
+        ("#include <cuda_runtime.h>", False),
+        ("#include <cstdint>", False),
+    ],
+)
+def test_the_rule_sees_what_it_forbids(line: str, refused: bool, tmp_path: Path) -> None:
+    (tmp_path / "indirect.cuh").write_text("#include <torch/extension.h>\n")
+    (tmp_path / "kernel.cu").write_text(f"// a kernel\n{line}\n")
+    assert bool(list(includes_with_torch(tmp_path / "kernel.cu"))) == refused
+
+
+def source_files() -> list[tuple[Path, int]]:
+    files: list[tuple[Path, int]] = []
+    for path in CSRC.rglob("*"):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            files.append((path, HEADER_OR_KERNEL))
+        elif path.suffix == ".cpp":
+            files.append((path, HOST))
+    for folder in ("nsa_torch", "tests", "benchmarks", "examples"):
+        files += [(path, PYTHON) for path in (ROOT / folder).rglob("*.py")]
+    return sorted(files)
+
+
+@pytest.mark.parametrize(("path", "limit"), source_files(), ids=lambda value: getattr(value, "name", None))
+def test_files_are_short(path: Path, limit: int) -> None:
+    """A longer file is named in a note under docs/, on a line that says why it is long."""
+    lines = len(path.read_text().splitlines())
+    name = str(path.relative_to(ROOT))
+    assert lines <= limit or name in _excused(), f"{name} has {lines} lines, the limit is {limit}"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path, limit in source_files() if limit == PYTHON],
+    ids=lambda path: path.name,
+)
+def test_python_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[0].lineno, node.end_lineno or 0
+            assert body[1] - body[0] < FUNCTION, f"{node.name} has {body[1] - body[0] + 1} lines"
+
+
+def test_setup_py_is_short() -> None:
+    assert len((ROOT / "setup.py").read_text().splitlines()) < 100
+
+
+def _excused() -> str:
+    notes = [note.read_text() for note in sorted((ROOT / "docs").rglob("*.md"))]
+    return "\n".join(line for note in notes for line in note.splitlines() if " long" in line)
