@@ -1,7 +1,7 @@
 // The schema of every op: the table of contents of the library.
 //
-// Layouts: dense (B, T, H, D), or packed (sum T, H, D) with cu_seqlens_q and cu_seqlens_k (int32, B + 1). seqused_k (int32, B)
-// says how many keys of each packed slot are in use. Options that are the same everywhere come last.
+// Layouts: dense (B, T, H, D), or packed (sum T, H, D) with cu_seqlens_q and cu_seqlens_k (int32, B + 1). seqused_k
+// (int32, B) says how many keys of each packed slot are in use. Options that are the same everywhere come last.
 #include <torch/library.h>
 
 TORCH_LIBRARY(nsa, m) {
@@ -18,42 +18,52 @@ TORCH_LIBRARY(nsa, m) {
       "int block_stride=16, float? scale=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None) -> (Tensor, Tensor)");
   m.def(
-      "compressed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor out, "
+      "compressed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor "
+      "out, "
       "Tensor lse, *, SymInt? seqlen_k, int block_size, int block_stride, float? scale, Tensor? cu_seqlens_q, "
-      "Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, Tensor)");
+      "Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, "
+      "Tensor)");
 
   m.def(
-      "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, *, SymInt? seqlen_k=None, int block_size=32, int block_stride=16, "
+      "select_blocks(Tensor q, Tensor k_cmp, Tensor lse, *, SymInt? seqlen_k=None, int block_size=32, int "
+      "block_stride=16, "
       "int select_size=64, int num_selected=16, int num_initial=1, int num_local=2, float? scale=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
       "Tensor? seqused_k=None) -> Tensor");
 
   m.def(
-      "selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, int select_size=64, float? scale=None, "
+      "selected_attention(Tensor q, Tensor k, Tensor v, Tensor block_indices, *, int select_size=64, float? "
+      "scale=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, "
       "Tensor? seqused_k=None) -> (Tensor, Tensor)");
   m.def(
-      "selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor block_indices, "
+      "selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "
+      "block_indices, "
       "Tensor out, Tensor lse, *, int select_size, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, Tensor)");
 
   m.def(
-      "window_attention(Tensor q, Tensor k, Tensor v, *, SymInt window=512, float? scale=None, Tensor? cu_seqlens_q=None, "
+      "window_attention(Tensor q, Tensor k, Tensor v, *, SymInt window=512, float? scale=None, Tensor? "
+      "cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None) "
       "-> (Tensor, Tensor)");
   m.def(
-      "window_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, *, "
+      "window_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, *, "
       "SymInt window, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
       "SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, Tensor)");
 
   m.def(
       "nsa_attention(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, Tensor v_win, "
-      "Tensor gates, *, int block_size=32, int block_stride=16, int select_size=64, int num_selected=16, int num_initial=1, "
+      "Tensor gates, *, int block_size=32, int block_stride=16, int select_size=64, int num_selected=16, int "
+      "num_initial=1, "
       "int num_local=2, SymInt window=512, float? scale=None, Tensor? block_indices=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None) -> Tensor");
+      "Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None, Tensor? seqused_k=None) -> "
+      "Tensor");
   // out, then what the backward needs: out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, block_indices.
   m.def(
-      "nsa_attention_forward(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, Tensor v_win, "
+      "nsa_attention_forward(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, Tensor "
+      "v_win, "
       "Tensor gates, *, int block_size, int block_stride, int select_size, int num_selected, int num_initial, "
       "int num_local, SymInt window, float? scale, Tensor? block_indices, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) "

@@ -14,6 +14,7 @@ to refuse an overflow beforehand.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class NSALayerCache:
         the end of a slot, so the window's need not hold what no query sees.
         """
         geometry, dtype, q = self.sequences.geometry, q.dtype, q.to(self.dtype)
-        queries = {
+        queries: dict[str, Any] = {
             "scale": scale,
             "cu_seqlens_q": step.cu_seqlens,
             "max_seqlen_q": step.max_seqlen,

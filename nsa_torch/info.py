@@ -7,8 +7,8 @@ def build_info() -> dict[str, Any]:
     """What libnsa_torch.so was built with.
 
     Returns:
-        ``torch`` (version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool: whether
-        the CPU kernels run in parallel).
+        ``torch`` (version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
+        whether the CPU kernels run in parallel).
     """
     from nsa_torch import _C
 

@@ -211,9 +211,10 @@ class NSAAttention(nn.Module):
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
         else:
             inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
-            blocks = {"block_size": self.block_size, "block_stride": self.block_stride}
-            options = {"window": self.window, "scale": self.scale} | self._choice_options()
-            out = ops.nsa_attention(*inputs, **blocks, **options, **packing)
+            options = self._block_options() | {"window": self.window, "scale": self.scale}
+            options |= self._choice_options() | packing
+            q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
+            out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
         return self.o_proj(out.flatten(-2)).view(hidden_states.shape)
 
     @torch.no_grad()
@@ -230,14 +231,16 @@ class NSAAttention(nn.Module):
         inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             packing["seqlen_k"] = x.size(1)
-        blocks = {"block_size": self.block_size, "block_stride": self.block_stride}
-        options = blocks | {"scale": self.scale} | packing
+        options = self._block_options() | {"scale": self.scale} | packing
         q, k_cmp, v_cmp = inputs[:3]
         _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **options)
         indices = ops.select_blocks(q, k_cmp, lse, **self._choice_options(), **options)
         return NSAChoices(indices, inputs.gates)
 
-    def _choice_options(self) -> dict[str, int]:
+    def _block_options(self) -> dict[str, Any]:
+        return {"block_size": self.block_size, "block_stride": self.block_stride}
+
+    def _choice_options(self) -> dict[str, Any]:
         names = ("select_size", "num_selected", "num_initial", "num_local")
         return {name: getattr(self, name) for name in names}
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _INTEGERS = frozenset(
-    "block_size block_stride select_size num_selected num_initial num_local window seqlen_k max_seqlen_q "
-    "max_seqlen_k".split()
+    ("block_size", "block_stride", "select_size", "num_selected", "num_initial", "num_local", "window")
+    + ("seqlen_k", "max_seqlen_q", "max_seqlen_k")
 )
 _OPTIONAL = frozenset(
-    "pe w1 b1 w2 b2 scale seqlen_k block_indices cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_k".split()
+    ("pe", "w1", "b1", "w2", "b2", "scale", "seqlen_k", "block_indices")
+    + ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
 )
 
 
@@ -35,6 +35,7 @@ def _check_types(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is None and name in _OPTIONAL:
             continue
+        kinds: tuple[type, ...]
         if name in _INTEGERS:
             expected, kinds = "an int", (int, torch.SymInt)
         elif name == "scale":
@@ -87,7 +88,7 @@ def compress(
         ValueError: sizes that do not fit, pe, b1, w2 or b2 without w1, b2 without w2.
         TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "block_size": block_size,
         "block_stride": block_stride,
         "cu_seqlens_k": cu_seqlens_k,
@@ -131,7 +132,7 @@ def compressed_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "seqlen_k": seqlen_k,
         "block_size": block_size,
         "block_stride": block_stride,
@@ -168,8 +169,9 @@ def select_blocks(
     """Which blocks each query reads (Eq. 8 to 12). No gradient flows through the choice.
 
     Importance of block j, keys [j l', (j + 1) l'): p_cmp of the compressed blocks weighted by the stride-d pieces that
-    they share with it (Eq. 9), summed over the heads of the group (Eq. 10). Chosen are the first ``num_initial`` blocks,
-    the query's own with the ``num_local`` - 1 before it, and the most important of the others, ties to the lower index.
+    they share with it (Eq. 9), summed over the heads of the group (Eq. 10). Chosen are the first ``num_initial``
+    blocks, the query's own with the ``num_local`` - 1 before it, and the most important of the others, ties to the
+    lower index.
 
     Args:
         q: (B, Tq, Hq, Dk).
@@ -189,7 +191,7 @@ def select_blocks(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "seqlen_k": seqlen_k,
         "block_size": block_size,
         "block_stride": block_stride,
@@ -239,7 +241,7 @@ def selected_attention(
         ValueError: sizes or options that do not fit; on the CPU, a list with a block twice or one that is not there.
         TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "select_size": select_size,
         "scale": scale,
         "cu_seqlens_q": cu_seqlens_q,
@@ -280,7 +282,7 @@ def window_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "window": window,
         "scale": scale,
         "cu_seqlens_q": cu_seqlens_q,
@@ -337,7 +339,7 @@ def nsa_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes or devices that differ.
     """
-    options = {
+    options: dict[str, Any] = {
         "block_size": block_size,
         "block_stride": block_stride,
         "select_size": select_size,
@@ -353,5 +355,7 @@ def nsa_attention(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates, **options)
+    _check_types(
+        q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates, **options
+    )
     return torch.ops.nsa.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)

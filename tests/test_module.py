@@ -426,7 +426,7 @@ def test_forward_names_the_bad_argument():
         module(flat, cu_seqlens=cu_seqlens.long())
     with pytest.raises(ValueError, match=r"cu_seqlens must be .B . 1,. with B >= 1"):
         module(flat, cu_seqlens=cu_seqlens[:1])
-    with pytest.raises(ValueError, match="cu_seqlens_q must end with the number of tokens, 9"):
+    with pytest.raises(ValueError, match="cu_seqlens_k must end with the number of tokens, 9, got 8"):
         module(flat, cu_seqlens=cu_seqlens - cu_seqlens // 9)
     with pytest.raises(ValueError, match=r"max_seqlen_. must be at least the longest sequence"):
         module(flat, cu_seqlens=cu_seqlens, max_seqlen=4)

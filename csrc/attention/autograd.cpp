@@ -7,8 +7,8 @@
 namespace nsa {
 namespace {
 
-OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, OptionalInt seqlen_k,
-                               int64_t block_size, int64_t block_stride, OptionalDouble scale,
+OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
+                               OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k);
 
@@ -18,15 +18,16 @@ OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 
 }  // namespace
 
-OutAndLse CompressedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o) {
+OutAndLse CompressedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                    const AttentionOptions& o) {
   static const auto op = find_op<decltype(compressed_attention)>("nsa::compressed_attention");
   return op.call(q, k, v, o.seqlen_k, o.block_size, o.block_stride, o.scale, o.packing.cu_seqlens_q,
                  o.packing.cu_seqlens_k, o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
 }
 
-AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
-                                   const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                   const at::Tensor& lse, const AttentionOptions& o) {
+AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                                              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                              const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
   static const auto op = find_op<AttentionGradients(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, OptionalInt, int64_t, int64_t, OptionalDouble, const OptionalTensor&,
@@ -36,15 +37,16 @@ AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const 
                  o.packing.seqused_k);
 }
 
-OutAndLse WindowBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o) {
+OutAndLse WindowBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const AttentionOptions& o) {
   static const auto op = find_op<decltype(window_attention)>("nsa::window_attention");
   return op.call(q, k, v, o.window, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k, o.packing.max_seqlen_q,
                  o.packing.max_seqlen_k, o.packing.seqused_k);
 }
 
-AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
-                                   const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                   const at::Tensor& lse, const AttentionOptions& o) {
+AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                                          const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
   static const auto op = find_op<AttentionGradients(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, c10::SymInt, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
@@ -55,8 +57,8 @@ AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const Opti
 
 namespace {
 
-OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, OptionalInt seqlen_k,
-                               int64_t block_size, int64_t block_stride, OptionalDouble scale,
+OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
+                               OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   return apply_branch<CompressedBranch>(

@@ -1,5 +1,5 @@
-// Attention over one contiguous range of keys for each query, on the CPU. The compressed and the window branch differ only in
-// the range and in where a sequence's keys start.
+// Attention over one contiguous range of keys for each query, on the CPU. The compressed and the window branch differ
+// only in the range and in where a sequence's keys start.
 #pragma once
 
 #include <ATen/core/Tensor.h>

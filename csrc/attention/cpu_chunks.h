@@ -1,5 +1,5 @@
-// How a tile of queries walks its keys: chunk by chunk, each with the queries that see any of it. A query's range moves only
-// forwards from one query to the next, so those queries are consecutive.
+// How a tile of queries walks its keys: chunk by chunk, each with the queries that see any of it. A query's range moves
+// only forwards from one query to the next, so those queries are consecutive.
 #pragma once
 
 #include <algorithm>

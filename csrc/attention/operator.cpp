@@ -34,8 +34,8 @@ std::vector<Sequence> window_sequences(const at::Tensor& q, const at::Tensor& k,
 }
 
 template <Backend backend>
-OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, OptionalInt seqlen_k,
-                               int64_t block_size, int64_t block_stride, OptionalDouble scale,
+OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
+                               OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   const AttentionOptions options{
@@ -48,18 +48,21 @@ OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, con
   check_compressed(q, k_cmp, v_cmp, options);
   auto [out, lse] = empty_results(q, v_cmp);
   if constexpr (backend == Backend::kCpu) {
-    cpu::range_attention_forward(q, k_cmp, v_cmp, softmax_scale(scale, q.size(-1)), list_compressed_sequences(q, k_cmp, options),
+    cpu::range_attention_forward(q, k_cmp, v_cmp, softmax_scale(scale, q.size(-1)),
+                                 list_compressed_sequences(q, k_cmp, options),
                                  cpu::CompressedKeys{{block_size, block_stride}}, out, lse);
   }
   return {out, lse};
 }
 
 template <Backend backend>
-AttentionGradients compressed_attention_backward(
-    const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q, const at::Tensor& k_cmp,
-    const at::Tensor& v_cmp, const at::Tensor& out, const at::Tensor& lse, OptionalInt seqlen_k, int64_t block_size,
-    int64_t block_stride, OptionalDouble scale, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+AttentionGradients compressed_attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                                                 const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
+                                                 const at::Tensor& out, const at::Tensor& lse, OptionalInt seqlen_k,
+                                                 int64_t block_size, int64_t block_stride, OptionalDouble scale,
+                                                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                                 OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
+                                                 const OptionalTensor& seqused_k) {
   const AttentionOptions options{
       .seqlen_k = seqlen_k,
       .block_size = block_size,
@@ -70,8 +73,8 @@ AttentionGradients compressed_attention_backward(
   check_compressed(q, k_cmp, v_cmp, options);
   check_backward(grad_out, grad_lse, q, v_cmp, out, lse);
   if constexpr (backend == Backend::kCpu) {
-    return cpu::range_attention_backward(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, softmax_scale(scale, q.size(-1)),
-                                         list_compressed_sequences(q, k_cmp, options),
+    return cpu::range_attention_backward(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse,
+                                         softmax_scale(scale, q.size(-1)), list_compressed_sequences(q, k_cmp, options),
                                          cpu::CompressedKeys{{block_size, block_stride}});
   }
   return empty_gradients(q, k_cmp, v_cmp);

@@ -1,5 +1,5 @@
-// Where blocks lie and what a query sees: the integer arithmetic that every kernel shares, on the host and on the device.
-// Symbols as in docs/math.md: l = block_size, d = block_stride, l' = select_size, p = the position of a query.
+// Where blocks lie and what a query sees: the integer arithmetic that every kernel shares, on the host and on the
+// device. Symbols as in docs/math.md: l = block_size, d = block_stride, l' = select_size, p = the position of a query.
 #pragma once
 
 #include <cstdint>
@@ -47,9 +47,9 @@ struct WindowRange {
   }
 };
 
-// Eq. 9 of the paper: importance of selection block j is the sum over compressed blocks m of p_cmp[m] * count(m, j), where
-// count is the number of stride-d pieces that both cover. Compressed block m covers pieces [m, m + l/d), selection block j
-// covers pieces [j l'/d, (j + 1) l'/d).
+// Eq. 9 of the paper: importance of selection block j is the sum over compressed blocks m of p_cmp[m] * count(m, j),
+// where count is the number of stride-d pieces that both cover. Compressed block m covers pieces [m, m + l/d),
+// selection block j covers pieces [j l'/d, (j + 1) l'/d).
 struct BlockOverlap {
   int64_t pieces_per_compressed;  // l / d
   int64_t pieces_per_selected;    // l' / d

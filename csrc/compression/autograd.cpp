@@ -1,8 +1,9 @@
 // compress with gradients for x and every weight. Nothing is saved but the inputs: the hidden layer is computed again.
+#include "host/autograd.h"
+
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "host/autograd.h"
 #include "host/options.h"
 
 namespace nsa {
@@ -11,9 +12,10 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor call_compress(const at::Tensor& x, const OptionalTensor& pe, const OptionalTensor& w1, const OptionalTensor& b1,
-                         const OptionalTensor& w2, const OptionalTensor& b2, int64_t block_size, int64_t block_stride,
-                         const OptionalTensor& cu_seqlens_k, std::optional<c10::SymInt> max_seqlen_k) {
+at::Tensor call_compress(const at::Tensor& x, const OptionalTensor& pe, const OptionalTensor& w1,
+                         const OptionalTensor& b1, const OptionalTensor& w2, const OptionalTensor& b2,
+                         int64_t block_size, int64_t block_stride, const OptionalTensor& cu_seqlens_k,
+                         std::optional<c10::SymInt> max_seqlen_k) {
   static const auto op = find_op<decltype(call_compress)>("nsa::compress");
   return op.call(x, pe, w1, b1, w2, b2, block_size, block_stride, cu_seqlens_k, max_seqlen_k);
 }
@@ -30,10 +32,10 @@ Gradients call_compress_backward(const at::Tensor& grad_out, const at::Tensor& x
 
 class Compress : public torch::autograd::Function<Compress> {
  public:
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& pe, const OptionalTensor& w1,
-                            const OptionalTensor& b1, const OptionalTensor& w2, const OptionalTensor& b2,
-                            int64_t block_size, int64_t block_stride, const OptionalTensor& cu_seqlens_k,
-                            const std::optional<c10::SymInt>& max_seqlen_k) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const OptionalTensor& pe,
+                            const OptionalTensor& w1, const OptionalTensor& b1, const OptionalTensor& w2,
+                            const OptionalTensor& b2, int64_t block_size, int64_t block_stride,
+                            const OptionalTensor& cu_seqlens_k, const std::optional<c10::SymInt>& max_seqlen_k) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     save_tensors(ctx, {x, pe, w1, b1, w2, b2, cu_seqlens_k});
     ctx->saved_data["block_size"] = block_size;

@@ -10,8 +10,8 @@
 namespace nsa {
 namespace {
 
-// Rows 0 .. count - 1 dealt out to sequences of the given lengths: which sequence each belongs to, and its place in it. Rows
-// past the last sequence are not valid and point at place 0 of sequence 0.
+// Rows 0 .. count - 1 dealt out to sequences of the given lengths: which sequence each belongs to, and its place in it.
+// Rows past the last sequence are not valid and point at place 0 of sequence 0.
 struct Places {
   at::Tensor sequence, place, valid;
 };
@@ -51,13 +51,14 @@ void CompressionBlocks::lay_out_packed(const at::Tensor& cu_seqlens, int64_t tok
   }
   const at::Tensor starts = cu_seqlens.narrow(0, 0, batch);
   const at::Tensor lengths = cu_seqlens.narrow(0, 1, batch) - starts;
-  const at::Tensor blocks =
-      ((lengths - block_size).div(at::Scalar(stride_), "floor") + 1).clamp_min(0).where(lengths >= block_size, at::zeros_like(lengths));
+  const at::Tensor blocks = ((lengths - block_size).div(at::Scalar(stride_), "floor") + 1)
+                                .clamp_min(0)
+                                .where(lengths >= block_size, at::zeros_like(lengths));
   const at::Tensor chunks = (blocks + (pieces_ - 1)).where(blocks > 0, at::zeros_like(blocks));
   const Places chunk = deal_out(chunks, num_blocks_);
   const Places block = deal_out(blocks, num_blocks_);
-  const at::Tensor first_tokens = (starts.index_select(0, chunk.sequence) + chunk.place * stride_)
-                                      .where(chunk.valid, at::zeros_like(chunk.place));
+  const at::Tensor first_tokens =
+      (starts.index_select(0, chunk.sequence) + chunk.place * stride_).where(chunk.valid, at::zeros_like(chunk.place));
   chunk_tokens_ = (first_tokens.unsqueeze(1) + at::arange(stride_, first_tokens.options())).flatten();
   const at::Tensor first_chunks = (chunks.cumsum(0) - chunks).index_select(0, block.sequence) + block.place;
   block_chunks_ = first_chunks.where(block.valid, at::zeros_like(first_chunks));
@@ -102,10 +103,9 @@ at::Tensor CompressionBlocks::shift_and_add(const at::Tensor& pieces) const {
   at::Tensor sum;
   for (int64_t i = 0; i < pieces_; ++i) {
     const at::Tensor piece = pieces.select(2, i);
-    const at::Tensor shifted =
-        block_chunks_.defined()
-            ? piece.index_select(0, chunks_of_piece(i))
-            : piece.reshape({batch_, -1, heads, width}).narrow(1, i, blocks_per_sequence_);
+    const at::Tensor shifted = block_chunks_.defined()
+                                   ? piece.index_select(0, chunks_of_piece(i))
+                                   : piece.reshape({batch_, -1, heads, width}).narrow(1, i, blocks_per_sequence_);
     sum = i == 0 ? shifted.clone() : sum.add_(shifted);
   }
   return sum.reshape({-1, heads, width});

@@ -1,5 +1,5 @@
-// The blocks of a call to compress, whatever the layout: which stride-d chunks of tokens there are, and which l/d of them make
-// up each block. Overlapping blocks share chunks, so x is read once and never unfolded.
+// The blocks of a call to compress, whatever the layout: which stride-d chunks of tokens there are, and which l/d of
+// them make up each block. Overlapping blocks share chunks, so x is read once and never unfolded.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,7 +47,8 @@ class CompressionBlocks {
   int64_t chunks_per_sequence_ = 0;  // dense
   int64_t blocks_per_sequence_ = 0;  // dense
   int64_t num_blocks_ = 0;
-  at::Tensor chunk_tokens_;  // packed: (chunks * d,) int64, the tokens of each chunk; chunks in no sequence read token 0
+  at::Tensor
+      chunk_tokens_;  // packed: (chunks * d,) int64, the tokens of each chunk; chunks in no sequence read token 0
   at::Tensor block_chunks_;  // packed: (blocks,) int64, each block's first chunk
   at::Tensor chunk_valid_;   // packed: (chunks, 1, 1) bool
   at::Tensor block_valid_;   // packed: (blocks, 1, 1) bool

@@ -11,7 +11,6 @@
 namespace nsa {
 namespace {
 
-
 void check_weight(const char* name, const OptionalTensor& weight, const at::Tensor& x, c10::SymIntArrayRef shape,
                   const char* meaning) {
   if (!weight.has_value()) {
@@ -40,10 +39,11 @@ c10::SymInt check_compress(const at::Tensor& x, const PhiWeights& weights, int64
   check_floating("x", x);
   check_block_sizes(block_size, block_stride);
   const int64_t dims = packing.packed() ? 3 : 4;
-  TORCH_CHECK_VALUE(x.dim() == dims, "x must be ", packing.packed() ? "packed, (sum T, Hkv, D), with cu_seqlens_k" : "(B, T, Hkv, D)",
-                    ", got shape ", x.sym_sizes());
-  TORCH_CHECK_VALUE(x.sym_size(-1) >= 1 && x.sym_size(-2) >= 1, "x must have at least one head and one channel, got shape ",
+  TORCH_CHECK_VALUE(x.dim() == dims, "x must be ",
+                    packing.packed() ? "packed, (sum T, Hkv, D), with cu_seqlens_k" : "(B, T, Hkv, D)", ", got shape ",
                     x.sym_sizes());
+  TORCH_CHECK_VALUE(x.sym_size(-1) >= 1 && x.sym_size(-2) >= 1,
+                    "x must have at least one head and one channel, got shape ", x.sym_sizes());
   if (packing.packed()) {
     check_cumulative_vector("cu_seqlens_k", *packing.cu_seqlens_k, "x", x);
   }
@@ -51,7 +51,8 @@ c10::SymInt check_compress(const at::Tensor& x, const PhiWeights& weights, int64
   if (!weights.w1.has_value()) {
     for (const auto& [name, weight] :
          {std::pair{"pe", &weights.pe}, {"b1", &weights.b1}, {"w2", &weights.w2}, {"b2", &weights.b2}}) {
-      TORCH_CHECK_VALUE(!weight->has_value(), name, " must come with w1 (without weights the result is the mean), got it alone");
+      TORCH_CHECK_VALUE(!weight->has_value(), name,
+                        " must come with w1 (without weights the result is the mean), got it alone");
     }
     return width;
   }
@@ -75,7 +76,8 @@ c10::SymDimVector output_shape(const at::Tensor& x, const c10::SymInt& width, in
   if (packing.packed()) {
     return {tokens / block_stride, x.sym_size(-2), width};
   }
-  const c10::SymInt blocks = tokens < block_size ? c10::SymInt(0) : (tokens - block_size) / block_stride + c10::SymInt(1);
+  const c10::SymInt blocks =
+      tokens < block_size ? c10::SymInt(0) : (tokens - block_size) / block_stride + c10::SymInt(1);
   return {x.sym_size(0), blocks, x.sym_size(-2), width};
 }
 
@@ -101,8 +103,6 @@ void check_lengths(const at::Tensor& x, const Packing& packing) {
     check_cumulative_lengths("cu_seqlens_k", *packing.cu_seqlens_k, x.size(-3), "max_seqlen_k", packing.max_seqlen_k);
   }
 }
-
-
 
 template <Backend backend>
 at::Tensor compress(const at::Tensor& x, const OptionalTensor& pe, const OptionalTensor& w1, const OptionalTensor& b1,
@@ -133,7 +133,8 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
   const Packing packing = key_packing(cu_seqlens_k, max_seqlen_k);
   const c10::SymInt width = check_compress(x, weights, block_size, block_stride, packing);
   check_like("grad_out", grad_out, "x", x);
-  check_shape("grad_out", grad_out, output_shape(x, width, block_size, block_stride, packing), "the shape of the result");
+  check_shape("grad_out", grad_out, output_shape(x, width, block_size, block_stride, packing),
+              "the shape of the result");
   PhiGradients grads;
   if constexpr (backend == Backend::kCpu) {
     check_lengths(x, packing);
@@ -143,9 +144,10 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
     if (!of.has_value()) {
       return at::empty({0}, x.options());
     }
-    return backend == Backend::kCpu ? grad.to(x.scalar_type()).contiguous() : at::empty_symint(of->sym_sizes(), x.options());
+    return backend == Backend::kCpu ? grad.to(x.scalar_type()).contiguous()
+                                    : at::empty_symint(of->sym_sizes(), x.options());
   };
-  return {result(grads.x, x), result(grads.pe, pe), result(grads.w1, w1),
+  return {result(grads.x, x),   result(grads.pe, pe), result(grads.w1, w1),
           result(grads.b1, b1), result(grads.w2, w2), result(grads.b2, b2)};
 }
 

@@ -1,6 +1,6 @@
-// h[m] = W1 vec(block_m + PE) + b1 = sum over i < l/d of W1_i chunk[m + i] + (W1 vec(PE) + b1),   out = W2 gelu(h) + b2.
-// W1_i is the part of W1 that meets the i-th chunk of a block: one product of every chunk with all l/d parts, then shift and
-// add, in place of l/d times the work and memory on unfolded blocks.
+// h[m] = W1 vec(block_m + PE) + b1 = sum over i < l/d of W1_i chunk[m + i] + (W1 vec(PE) + b1),   out = W2 gelu(h) +
+// b2. W1_i is the part of W1 that meets the i-th chunk of a block: one product of every chunk with all l/d parts, then
+// shift and add, in place of l/d times the work and memory on unfolded blocks.
 #include "compression/phi.h"
 
 #include <ATen/Functions.h>
@@ -98,8 +98,12 @@ PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights) {
   const auto zeros = [](const std::optional<at::Tensor>& weight) {
     return weight.has_value() ? at::zeros_like(*weight) : at::Tensor();
   };
-  return {at::zeros(x.sizes(), x.options()), zeros(weights.pe), zeros(weights.w1),
-          zeros(weights.b1),                 zeros(weights.w2), zeros(weights.b2)};
+  return {at::zeros(x.sizes(), x.options()),
+          zeros(weights.pe),
+          zeros(weights.w1),
+          zeros(weights.b1),
+          zeros(weights.w2),
+          zeros(weights.b2)};
 }
 
 }  // namespace
@@ -120,8 +124,8 @@ at::Tensor phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t b
   return blocks.to_output(blocks.mask(out).contiguous());
 }
 
-PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights, int64_t block_size,
-                          int64_t block_stride, const Packing& packing) {
+PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights,
+                          int64_t block_size, int64_t block_stride, const Packing& packing) {
   const CompressionBlocks blocks(x, block_size, block_stride, packing);
   PhiGradients grads = zero_gradients(x, weights);
   if (blocks.empty()) {

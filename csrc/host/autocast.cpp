@@ -1,5 +1,5 @@
-// Under autocast every floating argument is cast to the autocast dtype, except gates and lse, which stay as they are. One
-// boxed kernel serves all forward ops; the backwards run in the dtypes that their forwards saved.
+// Under autocast every floating argument is cast to the autocast dtype, except gates and lse, which stay as they are.
+// One boxed kernel serves all forward ops; the backwards run in the dtypes that their forwards saved.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -11,7 +11,8 @@ namespace {
 
 template <c10::DeviceType device>
 void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const at::ScalarType type = at::autocast::get_autocast_dtype(device);
   const auto& arguments = op.schema().arguments();
   const auto given = torch::jit::last(*stack, arguments.size());

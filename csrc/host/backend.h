@@ -1,5 +1,5 @@
-// What the code that registers an op is instantiated for. Every backend runs the same checks and allocates the same results;
-// only what fills them differs.
+// What the code that registers an op is instantiated for. Every backend runs the same checks and allocates the same
+// results; only what fills them differs.
 #pragma once
 
 namespace nsa {

@@ -36,8 +36,8 @@ inline AttentionOptions load_options(torch::autograd::AutogradContext* ctx, cons
       .window = saved["window"].toSymInt(),
       .scale = saved["scale"].toOptional<double>(),
       .block_indices = tensors[0],
-      .packing = {tensors[1], tensors[2], load_optional_int(ctx, "max_seqlen_q"), load_optional_int(ctx, "max_seqlen_k"),
-                  tensors[3]},
+      .packing = {tensors[1], tensors[2], load_optional_int(ctx, "max_seqlen_q"),
+                  load_optional_int(ctx, "max_seqlen_k"), tensors[3]},
   };
 }
 

@@ -58,7 +58,8 @@ void check_scale(const std::optional<double>& scale) {
   TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale must be finite, got ", *scale);
 }
 
-void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name, const at::Tensor& like) {
+void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name,
+                             const at::Tensor& like) {
   check_lengths_vector(name, lengths, like_name, like);
   TORCH_CHECK_VALUE(lengths.sym_size(0) >= 1, name, " must have B + 1 entries, got none");
 }
@@ -70,8 +71,8 @@ void check_at_least(const char* name, int64_t value, int64_t least) {
 void check_block_sizes(int64_t block_size, int64_t block_stride, std::optional<int64_t> select_size) {
   check_at_least("block_size", block_size, 1);
   check_at_least("block_stride", block_stride, 1);
-  TORCH_CHECK_VALUE(block_size % block_stride == 0, "block_stride must divide block_size, got block_stride ", block_stride,
-                    " and block_size ", block_size);
+  TORCH_CHECK_VALUE(block_size % block_stride == 0, "block_stride must divide block_size, got block_stride ",
+                    block_stride, " and block_size ", block_size);
   if (select_size.has_value()) {
     check_at_least("select_size", *select_size, 1);
     TORCH_CHECK_VALUE(*select_size % block_stride == 0, "block_stride must divide select_size, got block_stride ",
@@ -105,8 +106,8 @@ void check_packing(const Packing& packing, const char* like_name, const at::Tens
                     packing.cu_seqlens_q->sym_size(0));
   if (packing.seqused_k.has_value()) {
     check_lengths_vector("seqused_k", *packing.seqused_k, like_name, like);
-    TORCH_CHECK_VALUE(packing.seqused_k->sym_size(0) == size - 1, "seqused_k must have one entry a sequence, ", size - 1,
-                      ", got ", packing.seqused_k->sym_size(0));
+    TORCH_CHECK_VALUE(packing.seqused_k->sym_size(0) == size - 1, "seqused_k must have one entry a sequence, ",
+                      size - 1, ", got ", packing.seqused_k->sym_size(0));
   }
 }
 
@@ -162,7 +163,8 @@ void check_block_indices(const at::Tensor& block_indices, const at::Tensor& q, c
   TORCH_CHECK_TYPE(block_indices.scalar_type() == at::kInt, "block_indices must be int32, got ",
                    block_indices.scalar_type());
   check_same_device("block_indices", block_indices, "q", q);
-  TORCH_CHECK_VALUE(block_indices.dim() == q.dim(), "block_indices must be (B, Tq, Hkv, n), packed (sum Tq, Hkv, n), got shape ",
+  TORCH_CHECK_VALUE(block_indices.dim() == q.dim(),
+                    "block_indices must be (B, Tq, Hkv, n), packed (sum Tq, Hkv, n), got shape ",
                     block_indices.sym_sizes());
   c10::SymDimVector shape(q.sym_sizes().begin(), q.sym_sizes().end());
   shape[shape.size() - 2] = heads_of(k);

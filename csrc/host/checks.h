@@ -1,5 +1,6 @@
-// Checks of arguments that the ops share. They read sizes as SymInts, so the same code serves real and symbolic tensors, and
-// they raise ValueError (sizes, options) or TypeError (dtype, device) naming the argument before any kernel starts.
+// Checks of arguments that the ops share. They read sizes as SymInts, so the same code serves real and symbolic
+// tensors, and they raise ValueError (sizes, options) or TypeError (dtype, device) naming the argument before any
+// kernel starts.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,7 +33,8 @@ void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef
 void check_scale(const std::optional<double>& scale);
 
 // An int32 vector of B + 1 cumulative lengths on `like`'s device.
-void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name, const at::Tensor& like);
+void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name,
+                             const at::Tensor& like);
 
 // At least `least`.
 void check_at_least(const char* name, int64_t value, int64_t least);

@@ -1,5 +1,5 @@
-// On CUDA, ops that have no kernels of their own yet run on the CPU: right, differentiable, and slow, which a warning says
-// once. The composition in nsa/ runs where its parts do.
+// On CUDA, ops that have no kernels of their own yet run on the CPU: right, differentiable, and slow, which a warning
+// says once. The composition in nsa/ runs where its parts do.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUFallback.h>
 #include <c10/util/Exception.h>

@@ -25,17 +25,19 @@ KernelChoice choose_cpu_kernel(const KernelQuery& query) {
   const int64_t group = query.num_heads / query.num_kv_heads;
   const std::string products = ", products by ATen's BLAS in " + type;
   if (query.op == "compress") {
-    return {"phi_aten_" + type, "one product of all stride-d chunks with the split weight, then shift and add" + products};
+    return {"phi_aten_" + type,
+            "one product of all stride-d chunks with the split weight, then shift and add" + products};
   }
   if (query.op == "selected_attention") {
     const int64_t blocks = ceil_div(query.num_keys, query.select_size);
     const int64_t tokens = cpu::tokens_per_selected_tile(group, blocks, query.num_selected);
     return {"cpu_selected_" + type, "tiles of " + std::to_string(tokens) + " queries, so that a block of " +
-                                        std::to_string(blocks) + " meets about " +
-                                        std::to_string(cpu::kRowsWanted) + " rows at once" + products};
+                                        std::to_string(blocks) + " meets about " + std::to_string(cpu::kRowsWanted) +
+                                        " rows at once" + products};
   }
   if (query.op == "nsa_attention") {
-    return {"composition", "the kernels of compressed_attention, select_blocks, selected_attention and window_attention"};
+    return {"composition",
+            "the kernels of compressed_attention, select_blocks, selected_attention and window_attention"};
   }
   const std::string name = query.op == "select_blocks" ? "cpu_select_" : "cpu_range_";
   return {name + type, "tiles of " + std::to_string(cpu::tokens_per_tile(group)) + " queries by chunks of " +
@@ -63,8 +65,8 @@ KernelChoice choose_kernel(const KernelQuery& query) {
               std::to_string(query.num_kv_heads));
   require(query.num_keys >= 0, "num_keys must be at least 0, got " + std::to_string(query.num_keys));
   require(query.select_size >= 1 && query.num_selected >= 1, "select_size and num_selected must be at least 1, got " +
-                                                                std::to_string(query.select_size) + " and " +
-                                                                std::to_string(query.num_selected));
+                                                                 std::to_string(query.select_size) + " and " +
+                                                                 std::to_string(query.num_selected));
   if (query.device == "cpu") {
     return choose_cpu_kernel(query);
   }
@@ -72,7 +74,8 @@ KernelChoice choose_kernel(const KernelQuery& query) {
   if (query.op == "nsa_attention") {
     return choose_cpu_kernel(query);
   }
-  return {"cpu_fallback", "there is no CUDA kernel for " + query.op + " in this version: tensors are copied to the CPU and back"};
+  return {"cpu_fallback",
+          "there is no CUDA kernel for " + query.op + " in this version: tensors are copied to the CPU and back"};
 }
 
 BuildInfo build_info() {

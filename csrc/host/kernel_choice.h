@@ -1,4 +1,5 @@
-// Which kernel an op runs for given shapes, and why. No torch: the Python module _C and programs can ask without tensors.
+// Which kernel an op runs for given shapes, and why. No torch: the Python module _C and programs can ask without
+// tensors.
 #pragma once
 
 #include <cstdint>

@@ -22,11 +22,11 @@ using OutAndLse = std::tuple<at::Tensor, at::Tensor>;
 using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
 
 struct AttentionOptions {
-  OptionalInt seqlen_k;         // compressed: uncompressed keys of a dense call
-  int64_t block_size = 0;       // compressed
-  int64_t block_stride = 0;     // compressed
-  int64_t select_size = 0;      // selected
-  c10::SymInt window = 0;       // window
+  OptionalInt seqlen_k;      // compressed: uncompressed keys of a dense call
+  int64_t block_size = 0;    // compressed
+  int64_t block_stride = 0;  // compressed
+  int64_t select_size = 0;   // selected
+  c10::SymInt window = 0;    // window
   OptionalDouble scale;
   OptionalTensor block_indices;  // selected
   Packing packing;

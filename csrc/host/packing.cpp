@@ -8,7 +8,8 @@ namespace nsa {
 namespace {
 
 // `maximum` bounds what a kernel's grid covers, so a longer sequence would be left half done.
-void check_cumulative(const char* name, const at::Tensor& lengths, const std::optional<c10::SymInt>& maximum, const char* maximum_name) {
+void check_cumulative(const char* name, const at::Tensor& lengths, const std::optional<c10::SymInt>& maximum,
+                      const char* maximum_name) {
   const int32_t* cu = lengths.const_data_ptr<int32_t>();
   const int64_t batch = lengths.numel() - 1;
   TORCH_CHECK_VALUE(cu[0] == 0, name, " must start with 0, got ", cu[0]);
@@ -46,8 +47,8 @@ std::vector<Sequence> list_packed(const Packing& packing, int64_t tokens_q, int6
     const int64_t q_length = q[b + 1] - q[b];
     TORCH_CHECK_VALUE(0 <= k_length && k_length <= slot, "seqused_k must lie between 0 and the slot's ", slot,
                       " keys, got ", k_length, " for sequence ", b);
-    TORCH_CHECK_VALUE(q_length <= k_length, "cu_seqlens_q must not give a sequence more queries than keys, got ", q_length,
-                      " queries and ", k_length, " keys for sequence ", b);
+    TORCH_CHECK_VALUE(q_length <= k_length, "cu_seqlens_q must not give a sequence more queries than keys, got ",
+                      q_length, " queries and ", k_length, " keys for sequence ", b);
     sequences.push_back({0, q[b], q_length, k[b], k_length, cmp_begin});
     cmp_begin += num_compressed_blocks(slot, block_size, block_stride);
   }
@@ -89,7 +90,8 @@ std::vector<Sequence> list_compressed_sequences(const Packing& packing, int64_t 
   if (!sequences.empty()) {
     const Sequence& last = sequences.back();
     const int64_t needed = last.cmp_begin + num_compressed_blocks(last.k_length, block_size, block_stride);
-    TORCH_CHECK_VALUE(needed <= tokens_cmp, "k_cmp must hold the ", needed, " blocks of cu_seqlens_k, got ", tokens_cmp);
+    TORCH_CHECK_VALUE(needed <= tokens_cmp, "k_cmp must hold the ", needed, " blocks of cu_seqlens_k, got ",
+                      tokens_cmp);
   }
   return sequences;
 }

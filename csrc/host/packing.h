@@ -26,7 +26,7 @@ struct Sequence {
   int64_t q_begin;
   int64_t q_length;
   int64_t k_begin;
-  int64_t k_length;  // in use
+  int64_t k_length;   // in use
   int64_t cmp_begin;  // first compressed block
 
   // The last query sees the last key.
@@ -37,8 +37,8 @@ struct Sequence {
 void check_cumulative_lengths(const char* name, const at::Tensor& lengths, int64_t tokens, const char* maximum_name,
                               const std::optional<c10::SymInt>& maximum);
 
-// The sequences of a call on the CPU, read from the lengths. ValueError when the lengths contradict the tensors, which hold
-// `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
+// The sequences of a call on the CPU, read from the lengths. ValueError when the lengths contradict the tensors, which
+// hold `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
 std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k);
 
 // The same for an op whose keys are compressed: `tokens_cmp` compressed ones, of `seqlen_k` keys when dense.

@@ -11,15 +11,16 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr size_t kInputs = 8;    // q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates
-constexpr size_t kResults = 7;   // out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, block_indices
+constexpr size_t kInputs = 8;   // q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates
+constexpr size_t kResults = 7;  // out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, block_indices
 
-NsaResults call_forward(const NsaInputs& in, int64_t num_selected, const ForcedBlocks& forced, const AttentionOptions& o) {
-  using Signature = NsaResults(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, c10::SymInt,
-      OptionalDouble, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, OptionalInt, OptionalInt,
-      const OptionalTensor&);
+NsaResults call_forward(const NsaInputs& in, int64_t num_selected, const ForcedBlocks& forced,
+                        const AttentionOptions& o) {
+  using Signature =
+      NsaResults(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                 const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, int64_t, int64_t,
+                 int64_t, c10::SymInt, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
+                 const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::nsa_attention_forward");
   return op.call(in.q, in.k_cmp, in.v_cmp, in.k_slc, in.v_slc, in.k_win, in.v_win, in.gates, o.block_size,
                  o.block_stride, o.select_size, num_selected, forced.initial, forced.local, o.window, o.scale,
@@ -30,11 +31,12 @@ NsaResults call_forward(const NsaInputs& in, int64_t num_selected, const ForcedB
 // `saved` holds the inputs, then the results.
 NsaGradients call_backward(const at::Tensor& grad_out, const std::vector<OptionalTensor>& saved,
                            const AttentionOptions& o) {
-  using Signature = NsaGradients(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, int64_t, c10::SymInt,
-      OptionalDouble, const OptionalTensor&, const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
+  using Signature =
+      NsaGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                   const at::Tensor&, int64_t, int64_t, int64_t, c10::SymInt, OptionalDouble, const OptionalTensor&,
+                   const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::nsa_attention_backward");
   return op.call(grad_out, *saved[0], *saved[1], *saved[2], *saved[3], *saved[4], *saved[5], *saved[6], *saved[7],
                  *saved[8], *saved[9], *saved[10], *saved[11], *saved[12], *saved[13], *saved[14], o.block_size,

@@ -1,5 +1,5 @@
-// nsa_attention = gate_cmp * compressed + gate_slc * selected + gate_win * window, its forward with all intermediate results,
-// and its backward. They call the branches' ops through the dispatcher, so one body serves every backend.
+// nsa_attention = gate_cmp * compressed + gate_slc * selected + gate_win * window, its forward with all intermediate
+// results, and its backward. They call the branches' ops through the dispatcher, so one body serves every backend.
 #include "nsa/operator.h"
 
 #include <ATen/Functions.h>
@@ -61,8 +61,8 @@ at::Tensor combine(const at::Tensor& gates, std::array<at::Tensor, 3> outs, at::
   return sum.to(outs[0].scalar_type());
 }
 
-at::Tensor choose_blocks(const NsaInputs& in, const at::Tensor& lse_cmp, int64_t num_selected, const ForcedBlocks& forced,
-                         const AttentionOptions& o) {
+at::Tensor choose_blocks(const NsaInputs& in, const at::Tensor& lse_cmp, int64_t num_selected,
+                         const ForcedBlocks& forced, const AttentionOptions& o) {
   if (o.block_indices.has_value()) {
     return o.block_indices->clone();
   }
@@ -127,7 +127,8 @@ NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor
                                     const at::Tensor& block_indices, int64_t block_size, int64_t block_stride,
                                     int64_t select_size, c10::SymInt window, OptionalDouble scale,
                                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+                                    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
+                                    const OptionalTensor& seqused_k) {
   const AttentionOptions options{
       .seqlen_k = k_slc.sym_size(-3),
       .block_size = block_size,
@@ -157,7 +158,7 @@ NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor
   auto [dq_win, dk_win, dv_win] =
       WindowBranch::backward(branch_grad(2), std::nullopt, q, k_win, v_win, out_win, lse_win, options);
   const at::Tensor dq = dq_cmp.add_(dq_slc).add_(dq_win);
-  return {dq,     dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, at::stack(grad_gates, -1).to(gates.scalar_type())};
+  return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, at::stack(grad_gates, -1).to(gates.scalar_type())};
 }
 
 void register_composition(torch::Library& m) {

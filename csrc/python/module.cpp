@@ -1,4 +1,5 @@
-// nsa_torch._C: what the library was built with, and which kernel runs for given shapes. The ops themselves need no Python.
+// nsa_torch._C: what the library was built with, and which kernel runs for given shapes. The ops themselves need no
+// Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,7 +30,8 @@ py::tuple choose_kernel(std::string op, std::string device, std::string dtype, i
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nsa_torch, and which kernel runs for given shapes.";
-  m.def("build_info", &build_info, "What libnsa_torch.so was built with: torch, cuda (None without), compiler, openmp.");
+  m.def("build_info", &build_info,
+        "What libnsa_torch.so was built with: torch, cuda (None without), compiler, openmp.");
   m.def("ops_with_kernels", &nsa::ops_with_kernels, "The ops that choose_kernel knows.");
   m.def("choose_kernel", &choose_kernel, py::arg("op"), py::kw_only(), py::arg("device") = "cpu",
         py::arg("dtype") = "float32", py::arg("num_heads") = 1, py::arg("num_kv_heads") = 1, py::arg("num_keys") = 1,

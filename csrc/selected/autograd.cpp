@@ -14,15 +14,16 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
 
 }  // namespace
 
-OutAndLse SelectedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& o) {
+OutAndLse SelectedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                  const AttentionOptions& o) {
   static const auto op = find_op<decltype(selected_attention)>("nsa::selected_attention");
   return op.call(q, k, v, *o.block_indices, o.select_size, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k,
                  o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
 }
 
-AttentionGradients SelectedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
-                                   const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-                                   const at::Tensor& lse, const AttentionOptions& o) {
+AttentionGradients SelectedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
   static const auto op = find_op<AttentionGradients(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, OptionalDouble, const OptionalTensor&,

@@ -1,4 +1,5 @@
-// Calls of this folder's ops through the dispatcher, for their autograd Functions (host/branch_function.h) and for nsa/.
+// Calls of this folder's ops through the dispatcher, for their autograd Functions (host/branch_function.h) and for
+// nsa/.
 #pragma once
 
 #include "host/options.h"

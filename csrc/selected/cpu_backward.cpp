@@ -18,7 +18,11 @@ struct Scratch {
   Buffer<T> q, grad_out, weights, grad_scores, grad_q;
 
   Scratch(int64_t rows, int64_t dk, int64_t dv, int64_t select_size)
-      : q(rows * dk), grad_out(rows * dv), weights(rows * select_size), grad_scores(rows * select_size), grad_q(rows * dk) {}
+      : q(rows * dk),
+        grad_out(rows * dv),
+        weights(rows * select_size),
+        grad_scores(rows * select_size),
+        grad_q(rows * dk) {}
 };
 
 template <typename T>

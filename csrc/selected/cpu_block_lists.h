@@ -1,5 +1,5 @@
-// A tile's choices turned round: for each block, the tokens of the tile that chose it. A block's keys then meet all their
-// queries in one matrix product, instead of G rows at a time.
+// A tile's choices turned round: for each block, the tokens of the tile that chose it. A block's keys then meet all
+// their queries in one matrix product, instead of G rows at a time.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +35,8 @@ inline int64_t tokens_per_selected_tile(int64_t group, int64_t num_blocks, int64
   return std::clamp<int64_t>(wanted, std::min<int64_t>(most, std::max<int64_t>(512 / group, 1)), most);
 }
 
-// Calls visit(BlockGroup) for the blocks of a tile in ascending order, at most kRowsPerProduct rows at a time (one token's
-// rows at least). A token is listed only where it sees at least one key.
+// Calls visit(BlockGroup) for the blocks of a tile in ascending order, at most kRowsPerProduct rows at a time (one
+// token's rows at least). A token is listed only where it sees at least one key.
 template <typename Visit>
 void for_each_block(const TileSpan& span, const BlockLists& lists, const Visit& visit) {
   const Sequence& sequence = *span.sequence;

@@ -1,6 +1,6 @@
 // out = softmax(scale q k^T) v over the keys j <= p of the blocks that each query lists.
-// A task takes a tile of queries of one KV head, turns their lists round, and walks the blocks in ascending order: the rows
-// that chose a block are gathered, S = Q K^T, softmax, and P V is added to each row's sum.
+// A task takes a tile of queries of one KV head, turns their lists round, and walks the blocks in ascending order: the
+// rows that chose a block are gathered, S = Q K^T, softmax, and P V is added to each row's sum.
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
@@ -71,11 +71,12 @@ void check_block_lists(const at::Tensor& block_indices, const std::vector<Sequen
       const int32_t* list = rows.at(sequence.batch, sequence.q_begin + t / kv_heads, t % kv_heads);
       for (int64_t i = 0; i < per_token; ++i) {
         const int32_t block = list[i];
-        TORCH_CHECK_VALUE(-1 <= block && block < num_blocks, "block_indices must lie between -1 and the number of blocks, ",
-                          num_blocks, ", exclusive, got ", block);
+        TORCH_CHECK_VALUE(-1 <= block && block < num_blocks,
+                          "block_indices must lie between -1 and the number of blocks, ", num_blocks,
+                          ", exclusive, got ", block);
         if (block >= 0) {
-          TORCH_CHECK_VALUE(last_list[block] != t, "block_indices must not list a block twice for one query, got ", block,
-                            " twice");
+          TORCH_CHECK_VALUE(last_list[block] != t, "block_indices must not list a block twice for one query, got ",
+                            block, " twice");
           last_list[block] = t;
         }
       }
@@ -98,11 +99,16 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
   const at::Tensor k_read = readable(k, type);
   const at::Tensor v_read = readable(v, type);
   AT_DISPATCH_FLOATING_TYPES(type, "selected_attention_forward", [&] {
-    const ForwardRows<scalar_t> rows{read_rows<scalar_t>(q_read), read_rows<scalar_t>(k_read),
-                                     read_rows<scalar_t>(v_read), write_rows<scalar_t>(result),
-                                     write_lse<scalar_t>(lse),    q.size(-1),
-                                     v.size(-1),                  static_cast<scalar_t>(scale)};
-    for_each_task(static_cast<int64_t>(tiles.size()), [&](int64_t i) { forward_tile<scalar_t>(tiles[i], lists, rows); });
+    const ForwardRows<scalar_t> rows{read_rows<scalar_t>(q_read),
+                                     read_rows<scalar_t>(k_read),
+                                     read_rows<scalar_t>(v_read),
+                                     write_rows<scalar_t>(result),
+                                     write_lse<scalar_t>(lse),
+                                     q.size(-1),
+                                     v.size(-1),
+                                     static_cast<scalar_t>(scale)};
+    for_each_task(static_cast<int64_t>(tiles.size()),
+                  [&](int64_t i) { forward_tile<scalar_t>(tiles[i], lists, rows); });
   });
   if (!result.is_same(out)) {
     out.copy_(result);

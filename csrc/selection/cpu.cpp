@@ -1,6 +1,6 @@
-// p_cmp = exp(scale q k_cmp^T - lse), summed over the heads of a group; importance of a block by Eq. 9; the forced blocks and
-// the most important others, in ascending order.
-// A task takes a tile of queries of one KV head; it keeps the summed p_cmp of its own queries only.
+// p_cmp = exp(scale q k_cmp^T - lse), summed over the heads of a group; importance of a block by Eq. 9; the forced
+// blocks and the most important others, in ascending order. A task takes a tile of queries of one KV head; it keeps the
+// summed p_cmp of its own queries only.
 #include "selection/cpu.h"
 
 #include <ATen/Dispatch.h>
@@ -34,8 +34,8 @@ Buffer<T> group_probabilities(const TileSpan& span, const CompressedRange& range
     const int64_t first_row = chunk.token_begin * span.group;
     const int64_t rows = (chunk.token_end - chunk.token_begin) * span.group;
     const int64_t width = chunk.keys.end - chunk.keys.begin;
-    const Matrix<const T> k_chunk{
-        k.at(span.sequence->batch, span.sequence->cmp_begin + chunk.keys.begin, kv_head), k.token_stride};
+    const Matrix<const T> k_chunk{k.at(span.sequence->batch, span.sequence->cmp_begin + chunk.keys.begin, kv_head),
+                                  k.token_stride};
     multiply_nt<T>(rows, width, dk, {queries.data() + first_row * dk, dk}, k_chunk, {scores.data(), width});
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = chunk.token_begin + r / span.group;
@@ -60,8 +60,9 @@ T block_importance(const T* probabilities, int64_t visible, const BlockOverlap& 
 }
 
 template <typename T>
-void choose_blocks(const T* probabilities, int64_t position, const SelectionOptions& options, const BlockOverlap& overlap,
-                   std::vector<T>& importance, std::vector<int32_t>& candidates, int32_t* list) {
+void choose_blocks(const T* probabilities, int64_t position, const SelectionOptions& options,
+                   const BlockOverlap& overlap, std::vector<T>& importance, std::vector<int32_t>& candidates,
+                   int32_t* list) {
   const int64_t own_block = position / options.select_size;
   const int64_t visible = options.range(position).end;
   candidates.clear();

@@ -22,9 +22,9 @@ void check_lse(const at::Tensor& lse, const at::Tensor& q) {
 template <Backend backend>
 at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& lse, OptionalInt seqlen_k,
                          int64_t block_size, int64_t block_stride, int64_t select_size, int64_t num_selected,
-                         int64_t num_initial, int64_t num_local, OptionalDouble scale, const OptionalTensor& cu_seqlens_q,
-                         const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                         const OptionalTensor& seqused_k) {
+                         int64_t num_initial, int64_t num_local, OptionalDouble scale,
+                         const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                         OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   const AttentionOptions options{
       .seqlen_k = seqlen_k,
       .block_size = block_size,

@@ -36,9 +36,9 @@ void accumulate_tn(int64_t m, int64_t n, int64_t k, Matrix<const T> a, Matrix<co
   at::cpu::addmm_out(result, result, view(a.data, m, k, 1, a.stride), view(b.data, k, n, b.stride, 1));
 }
 
-#define NSA_INSTANTIATE_GEMM(T)                                                                                     \
-  template void multiply_nt<T>(int64_t, int64_t, int64_t, Matrix<const T>, Matrix<const T>, Matrix<T>);             \
-  template void multiply_nn<T>(int64_t, int64_t, int64_t, Matrix<const T>, Matrix<const T>, Matrix<T>, bool);       \
+#define NSA_INSTANTIATE_GEMM(T)                                                                               \
+  template void multiply_nt<T>(int64_t, int64_t, int64_t, Matrix<const T>, Matrix<const T>, Matrix<T>);       \
+  template void multiply_nn<T>(int64_t, int64_t, int64_t, Matrix<const T>, Matrix<const T>, Matrix<T>, bool); \
   template void accumulate_tn<T>(int64_t, int64_t, int64_t, Matrix<const T>, Matrix<const T>, Matrix<T>);
 NSA_INSTANTIATE_GEMM(float)
 NSA_INSTANTIATE_GEMM(double)

@@ -1,4 +1,5 @@
-// Row-major matrix products on raw memory, computed by ATen's BLAS. Inside a parallel region each runs on its own thread.
+// Row-major matrix products on raw memory, computed by ATen's BLAS. Inside a parallel region each runs on its own
+// thread.
 #pragma once
 
 #include <ATen/core/Tensor.h>

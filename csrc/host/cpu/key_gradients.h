@@ -1,6 +1,6 @@
-// Where backward tasks add up dk and dv. Tiles of one KV head share keys, so one task walks them in order; when there are
-// fewer heads than threads, the tiles are split among several tasks, each with its own sums, added up in a fixed order at the
-// end: gradients do not depend on the timing of threads.
+// Where backward tasks add up dk and dv. Tiles of one KV head share keys, so one task walks them in order; when there
+// are fewer heads than threads, the tiles are split among several tasks, each with its own sums, added up in a fixed
+// order at the end: gradients do not depend on the timing of threads.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -70,7 +70,8 @@ void store_tile(const TileSpan& span, const T* from, int64_t width, T factor, co
   }
 }
 
-// Softmax over keys that come block by block: the running maximum, the running sum of weights, and the sum of values so far.
+// Softmax over keys that come block by block: the running maximum, the running sum of weights, and the sum of values so
+// far.
 template <typename T>
 class OnlineSoftmax {
  public:
@@ -80,8 +81,8 @@ class OnlineSoftmax {
     std::fill_n(out_.data(), rows * width, T(0));
   }
 
-  // Turns n >= 1 scores of a row into weights in place. Returns the factor by which the row's sum of values must be scaled
-  // before the weighted values are added to it.
+  // Turns n >= 1 scores of a row into weights in place. Returns the factor by which the row's sum of values must be
+  // scaled before the weighted values are added to it.
   T add_scores(int64_t row, T* scores, int64_t n) {
     const T before = maximum_[row];
     const T now = std::max(before, row_max(scores, n));

@@ -3,9 +3,10 @@
 #include <cmath>
 #include <cstring>
 
-// Several versions of one function, picked by the loader through an ifunc. Sanitizers' runtimes are not up yet when ifuncs
-// resolve, so instrumented builds have one version.
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__linux__) && !defined(__SANITIZE_ADDRESS__)
+// Several versions of one function, picked by the loader through an ifunc. Sanitizers' runtimes are not up yet when
+// ifuncs resolve, so instrumented builds have one version.
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 12 && !defined(__clang__) && defined(__linux__) && \
+    !defined(__SANITIZE_ADDRESS__)
 #define NSA_VECTORIZED __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
 #define NSA_VECTORIZED
@@ -14,8 +15,8 @@
 namespace nsa::cpu {
 namespace {
 
-// e^x without a branch, so that the compiler makes vectors of it: x = k ln 2 + r with |r| <= ln 2 / 2, and a polynomial of
-// degree 6 in r. Weights under e^-87 are 0; e^88 stands for all above, which only a wrong lse can ask for.
+// e^x without a branch, so that the compiler makes vectors of it: x = k ln 2 + r with |r| <= ln 2 / 2, and a polynomial
+// of degree 6 in r. Weights under e^-87 are 0; e^88 stands for all above, which only a wrong lse can ask for.
 inline __attribute__((always_inline)) float exp_fast(float x) {
   constexpr float kLog2E = 1.44269504088896341F;
   constexpr float kLn2High = 0.693359375F;
@@ -117,7 +118,9 @@ double row_exp(double* x, int64_t n, double shift) { return exp_loop(x, n, shift
 NSA_VECTORIZED void row_scale(float* x, int64_t n, float factor) { scale_loop(x, n, factor); }
 void row_scale(double* x, int64_t n, double factor) { scale_loop(x, n, factor); }
 
-NSA_VECTORIZED void row_scale_add(float* y, const float* x, int64_t n, float factor) { scale_add_loop(y, x, n, factor); }
+NSA_VECTORIZED void row_scale_add(float* y, const float* x, int64_t n, float factor) {
+  scale_add_loop(y, x, n, factor);
+}
 void row_scale_add(double* y, const double* x, int64_t n, double factor) { scale_add_loop(y, x, n, factor); }
 
 NSA_VECTORIZED void row_add(float* y, const float* x, int64_t n) { add_loop(y, x, n); }
@@ -129,6 +132,8 @@ double row_dot(const double* x, const double* y, int64_t n) { return dot_loop(x,
 NSA_VECTORIZED void row_softmax_backward(float* dp, const float* p, int64_t n, float delta) {
   softmax_backward_loop(dp, p, n, delta);
 }
-void row_softmax_backward(double* dp, const double* p, int64_t n, double delta) { softmax_backward_loop(dp, p, n, delta); }
+void row_softmax_backward(double* dp, const double* p, int64_t n, double delta) {
+  softmax_backward_loop(dp, p, n, delta);
+}
 
 }  // namespace nsa::cpu
