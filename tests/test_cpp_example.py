@@ -19,7 +19,8 @@ PATH = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH",
 
 def run(*command: str | Path, succeeds: bool = True) -> str:
     """What a command prints, which must succeed or must fail."""
-    environment = os.environ | {"PATH": PATH}
+    # One thread: tensors as small as the programs' only make threads wait for each other.
+    environment = os.environ | {"PATH": PATH, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         command, check=False, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

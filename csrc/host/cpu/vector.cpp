@@ -27,7 +27,8 @@ inline __attribute__((always_inline)) float exp_fast(float x) {
   const float k = shifted - kRound;
   float r = clamped - k * kLn2High;
   r -= k * kLn2Low;
-  float p = 1.3981999507e-3F;
+  float p = 1.9875691500e-4F;
+  p = p * r + 1.3981999507e-3F;
   p = p * r + 8.3334519073e-3F;
   p = p * r + 4.1665795894e-2F;
   p = p * r + 1.6666665459e-1F;
