@@ -202,19 +202,24 @@ class Sequences:
                 raise ValueError(f"max_seqlen must be {expected}, got {max_seqlen}")
 
     def _reserve(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
-        """Make room for a chunk or refuse it; reads the lengths only if their bound overflows."""
+        """Make room for a chunk or refuse it; reads the lengths only if their bound overflows.
+
+        Where nothing may be read back, a compiled or captured step, the bound alone decides.
+        """
         bound, capacity = self.length_bound + max_seqlen, self.geometry.capacity
         device = self.lengths.device
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if bound > capacity and not capturing and not torch.compiler.is_compiling():
+        fixed = capturing or torch.compiler.is_compiling()
+        if bound > capacity and not fixed:
             bound = int((self.lengths + cu_seqlens.diff()).max())
             if bound > capacity and self.max_length is None:
                 capacity = max(bound, 2 * capacity)
                 check_addressable(self.geometry.batch_size, capacity)
                 self.geometry = self.geometry._replace(capacity=capacity)
         if bound > capacity:
+            hint = " (a bound: give max_seqlen if chunks are shorter than all tokens)" if fixed else ""
             raise ValueError(
-                f"max_length must be at least {bound} to hold the cached and the new tokens, "
+                f"max_length must be at least {bound} to hold the cached and the new tokens{hint}, "
                 f"got {self.max_length}, with buffers for {capacity}"
             )
         self.length_bound = bound
