@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ from nsa_torch.rope import rotary_tables, rotate
 HIDDEN, HEADS, KV_HEADS, DK, DV = 24, 4, 2, 8, 6
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 LENGTHS = (1, 2, 7, 8, 9, 12, 13, 31, 37)  # around l = l' = 8 and l + d = 12, and primes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> NSAAttention:

@@ -37,7 +37,7 @@ def test_counts_the_pairs_that_are_scored(shape: Shape) -> None:
 
 
 def test_paper_layer_at_64k() -> None:
-    """Figures worked out by hand for 64 query heads of 128 at 65,536 tokens."""
+    """Figures worked out by hand for 64 query heads of 128 at 65,536 tokens, in whole blocks: up to 4 % too many."""
     shape = GPU[6]
     assert shape.seqlen_q == 65536
     tera = 1e12
@@ -50,8 +50,8 @@ def test_paper_layer_at_64k() -> None:
         ("selected_attention", 2.2, 5.5),
         ("window_attention", 1.1, 2.75),
     ]:
-        assert cost(op, shape).forward_flops / tera == pytest.approx(forward, rel=0.03), op
-        assert cost(op, shape).backward_flops / tera == pytest.approx(backward, rel=0.03), op
+        assert cost(op, shape).forward_flops / tera == pytest.approx(forward, rel=0.05), op
+        assert cost(op, shape).backward_flops / tera == pytest.approx(backward, rel=0.05), op
 
 
 def test_decoding_reads_what_the_paper_says() -> None:
