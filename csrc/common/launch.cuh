@@ -1,0 +1,37 @@
+// Launches: shared memory beyond the default, the grid's limit, and the check afterwards.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace nsa {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("nsa_torch: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+// One-dimensional: a grid's x reaches 2^31 - 1. A grid of no blocks is no launch.
+template <typename Params>
+void launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
+            const char* name, const Params& params) {
+  if (blocks == 0) {
+    return;
+  }
+  if (blocks > 0x7fffffff) {
+    throw std::runtime_error(std::string("nsa_torch: ") + name + ": too many tiles for one launch");
+  }
+  if (shared_bytes > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params);
+  check_cuda(cudaGetLastError(), name);
+}
+
+}  // namespace nsa
