@@ -30,7 +30,7 @@ def build_cuda() -> bool:
         raise SystemExit("NSA_CUDA=1, but there is no CUDA toolkit, or torch was built without CUDA")
     cuda = found if wanted == "" else wanted == "1"
     if cuda and not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
     with_cuda = f"with CUDA {torch.version.cuda} from {CUDA_HOME}" if cuda else "without CUDA"
     print(f"nsa_torch: building for torch {torch.__version__}, {with_cuda}")
     return cuda
@@ -39,7 +39,9 @@ def build_cuda() -> bool:
 def library(cuda: bool) -> CppExtension:
     sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "python"]
     defines = [("NSA_CUDA_VERSION", f'"{torch.version.cuda}"')] if cuda else []
-    if cuda:
+    if not cuda:
+        sources = [p for p in sources if not p.name.startswith("cuda") or p.name == "cuda_fallback.cpp"]
+    else:
         sources += (ROOT / "csrc").rglob("*.cu")
     return (CUDAExtension if cuda else CppExtension)(
         LIBRARY,

@@ -3,6 +3,10 @@
 #include <torch/library.h>
 
 #include "attention/cpu.h"
+#if defined(NSA_CUDA_VERSION)
+#include "attention/cuda.h"
+#include "host/cuda/params.h"
+#endif
 #include "host/backend.h"
 #include "host/checks.h"
 #include "host/options.h"
@@ -52,6 +56,11 @@ OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, con
                                  list_compressed_sequences(q, k_cmp, options),
                                  cpu::CompressedKeys{{block_size, block_stride}}, out, lse);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::range_attention_forward(q, k_cmp, v_cmp, options, out, lse);
+  }
+#endif
   return {out, lse};
 }
 
@@ -77,6 +86,12 @@ AttentionGradients compressed_attention_backward(const at::Tensor& grad_out, con
                                          softmax_scale(scale, q.size(-1)), list_compressed_sequences(q, k_cmp, options),
                                          cpu::CompressedKeys{{block_size, block_stride}});
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    return cuda::range_attention_backward(grad_out, q, k_cmp, v_cmp, cuda::backward_rows(grad_out, out, lse, grad_lse),
+                                          options);
+  }
+#endif
   return empty_gradients(q, k_cmp, v_cmp);
 }
 
@@ -95,6 +110,11 @@ OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::T
     cpu::range_attention_forward(q, k, v, softmax_scale(scale, q.size(-1)), window_sequences(q, k, options),
                                  cpu::WindowKeys{{window.guard_int(__FILE__, __LINE__)}}, out, lse);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::range_attention_forward(q, k, v, options, out, lse);
+  }
+#endif
   return {out, lse};
 }
 
@@ -117,6 +137,11 @@ AttentionGradients window_attention_backward(const at::Tensor& grad_out, const O
                                          window_sequences(q, k, options),
                                          cpu::WindowKeys{{window.guard_int(__FILE__, __LINE__)}});
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse), options);
+  }
+#endif
   return empty_gradients(q, k, v);
 }
 
@@ -132,5 +157,8 @@ void register_backend(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(nsa, CPU, m) { register_backend<Backend::kCpu>(m); }
 TORCH_LIBRARY_IMPL(nsa, Meta, m) { register_backend<Backend::kMeta>(m); }
+#if defined(NSA_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) { register_backend<Backend::kCuda>(m); }
+#endif
 
 }  // namespace nsa

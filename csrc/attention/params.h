@@ -31,9 +31,11 @@ struct RangeBackwardParams {
   TensorView grad_k;    // (B, Tk or M, Hkv, Dk)
   TensorView grad_v;    // (B, Tk or M, Hkv, Dv)
   bool add_to_grad_q;   // grad_q += instead of =
+  int64_t num_keys;     // keys of the branch: dense, of every sequence; packed, of all
   // Rows of a key tile may be shared out to several blocks of threads, whose sums are added afterwards, in order.
   int32_t splits;
-  float* partials;  // (key tiles, Hkv, splits, keys per tile, Dk + Dv), or null when splits is 1
+  int32_t rows_per_split;
+  float* partials;  // (key tiles, Hkv, splits, keys per tile, Dk + Dv of the tile), or null when splits is 1
 };
 
 }  // namespace nsa

@@ -22,6 +22,12 @@ __device__ inline void copy_async(void* shared, const void* global, bool valid) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
+// The same for a float32 number.
+__device__ inline void copy_number(float* shared, const float* global, bool valid) {
+  const int bytes = valid ? 4 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` of the newest groups are under way.
 template <int kPending>
@@ -29,17 +35,17 @@ __device__ inline void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
-// Four 8 x 8 matrices; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ inline void load_matrices(uint32_t (&to)[4], const void* row) {
+// Four 8 x 8 matrices; lane i gives the shared address of row i % 8 of matrix i / 8.
+__device__ inline void load_matrices(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(address)
                : "memory");
 }
-__device__ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+__device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(address)
                : "memory");
 }
 
@@ -91,6 +97,21 @@ __device__ inline Element from_float(float x) {
   } else {
     return __float2bfloat16_rn(x);
   }
+}
+
+// The float32 sums, rounded, of two times eight 16-bit elements.
+template <typename Element>
+__device__ inline uint4 add_chunks(uint4 x, uint4 y) {
+  const Element* const left = reinterpret_cast<const Element*>(&x);
+  const Element* const right = reinterpret_cast<const Element*>(&y);
+  uint4 sum;
+  uint32_t* const words = reinterpret_cast<uint32_t*>(&sum);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = pack<Element>(to_float(left[2 * i]) + to_float(right[2 * i]),
+                             to_float(left[2 * i + 1]) + to_float(right[2 * i + 1]));
+  }
+  return sum;
 }
 
 __device__ inline float exp2_approx(float x) {

@@ -47,7 +47,7 @@ struct Divisor {
     }
     multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - d)) / d + 1);
   }
-  Divisor() : Divisor(1) {}
+  NSA_HOST_DEVICE Divisor() : divisor(1), multiplier(1), shift(0) {}
 
   NSA_HOST_DEVICE uint32_t divide(uint32_t n) const {
 #if defined(__CUDA_ARCH__)
@@ -104,10 +104,15 @@ struct Visibility {
   NSA_HOST_DEVICE int32_t begin(int32_t position) const {
     return window == kNoWindow || position < window ? 0 : position - window + 1;
   }
-  // The first and the last position that see key j.
-  NSA_HOST_DEVICE int64_t first_position(int64_t key) const { return key * stride + first_seen; }
-  NSA_HOST_DEVICE int64_t last_position(int64_t key) const {
-    return window == kNoWindow ? int64_t{kNoWindow} : key * stride + first_seen + window - 1;
+  // The first and the last position that see key j; later than any, where there is none.
+  NSA_HOST_DEVICE int32_t first_position(int32_t key) const { return clamp(int64_t{key} * stride + first_seen); }
+  NSA_HOST_DEVICE int32_t last_position(int32_t key) const {
+    return window == kNoWindow ? kNoWindow : clamp(int64_t{key} * stride + first_seen + window - 1);
+  }
+
+ private:
+  NSA_HOST_DEVICE static int32_t clamp(int64_t position) {
+    return position < kNoWindow ? static_cast<int32_t>(position) : kNoWindow;
   }
 };
 

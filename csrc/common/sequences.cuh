@@ -40,6 +40,24 @@ __device__ inline Tile find_tile(const Sequences& s, const int32_t* cumulative, 
   return {static_cast<int32_t>(low), static_cast<int32_t>(slot - first_slot(low))};
 }
 
+// Which sequence query number `token` of the whole batch belongs to, and its place there.
+__device__ inline Tile find_query(const Sequences& s, int64_t token) {
+  if (s.cumulative_q == nullptr) {
+    return {static_cast<int32_t>(token / s.length_q), static_cast<int32_t>(token % s.length_q)};
+  }
+  int32_t low = 0;
+  int32_t high = s.batch - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (s.cumulative_q[middle] <= token) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, static_cast<int32_t>(token - s.cumulative_q[low])};
+}
+
 __device__ inline SequencePlace place_of(const Sequences& s, int32_t sequence) {
   SequencePlace place{};
   if (!s.packed()) {

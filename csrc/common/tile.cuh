@@ -26,7 +26,7 @@ struct SharedTile {
   // being number `thread`.
   template <typename Source>
   __device__ void copy_rows(int width, const void* anywhere, int thread, int threads, const Source& source) const {
-#pragma unroll 4
+#pragma unroll 1
     for (int i = thread; i < kRows * kChunks; i += threads) {
       const int row = i / kChunks;
       const int index = i % kChunks;
@@ -36,19 +36,56 @@ struct SharedTile {
     }
   }
 
-  // The 16 x 16 matrix at (row, column) as the left operand.
+  // The same for rows that lie `stride` elements apart, of which the first `count` exist. kThreads threads.
+  template <int kThreads>
+  __device__ void copy_consecutive(const void* first, int64_t stride, int count, int width, int thread) const {
+    static_assert(kSize / kChunk % kThreads == 0);
+    const Element* from = static_cast<const Element*>(first);
+    if constexpr (kThreads % kChunks == 0) {
+      const int index = thread % kChunks;
+      int row = thread / kChunks;
+      const Element* at = from + row * stride + index * kChunk;
+      if (index * kChunk >= width) {
+        count = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kSize / kChunk / kThreads; ++i) {
+        copy_async(chunk(row, index), row < count ? at : from, row < count);
+        row += kThreads / kChunks;
+        at += kThreads / kChunks * stride;
+      }
+    } else {
+#pragma unroll 1
+      for (int i = thread; i < kRows * kChunks; i += kThreads) {
+        const int row = i / kChunks;
+        const int index = i % kChunks;
+        const bool valid = row < count && index * kChunk < width;
+        copy_async(chunk(row, index), valid ? from + row * stride + index * kChunk : from, valid);
+      }
+    }
+  }
+
+  // The 16 x 16 matrix at (row, column) as the left operand. `row` and `column` are multiples of 16 here and below.
   __device__ void load_left(uint32_t (&a)[4], int row, int column, int lane) const {
-    load_matrices(a, chunk(row + (lane & 15), column / kChunk + (lane >> 4)));
+    load_matrices(a, address(row, column, lane & 15, lane >> 4));
   }
   // Rows [row, row + 16) as the 16 columns of a right operand, k along [column, column + 16): a product with the
   // transposed tile. b[0], b[1] belong to the first eight of the rows, b[2], b[3] to the others.
   __device__ void load_right_transposed(uint32_t (&b)[4], int row, int column, int lane) const {
-    load_matrices(b, chunk(row + (lane & 7) + ((lane >> 4) << 3), column / kChunk + ((lane >> 3) & 1)));
+    load_matrices(b, address(row, column, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
   }
   // Columns [column, column + 16) as those of a right operand, k along rows [row, row + 16): a product with the tile as
   // it is. b[0], b[1] belong to the first eight columns, b[2], b[3] to the others.
   __device__ void load_right(uint32_t (&b)[4], int row, int column, int lane) const {
-    load_matrices_transposed(b, chunk(row + (lane & 15), column / kChunk + (lane >> 4)));
+    load_matrices_transposed(b, address(row, column, lane & 15, lane >> 4));
+  }
+
+ private:
+  // Of chunk(row + lane_row, column / 8 + lane_chunk), lane_chunk 0 or 1, in shared memory: an exclusive or of what depends
+  // on the lane with what the compiler knows, so that few registers hold all addresses of a loop.
+  __device__ uint32_t address(int row, int column, int lane_row, int lane_chunk) const {
+    const uint32_t of_lane = shared_address(data) + lane_row * (2 * kColumns) + ((lane_chunk ^ (lane_row & 7)) << 4);
+    return (of_lane ^ (column % 64 / kChunk << 4)) + row * (2 * kColumns) + column / 64 * 128;
   }
 };
 

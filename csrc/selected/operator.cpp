@@ -6,6 +6,10 @@
 #include "host/options.h"
 #include "host/results.h"
 #include "selected/cpu.h"
+#if defined(NSA_CUDA_VERSION)
+#include "host/cuda/params.h"
+#include "selected/cuda.h"
+#endif
 
 namespace nsa {
 namespace {
@@ -39,6 +43,12 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
     cpu::selected_attention_forward(q, k, v, block_indices, select_size, softmax_scale(scale, q.size(-1)),
                                     selected_sequences(q, k, block_indices, select_size, packing), out, lse);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::selected_attention_forward(
+        q, k, v, {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing}, out, lse);
+  }
+#endif
   return {out, lse};
 }
 
@@ -58,6 +68,13 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                             softmax_scale(scale, q.size(-1)),
                                             selected_sequences(q, k, block_indices, select_size, packing));
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    return cuda::selected_attention_backward(
+        grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
+        {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing});
+  }
+#endif
   return empty_gradients(q, k, v);
 }
 
@@ -71,5 +88,8 @@ void register_backend(torch::Library& m) {
 
 TORCH_LIBRARY_IMPL(nsa, CPU, m) { register_backend<Backend::kCpu>(m); }
 TORCH_LIBRARY_IMPL(nsa, Meta, m) { register_backend<Backend::kMeta>(m); }
+#if defined(NSA_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) { register_backend<Backend::kCuda>(m); }
+#endif
 
 }  // namespace nsa

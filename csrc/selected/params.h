@@ -26,7 +26,28 @@ struct ChosenBy {
   const int32_t* begins;      // (blocks + 1,) where each block's queries begin
   const int32_t* segments;    // (blocks + 1,) segments before each block: at least one each
   const int32_t* partials;    // (blocks + 1,) segments before each block among blocks of more than one
-  int64_t max_segments;       // bound of segments[blocks], known on the host
+  int64_t full_segments;      // pairs / segment: what the host knows of segments[blocks] ...
+  int64_t max_segments;       // ... and its bound, with one more for each block
+};
+
+// How the lists are turned round: pairs (block, query) are sorted by block, which keeps queries in order.
+struct InvertListsParams {
+  Sequences sequences;
+  int32_t select_size;
+  int32_t num_selected;
+  const int32_t* block_indices;
+  int64_t pairs;   // entries of all lists
+  int64_t blocks;  // as in ChosenBy
+  int32_t segment;
+  int32_t* keys;         // (pairs,) workspace
+  int32_t* sorted_keys;  // (pairs,) workspace
+  int32_t* values;       // (pairs,) workspace
+  int32_t* queries;      // (pairs,) and the next three: what ChosenBy points at
+  int32_t* begins;
+  int32_t* segments;
+  int32_t* partials;
+  void* temporary;  // workspace of temporary_bytes
+  int64_t temporary_bytes;
 };
 
 struct SelectedBackwardParams {

@@ -1,0 +1,49 @@
+// Launches of the tensor-core kernels for one element type and one pair of tile dimensions, and the tile sizes they run with.
+#pragma once
+
+#include "attention/backward_keys_sm80.cuh"
+#include "attention/backward_query_sm80.cuh"
+#include "attention/forward_sm80.cuh"
+#include "common/dispatch.h"
+#include "common/launch.cuh"
+
+namespace nsa {
+
+// Rows of 128 columns leave room for 64 keys a step; wider ones for less.
+template <typename Element, int kDimK, int kDimV>
+using ForwardShapeFor = std::conditional_t<(kDimK <= 128), RangeForwardShape<Element, kDimK, kDimV, 4, 1, 64>,
+                                           RangeForwardShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 192 ? 64 : 32)>>;
+
+template <typename Element, int kDimK, int kDimV>
+using BackwardQueryShapeFor = RangeBackwardQueryShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 128 ? 64 : 32),
+                                                      (kDimK <= 192 ? 2 : 1)>;
+
+template <typename Element, int kDimK, int kDimV>
+using KeyGradientsShapeFor = KeyGradientsShape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 192 ? 2 : 1),
+                                               (kDimK <= 192 ? 1 : 2)>;
+
+template <typename Element, int kDimK, int kDimV>
+void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t stream) {
+  using Shape = ForwardShapeFor<Element, kDimK, kDimV>;
+  const Sequences& s = params.sequences;
+  launch(range_forward<Shape>, count_slots(s, s.length_q * s.group, Shape::kRows) * s.heads_kv, Shape::kThreads,
+         Shape::kSharedBytes, stream, "attention over a range", params);
+}
+
+template <typename Element, int kDimK, int kDimV>
+void launch_range_backward_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
+  using QueryShape = BackwardQueryShapeFor<Element, kDimK, kDimV>;
+  using KeyShape = KeyGradientsShapeFor<Element, kDimK, kDimV>;
+  static_assert(KeyShape::kKeys == kKeysPerGradientTile);
+  const Sequences& s = params.sequences;
+  launch(range_backward_query<QueryShape>, count_slots(s, s.length_q * s.group, QueryShape::kRows) * s.heads_kv,
+         QueryShape::kThreads, QueryShape::kSharedBytes, stream, "gradient of q over a range", params);
+  const int64_t tiles = count_slots(s, params.num_keys, KeyShape::kKeys) * s.heads_kv;
+  launch(range_backward_keys<KeyShape>, tiles * params.splits * KeyShape::kParts, KeyShape::kThreads,
+         KeyShape::kSharedBytes, stream, "gradients of k and v over a range", params);
+  if (params.splits > 1) {
+    launch(range_add_partials<KeyShape>, tiles, 256, 0, stream, "sums of gradients over a range", params);
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,147 @@
+#include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/util/Exception.h>
+
+#include "attention/launch.h"
+#include "common/dispatch.h"
+#include "host/cuda/params.h"
+
+namespace nsa::cuda {
+namespace {
+
+bool rows_are_aligned(const at::Tensor& tensor) {
+  constexpr int64_t kAlignment = 8;  // elements in 16 bytes
+  if (tensor.size(-1) % kAlignment != 0 || reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 != 0) {
+    return false;
+  }
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
+    if (tensor.size(i) > 1 && tensor.stride(i) % kAlignment != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+int64_t rounded_up(int64_t width) { return ceil_div(width, 8) * 8; }
+
+at::Tensor contiguous_lengths(const at::Tensor& lengths) { return lengths.contiguous(); }
+
+}  // namespace
+
+ElementType element_type(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return ElementType::kFloat32;
+    case at::kHalf:
+      return ElementType::kFloat16;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, name, " must be float16, bfloat16 or float32 on CUDA, got ", tensor.scalar_type(),
+                       ": float64 is computed on the CPU only");
+  }
+}
+
+void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  TORCH_CHECK_VALUE(q.size(-1) <= kLargestHeadDim && v.size(-1) <= kLargestHeadDim,
+                    "q and v must have head dimensions of at most ", kLargestHeadDim, " on CUDA, got ", q.size(-1), " and ",
+                    v.size(-1));
+  constexpr int64_t kMost = 0x7fffffff;
+  TORCH_CHECK_VALUE(q.size(-3) * (q.size(-2) / k.size(-2)) <= kMost, "q must have fewer than 2^31 rows per KV head on CUDA, got ",
+                    q.sizes());
+}
+
+at::Tensor readable(const at::Tensor& tensor) {
+  if (tensor.scalar_type() == at::kFloat) {
+    return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+  }
+  if (tensor.numel() == 0 || ((tensor.stride(-1) == 1) && rows_are_aligned(tensor))) {
+    return tensor;
+  }
+  const int64_t width = tensor.size(-1);
+  if (width == rounded_up(width)) {
+    return tensor.clone(at::MemoryFormat::Contiguous);
+  }
+  return at::constant_pad_nd(tensor, {0, rounded_up(width) - width}).contiguous();
+}
+
+at::Tensor writable(const at::Tensor& result) {
+  if (result.scalar_type() == at::kFloat || result.numel() == 0 || rows_are_aligned(result)) {
+    return result;
+  }
+  at::DimVector shape(result.sizes().begin(), result.sizes().end());
+  shape.back() = rounded_up(shape.back());
+  return at::empty(shape, result.options());
+}
+
+void copy_back(const at::Tensor& written, const at::Tensor& result) {
+  if (!written.is_same(result)) {
+    result.copy_(written.narrow(-1, 0, result.size(-1)));
+  }
+}
+
+TensorView view_of(const at::Tensor& tensor) {
+  const bool dense = tensor.dim() == 4;
+  return {.data = tensor.data_ptr(),
+          .batch_stride = dense ? tensor.stride(0) : 0,
+          .token_stride = tensor.stride(-3),
+          .head_stride = tensor.stride(-2),
+          .width = static_cast<int32_t>(tensor.size(-1))};
+}
+
+RowView rows_of(const at::Tensor& tensor) {
+  return {.data = static_cast<float*>(tensor.data_ptr()),
+          .batch_stride = tensor.dim() == 3 ? tensor.stride(0) : 0,
+          .head_stride = tensor.stride(-2)};
+}
+
+RowView no_rows() { return {.data = nullptr, .batch_stride = 0, .head_stride = 0}; }
+
+CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
+                             bool compressed, int64_t block_size, int64_t block_stride) {
+  CallSequences call{};
+  Sequences& s = call.sequences;
+  s.heads_kv = static_cast<int32_t>(k.size(-2));
+  s.group = static_cast<int32_t>(q.size(-2) / k.size(-2));
+  s.by_group = Divisor(static_cast<uint32_t>(s.group));
+  s.length_q = q.size(-3);
+  s.length_k = length_k;
+  if (!packing.packed()) {
+    s.batch = static_cast<int32_t>(q.size(0));
+    return call;
+  }
+  call.cumulative_q = contiguous_lengths(*packing.cu_seqlens_q);
+  call.cumulative_k = contiguous_lengths(*packing.cu_seqlens_k);
+  s.batch = static_cast<int32_t>(call.cumulative_k.size(0) - 1);
+  s.cumulative_q = call.cumulative_q.const_data_ptr<int32_t>();
+  s.cumulative_k = call.cumulative_k.const_data_ptr<int32_t>();
+  if (packing.seqused_k.has_value()) {
+    call.used_k = contiguous_lengths(*packing.seqused_k);
+    s.used_k = call.used_k.const_data_ptr<int32_t>();
+  }
+  if (compressed) {
+    call.cumulative_cmp = at::empty({s.batch + 1}, call.cumulative_k.options());
+    launch_cumulative_blocks(s, static_cast<int32_t>(block_size), static_cast<int32_t>(block_stride),
+                             call.cumulative_cmp.mutable_data_ptr<int32_t>(), c10::cuda::getCurrentCUDAStream());
+    s.cumulative_cmp = call.cumulative_cmp.const_data_ptr<int32_t>();
+  }
+  return call;
+}
+
+BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
+                           const OptionalTensor& grad_lse) {
+  at::Tensor delta = (grad_out.to(at::kFloat) * out.to(at::kFloat)).sum(-1).transpose(-1, -2).contiguous();
+  if (grad_lse.has_value()) {
+    delta.sub_(*grad_lse);
+  }
+  return {lse.contiguous(), delta, {}};
+}
+
+at::Tensor empty_key_gradient(const at::Tensor& like, bool packed) {
+  return packed ? at::zeros(like.sizes(), like.options()) : at::empty(like.sizes(), like.options());
+}
+
+int multiprocessors() { return at::cuda::getCurrentDeviceProperties()->multiProcessorCount; }
+
+}  // namespace nsa::cuda

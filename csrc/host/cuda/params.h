@@ -1,0 +1,61 @@
+// From tensors to what kernels are told: views, sequences, and copies where a kernel can't read a tensor in place.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "common/params.h"
+#include "host/options.h"
+
+namespace nsa::cuda {
+
+// TypeError for float64, which has no kernels.
+ElementType element_type(const char* name, const at::Tensor& tensor);
+inline bool is_16_bit(ElementType type) { return type != ElementType::kFloat32; }
+
+// ValueError unless the kernels take heads of these widths, and the sequences' rows can be counted in 32 bits.
+void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
+
+// The tensor itself where kernels can read it in place; else a contiguous copy, 16-bit ones with columns of zeros up to a
+// multiple of 8, so that 16-byte copies can read every row.
+at::Tensor readable(const at::Tensor& tensor);
+
+// An uninitialised tensor like `result` that kernels can write: `result` itself, or a wider one, to be copied by
+// `copy_back`.
+at::Tensor writable(const at::Tensor& result);
+void copy_back(const at::Tensor& written, const at::Tensor& result);
+
+// (B, T, H, D), or packed (sum T, H, D).
+TensorView view_of(const at::Tensor& tensor);
+// (B, H, T), or packed (H, sum T), float32, contiguous; of no tensor: null.
+RowView rows_of(const at::Tensor& tensor);
+RowView no_rows();
+
+// Sequences, and the tensors that their pointers point into.
+struct CallSequences {
+  Sequences sequences;
+  at::Tensor cumulative_q, cumulative_k, used_k, cumulative_cmp;
+};
+
+// `length_k`: uncompressed keys of a dense sequence, of all packed ones. For ops on compressed keys, with block sizes.
+CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
+                             bool compressed, int64_t block_size, int64_t block_stride);
+
+// What a backward over a range or over listed blocks is told of its rows: (B, H, T) or packed (H, sum T), float32.
+struct BackwardRows {
+  at::Tensor lse;
+  at::Tensor delta;  // <grad_out, out> times the row's gate, less the gradient of lse
+  at::Tensor gate;   // the factor of grad_out, or undefined: 1
+};
+
+// Those of an op of one branch, which has no gate.
+BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
+                           const OptionalTensor& grad_lse);
+
+// Gradients of keys and values: zeros when packed, where keys of no sequence and keys not in use are not visited.
+at::Tensor empty_key_gradient(const at::Tensor& like, bool packed);
+
+int multiprocessors();
+
+}  // namespace nsa::cuda

@@ -1,0 +1,7 @@
+// The kernels of this folder for bf16 heads of at most 256 (keys) and 256 (values).
+#include "selected/launch_sm80.cuh"
+
+namespace nsa {
+template void launch_selected_forward_sm80<BFloat16, 256, 256>(const SelectedForwardParams&, cudaStream_t);
+template void launch_selected_backward_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+}  // namespace nsa

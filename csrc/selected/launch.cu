@@ -1,0 +1,53 @@
+// Which instantiation runs.
+#include "selected/launch.h"
+
+#include "selected/launch_sm80.cuh"
+
+namespace nsa {
+
+// Compiled in instantiations/.
+extern template void launch_selected_forward_sm80<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<Half, 128, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<Half, 192, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<Half, 256, 256>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<BFloat16, 64, 64>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<BFloat16, 128, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<BFloat16, 192, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_forward_sm80<BFloat16, 256, 256>(const SelectedForwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+
+void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream) {
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    if (type == ElementType::kFloat16) {
+      launch_selected_forward_sm80<Half, k, v>(params, stream);
+    } else {
+      launch_selected_forward_sm80<BFloat16, k, v>(params, stream);
+    }
+  });
+}
+
+void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream) {
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    if (type == ElementType::kFloat16) {
+      launch_selected_backward_sm80<Half, k, v>(params, stream);
+    } else {
+      launch_selected_backward_sm80<BFloat16, k, v>(params, stream);
+    }
+  });
+}
+
+int64_t selected_partial_floats(const SelectedBackwardParams& params) {
+  const ChosenBy& chosen_by = params.chosen_by;
+  // Only blocks of more than one segment have partial sums: fewer than twice the full segments of all pairs.
+  const int64_t tiles = ceil_div(params.select_size, kKeysPerGradientTile);
+  return 2 * chosen_by.full_segments * tiles * kKeysPerGradientTile * tile_row_size(params.q.width, params.v.width);
+}
+
+}  // namespace nsa
