@@ -78,7 +78,7 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     range_backward_keys(const __grid_constant__ RangeBackwardParams params) {
   using Element = typename Shape::Element;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const Sequences& s = params.sequences;
   // The earliest keys are seen by the most rows: they go first.
   unsigned block = blockIdx.x;
@@ -105,11 +105,13 @@ __global__ void __launch_bounds__(Shape::kThreads)
   sum_key_gradients<Shape>(
       sums,
       {params.k.row<Element>(place.batch, first_key, head_kv), params.v.row<Element>(place.batch, first_key, head_kv),
-       params.k.token_stride, params.v.token_stride, tile.first_key, tile.count},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate}, params.visibility, params.scale, begin, end,
+       params.k.token_stride, params.v.token_stride, tile.first_key, tile.count, place.batch,
+       static_cast<int32_t>(place.offset - place.q_begin)},
+      {params.q, params.grad_out, params.lse, params.delta, params.gate,
+       whole_probability<Element>(params.lse_has_gradient)}, params.visibility, params.scale, begin, end,
       part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, head_kv, row);
-        return {place.batch, place.q_begin + at.query, at.head, place.offset + at.query};
+        return {static_cast<int32_t>(place.q_begin) + at.query, at.head};
       });
   __syncthreads();
   store_tile<Shape>(params, kept_tile, sums);

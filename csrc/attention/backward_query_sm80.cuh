@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   using GradOutTile = SharedTile<Element, Shape::kRows, Shape::kDimV>;
   using KTile = SharedTile<Element, kKeys, Shape::kDimK>;
   using VTile = SharedTile<Element, kKeys, Shape::kDimV>;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const QTile q_tile{reinterpret_cast<Element*>(shared)};
   const GradOutTile grad_out_tile{q_tile.data + q_tile.kSize};
   Element* const stages = grad_out_tile.data + grad_out_tile.kSize;
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
   const float scale_log2 = params.scale * kLog2E;
+  const float whole = whole_probability<Element>(params.lse_has_gradient);
   float grad_q[kRowTiles][Shape::kDimK / 8][4];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
@@ -162,7 +163,10 @@ __global__ void __launch_bounds__(Shape::kThreads)
       for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          scores[r][i][j] *= fmaf(gate[r][j / 2], grads[r][i][j], -delta[r][j / 2]);
+          const float probability = scores[r][i][j];
+          scores[r][i][j] = probability > whole
+                                ? 0.f
+                                : probability * gate[r][j / 2] * (grads[r][i][j] - delta[r][j / 2]);
         }
       }
     }

@@ -11,12 +11,6 @@ namespace {
 
 bool is_compressed(const AttentionOptions& options) { return options.block_stride != 0; }
 
-// A scale of 0 times -inf would be NaN; this one gives the same numbers.
-float kernel_scale(const AttentionOptions& options, const at::Tensor& q) {
-  const float scale = static_cast<float>(softmax_scale(options.scale, q.size(-1)));
-  return scale == 0.f ? 1e-30f : scale;
-}
-
 Visibility visibility_of(const AttentionOptions& options) {
   if (is_compressed(options)) {
     return {.stride = static_cast<int32_t>(options.block_stride),
@@ -55,7 +49,7 @@ void range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
   const RangeForwardParams params{.sequences = call.sequences,
                                   .visibility = visibility_of(options),
                                   .compressed = is_compressed(options),
-                                  .scale = kernel_scale(options, q),
+                                  .scale = forward_scale(options, q),
                                   .q = view_of(q_read),
                                   .k = view_of(k_read),
                                   .v = view_of(v_read),
@@ -100,7 +94,7 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
   RangeBackwardParams params{.sequences = call.sequences,
                              .visibility = visibility_of(options),
                              .compressed = is_compressed(options),
-                             .scale = kernel_scale(options, q),
+                             .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
                              .q = view_of(q_read),
                              .k = view_of(k_read),
                              .v = view_of(v_read),
@@ -111,6 +105,7 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
                              .grad_q = view_of(dq_written),
                              .grad_k = view_of(dk_written),
                              .grad_v = view_of(dv_written),
+                             .lse_has_gradient = rows.lse_has_gradient,
                              .add_to_grad_q = grad_q.defined() && !separate,
                              .num_keys = k.size(-3),
                              .splits = 1,

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(Shape::kThreads) range_forward(const __grid_co
   using Element = typename Shape::Element;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kRowTiles = Shape::kRowTiles;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const SharedTile<Element, Shape::kRows, Shape::kDimK> q_tile{reinterpret_cast<Element*>(shared)};
   const SharedTile<Element, kKeys, Shape::kDimK> k_tile{q_tile.data + q_tile.kSize};
   const SharedTile<Element, kKeys, Shape::kDimV> v_tile{k_tile.data + k_tile.kSize};

@@ -58,7 +58,7 @@ void launch_range_backward(const RangeBackwardParams& params, ElementType type, 
 }
 
 RangeSplits choose_range_splits(const RangeBackwardParams& params, int multiprocessors) {
-  constexpr int64_t kWaves = 4;
+  constexpr int64_t kWaves = 8;
   constexpr int64_t kBlocksPerMultiprocessor = 2;
   constexpr int64_t kLeastRows = 1024;  // fewer are not worth a partial sum
   const Sequences& s = params.sequences;

@@ -11,7 +11,7 @@ namespace nsa {
 
 // Rows of 128 columns leave room for 64 keys a step; wider ones for less.
 template <typename Element, int kDimK, int kDimV>
-using ForwardShapeFor = std::conditional_t<(kDimK <= 128), RangeForwardShape<Element, kDimK, kDimV, 4, 1, 64>,
+using ForwardShapeFor = std::conditional_t<(kDimK <= 128), RangeForwardShape<Element, kDimK, kDimV, 4, 2, 64>,
                                            RangeForwardShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 192 ? 64 : 32)>>;
 
 template <typename Element, int kDimK, int kDimV>
@@ -19,8 +19,8 @@ using BackwardQueryShapeFor = RangeBackwardQueryShape<Element, kDimK, kDimV, 4, 
                                                       (kDimK <= 192 ? 2 : 1)>;
 
 template <typename Element, int kDimK, int kDimV>
-using KeyGradientsShapeFor = KeyGradientsShape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 192 ? 2 : 1),
-                                               (kDimK <= 192 ? 1 : 2)>;
+using KeyGradientsShapeFor = KeyGradientsShape<Element, kDimK, kDimV, 32, (kDimK <= 192 ? 2 : 1),
+                                               (kDimK <= 128 ? 1 : kDimK <= 192 ? 2 : 4)>;
 
 template <typename Element, int kDimK, int kDimV>
 void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t stream) {

@@ -20,6 +20,7 @@
 #include <type_traits>
 
 #include "attention/keys.cuh"
+#include "common/rows.cuh"
 #include "common/launch.cuh"
 
 namespace nsa::plain {
@@ -30,7 +31,6 @@ constexpr int kBlocksPerSM = 4;  // at least: up to 128 registers, and no spills
 constexpr int kMaxWidth = 256;
 constexpr int kPitch = 33;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 using Staging = float[32 * kPitch];
 

@@ -1,5 +1,5 @@
 // Attention in float32 without tensor cores, backward (the forward: attention/plain.cuh):
-//   p_j = exp(s_j - lse),   ds_j = p_j (gate <dO, v_j> - delta)
+//   p_j = exp(s_j - lse),   ds_j = p_j gate (<dO, v_j> - delta)
 //   dq = scale sum_j ds_j k_j,   dk_j = scale sum ds_j q,   dv_j = sum p_j gate dO
 // the last two sums over the rows that see key j.
 //
@@ -16,15 +16,19 @@ struct RowGradient {
   float lse;  // -inf: the row sees nothing
   float delta;
   float gate;
+  float whole;
 
   template <typename Params>
   __device__ RowGradient(const Params& params, int64_t batch, int32_t head, int64_t token)
       : lse(params.lse.at(batch, head, token)),
         delta(params.delta.at(batch, head, token)),
-        gate(params.gate.data == nullptr ? 1.f : params.gate.at(batch, head, token)) {}
+        gate(params.gate.data == nullptr ? 1.f : params.gate.at(batch, head, token)),
+        whole(whole_probability<float>(params.lse_has_gradient)) {}
 
   __device__ float p(float score) const { return expf(score - lse); }
-  __device__ float grad_score(float p, float grad_p) const { return p * fmaf(gate, grad_p, -delta); }
+  __device__ float grad_score(float p, float grad_p) const {
+    return p > whole ? 0.f : p * gate * (grad_p - delta);
+  }
 };
 
 template <typename Branch, int kColumns>

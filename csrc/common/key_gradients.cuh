@@ -25,19 +25,16 @@ struct KeyGradientsShape {
   static constexpr int kKeys = 16 * kWarps;
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
-  static constexpr int kRowNumbers = 4;  // lse, delta, gate, position of every row of a stage
-  static constexpr int kSharedBytes =
-      sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) + 4 * kStages * kRows * kRowNumbers;
+  static constexpr int kRowNumbers = 3;  // lse, delta, gate of every row of a stage
+  static constexpr int kSharedBytes = sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) +
+                                      4 * kStages * kRows * kRowNumbers + 8 * 2 * kRows;
   static_assert(kStages <= 2);
 };
 
-// One key tile and the tensors its rows are read from. A row source, given a row's number, says which row of the tensors
-// it is: `PlacedRow operator()(int32_t row) const`.
+// A row source says which row of the tensors row number `row` is: `PlacedRow operator()(int32_t row) const`.
 struct PlacedRow {
-  int64_t batch;
-  int64_t token;  // within the tensors
+  int32_t token;  // within the tensors
   int32_t head;
-  int32_t position;
 };
 
 struct KeyTile {
@@ -47,11 +44,14 @@ struct KeyTile {
   int64_t v_stride;
   int32_t first_key;  // within its sequence
   int32_t count;      // keys that exist, at most kKeys
+  int64_t batch;        // of the rows
+  int32_t to_position;  // from a row's token to its position
 };
 
 struct RowTensors {
   TensorView q, grad_out;
   RowView lse, delta, gate;
+  float whole;  // whole_probability()
 };
 
 template <typename Shape>
@@ -59,6 +59,40 @@ struct KeyGradients {
   float k[1][Shape::kOutK / 8][4];
   float v[1][Shape::kOutV / 8][4];
 };
+
+// Starts to copy the rows of a tile that `rows` names, the first `count` of them. A thread copies the same chunk of every
+// so many rows.
+template <int kThreads, typename Tile>
+__device__ inline void copy_placed(const Tile& to, const TensorView& from, int64_t batch, const PlacedRow* rows, int count,
+                                   int thread) {
+  using Element = typename Tile::Element;
+  const char* const base = static_cast<const char*>(from.data) + batch * from.batch_stride * int64_t{sizeof(Element)};
+  const int64_t token_stride = from.token_stride * int64_t{sizeof(Element)};
+  const int64_t head_stride = from.head_stride * int64_t{sizeof(Element)};
+  constexpr int kStep = kThreads / Tile::kChunks;
+  if constexpr (kThreads % Tile::kChunks == 0 && kStep % 8 == 0) {  // the chunk's place is then the same in all rows
+    const int index = thread % Tile::kChunks;
+    const int first = thread / Tile::kChunks;
+    Element* chunk = to.chunk(first, index);
+    const bool exists = index * kChunk < from.width;
+#pragma unroll
+    for (int i = 0; i < Tile::kRows / kStep; ++i) {
+      const PlacedRow at = rows[first + i * kStep];
+      const char* const row = base + at.token * token_stride + at.head * head_stride + index * 16;
+      copy_async(chunk + i * kStep * Tile::kColumns, row, exists && first + i * kStep < count);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = thread; i < Tile::kRows * Tile::kChunks; i += kThreads) {
+      const int row = i / Tile::kChunks;
+      const int index = i % Tile::kChunks;
+      const PlacedRow at = rows[row];
+      const bool valid = row < count && index * kChunk < from.width;
+      copy_async(to.chunk(row, index),
+                 valid ? base + at.token * token_stride + at.head * head_stride + index * 16 : base, valid);
+    }
+  }
+}
 
 // Sums over rows [begin, end) of `place_row`. `part`: which of kParts.
 template <typename Shape, typename PlaceRow>
@@ -75,6 +109,8 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
   const VTile v_tile{k_tile.data + KTile::kSize};
   Element* const stages = v_tile.data + VTile::kSize;
   float* const numbers = reinterpret_cast<float*>(stages + Shape::kStages * (QTile::kSize + GradOutTile::kSize));
+  // Of two tiles of rows in turn: finding a row takes longer than copying it, so it is done once, a step ahead.
+  PlacedRow* const placed = reinterpret_cast<PlacedRow*>(numbers + Shape::kStages * kRows * Shape::kRowNumbers);
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp_key = thread / 32 * 16;
@@ -84,72 +120,79 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
     return;
   }
 
+  const auto place_rows = [&](int32_t first_row) {
+    const int thread = fresh_thread();
+    if (thread < kRows && first_row < end) {
+      placed[(first_row - begin) / kRows % 2 * kRows + thread] = place_row(min(first_row + thread, end - 1));
+    }
+  };
   const auto copy_rows = [&](int stage, int32_t first_row) {
+    const int thread = fresh_thread();
     const QTile q_tile{stages + stage * (QTile::kSize + GradOutTile::kSize)};
     const GradOutTile grad_out_tile{q_tile.data + QTile::kSize};
-    const auto source = [&](const TensorView& from) {
-      return [&, from](int row) -> const Element* {
-        if (first_row + row >= end) {
-          return nullptr;
-        }
-        const PlacedRow at = place_row(first_row + row);
-        return from.row<Element>(at.batch, at.token, at.head);
-      };
-    };
-    q_tile.copy_rows(tensors.q.width, tensors.q.data, thread, Shape::kThreads, source(tensors.q));
-    grad_out_tile.copy_rows(tensors.grad_out.width, tensors.grad_out.data, thread, Shape::kThreads,
-                            source(tensors.grad_out));
+    const PlacedRow* const rows = placed + (first_row - begin) / kRows % 2 * kRows;
+    copy_placed<Shape::kThreads>(q_tile, tensors.q, tile.batch, rows, end - first_row, thread);
+    copy_placed<Shape::kThreads>(grad_out_tile, tensors.grad_out, tile.batch, rows, end - first_row, thread);
     if (thread < kRows) {
       float* const of_stage = numbers + stage * kRows * Shape::kRowNumbers + thread;
       const bool valid = first_row + thread < end;
-      const PlacedRow at = place_row(valid ? first_row + thread : end - 1);
-      copy_number(of_stage, &tensors.lse.at(at.batch, at.head, at.token), valid);
-      copy_number(of_stage + kRows, &tensors.delta.at(at.batch, at.head, at.token), valid);
+      const PlacedRow at = rows[thread];
+      copy_number(of_stage, &tensors.lse.at(tile.batch, at.head, at.token), valid);
+      copy_number(of_stage + kRows, &tensors.delta.at(tile.batch, at.head, at.token), valid);
       if (tensors.gate.data != nullptr) {
-        copy_number(of_stage + 2 * kRows, &tensors.gate.at(at.batch, at.head, at.token), valid);
+        copy_number(of_stage + 2 * kRows, &tensors.gate.at(tile.batch, at.head, at.token), valid);
       } else {
         of_stage[2 * kRows] = 1.f;
       }
-      of_stage[3 * kRows] = __int_as_float(at.position);
     }
   };
 
+  place_rows(begin);
+  place_rows(begin + kRows);
+  __syncthreads();
   k_tile.template copy_consecutive<Shape::kThreads>(tile.k, tile.k_stride, tile.count, tensors.q.width, thread);
   v_tile.template copy_consecutive<Shape::kThreads>(tile.v, tile.v_stride, tile.count, tensors.grad_out.width, thread);
   copy_rows(0, begin);
   commit_copies();
 
-  // The positions that see the lane's two keys, and those that see all keys of the tile.
-  int32_t first_position[2];
-  int32_t last_position[2];
+  // The tokens that see the lane's two keys, and those that see all keys of the tile.
+  const auto first_of = [&](int32_t key) { return visibility.first_position(key) - tile.to_position; };
+  const auto last_of = [&](int32_t key) {
+    return static_cast<int32_t>(min_of(int64_t{visibility.last_position(key)} - tile.to_position, 0x7fffffff));
+  };
+  int32_t first_token[2];
+  int32_t last_token[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t key = tile.first_key + warp_key + lane / 4 + 8 * half;
-    first_position[half] = visibility.first_position(key);
-    last_position[half] = visibility.last_position(key);
+    first_token[half] = first_of(key);
+    last_token[half] = last_of(key);
   }
-  const int32_t all_first = visibility.first_position(tile.first_key + tile.count - 1);
-  const int32_t all_last = visibility.last_position(tile.first_key);
+  const int32_t all_first = first_of(tile.first_key + tile.count - 1);
+  const int32_t all_last = last_of(tile.first_key);
   const float scale_log2 = scale * kLog2E;
 
   int stage = 0;
   for (int32_t row = begin; row < end; row += kRows) {
+    wait_copies<0>();
+    __syncthreads();
     if (Shape::kStages == 2 && row + kRows < end) {
       copy_rows(1 - stage, row + kRows);
+      commit_copies();
     }
-    commit_copies();
-    wait_copies<Shape::kStages - 1>();
-    __syncthreads();
     const QTile q_tile{stages + stage * (QTile::kSize + GradOutTile::kSize)};
     const GradOutTile grad_out_tile{q_tile.data + QTile::kSize};
     const float* const lse = numbers + stage * kRows * Shape::kRowNumbers;
     const float* const delta = lse + kRows;
     const float* const gate = delta + kRows;
-    const int32_t* const position = reinterpret_cast<const int32_t*>(gate + kRows);
+    const PlacedRow* const rows = placed + (row - begin) / kRows % 2 * kRows;
 
+    // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
     float scores[1][kRows / 8][4];
     multiply_transposed(scores, k_tile, warp_key, q_tile, lane);
-    const bool all_seen = position[0] >= all_first && position[min(kRows, end - row) - 1] <= all_last;
+    float highest = 0.f;
+    const bool all_seen =
+        rows[0].token >= all_first && rows[min(kRows, end - row) - 1].token <= all_last;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
@@ -160,40 +203,49 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
         for (int half = 0; half < 2; ++half) {
           float& score = scores[0][i][2 * half + j];
           score = exp2_approx(fmaf(score, scale_log2, -offset));
-          if (!all_seen && (position[column] < first_position[half] || position[column] > last_position[half])) {
+          if (!all_seen && (rows[column].token < first_token[half] || rows[column].token > last_token[half])) {
             score = 0.f;
           }
+          highest = fmaxf(highest, score);
+          score *= gate[column];
         }
       }
     }
-    // dV takes probability times gate; the gradients of the scores take the probability.
-    float grads[1][kRows / 8][4];
-    if (tensors.gate.data != nullptr) {
+    accumulate(sums.v, scores, grad_out_tile, part * Shape::kOutV, lane);
+    if (__any_sync(0xffffffffu, highest > tensors.whole)) {
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          grads[0][i][j] = scores[0][i][j] * gate[8 * i + 2 * (lane % 4) + j % 2];
+          const float all = tensors.whole * fabsf(gate[8 * i + 2 * (lane % 4) + j % 2]);
+          scores[0][i][j] = fabsf(scores[0][i][j]) > all ? 0.f : scores[0][i][j];
         }
       }
-      accumulate(sums.v, grads, grad_out_tile, part * Shape::kOutV, lane);
-    } else {
-      accumulate(sums.v, scores, grad_out_tile, part * Shape::kOutV, lane);
     }
-    multiply_transposed(grads, v_tile, warp_key, grad_out_tile, lane);
+    // In two halves, which saves registers.
+    constexpr int kHalf = kRows / 2;
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      const SharedTile<Element, kHalf, Shape::kDimK> q_half{q_tile.data + half * kHalf * Shape::kDimK};
+      const SharedTile<Element, kHalf, Shape::kDimV> grad_out_half{grad_out_tile.data + half * kHalf * Shape::kDimV};
+      float grads[1][kHalf / 8][4];
+      multiply_transposed(grads, v_tile, warp_key, grad_out_half, lane);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = 8 * i + 2 * (lane % 4) + j % 2;
-        scores[0][i][j] *= fmaf(gate[column], grads[0][i][j], -delta[column]);
+      for (int i = 0; i < kHalf / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int column = half * kHalf + 8 * i + 2 * (lane % 4) + j % 2;
+          grads[0][i][j] = scores[0][half * kHalf / 8 + i][j] * (grads[0][i][j] - delta[column]);
+        }
       }
+      accumulate(sums.k, grads, q_half, part * Shape::kOutK, lane);
     }
-    accumulate(sums.k, scores, q_tile, part * Shape::kOutK, lane);
     __syncthreads();
     if (Shape::kStages == 1 && row + kRows < end) {
       copy_rows(0, row + kRows);
+      commit_copies();
     }
+    place_rows(row + 2 * kRows);
     stage = Shape::kStages == 1 ? 0 : 1 - stage;
   }
 }

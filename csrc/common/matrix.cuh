@@ -16,6 +16,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew: what is computed from it is not kept in registers across a loop that has none to spare.
+__device__ inline int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+}
+
 // Copies 16 bytes to shared memory, or writes zeros there when `valid` is false.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

@@ -1,6 +1,6 @@
 // Gates and row sums: reads every tensor once, and is bound by HBM.
 //   combine:         out = sum_b gate_b out_b
-//   gate_gradients:  d gate_b = <dO, out_b>,  delta_b = gate_b d gate_b,  scale_b = gate_b
+//   gate_gradients:  d gate_b = <dO, out_b>,  delta_b = d gate_b in float32,  scale_b = gate_b
 //   delta:           delta = <dO, out> - d lse
 //
 // Grid: a block of threads for a tile of tokens times heads, at most kRows rows; heads first, so that blocks walk
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kGateThreads) gate_gradients(const __grid_cons
   tile.for_each_by_token([&](uint32_t row, int64_t token, int64_t head) {
 #pragma unroll
     for (int b = 0; b < kBranches; ++b) {
-      params.deltas[b].at(tile.batch, head, token) = gates[b][row] * products[b][row];
+      params.deltas[b].at(tile.batch, head, token) = products[b][row];
       params.scales[b].at(tile.batch, head, token) = gates[b][row];
     }
   });

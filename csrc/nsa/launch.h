@@ -10,7 +10,7 @@ namespace nsa {
 
 // out = sum_b gate_b out_b
 void launch_combine_gates(const CombineGatesParams& params, ElementType type, cudaStream_t stream);
-// d gate_b = <dO, out_b>,  delta_b = gate_b d gate_b,  scale_b = gate_b
+// d gate_b = <dO, out_b>,  delta_b = d gate_b in float32,  scale_b = gate_b
 void launch_gate_gradients(const GateGradientsParams& params, ElementType type, cudaStream_t stream);
 // delta = <dO, out> - d lse
 void launch_delta(const DeltaParams& params, ElementType type, cudaStream_t stream);

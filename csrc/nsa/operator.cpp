@@ -10,6 +10,11 @@
 #include "host/autograd.h"
 #include "host/checks.h"
 #include "selected/branch.h"
+#if defined(NSA_CUDA_VERSION)
+#include "attention/cuda.h"
+#include "nsa/cuda.h"
+#include "selected/cuda.h"
+#endif
 
 namespace nsa {
 namespace {
@@ -54,6 +59,11 @@ at::Tensor gate_of(const at::Tensor& gates, int64_t branch, at::ScalarType type)
 }
 
 at::Tensor combine(const at::Tensor& gates, std::array<at::Tensor, 3> outs, at::ScalarType type) {
+#if defined(NSA_CUDA_VERSION)
+  if (gates.is_cuda()) {
+    return cuda::combine_gates(gates, outs);
+  }
+#endif
   at::Tensor sum = outs[0].to(type) * gate_of(gates, 0, type);
   for (int64_t branch = 1; branch < 3; ++branch) {
     sum.addcmul_(outs[branch].to(type), gate_of(gates, branch, type));
@@ -118,6 +128,24 @@ at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at:
                                            std::move(max_seqlen_k), seqused_k));
 }
 
+#if defined(NSA_CUDA_VERSION)
+// Gates are applied within the branches' kernels, which also add up the gradient of q: no gate_b dO and no dq of a branch is
+// ever stored.
+NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, const std::array<at::Tensor, 3>& outs,
+                           const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
+  const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);
+  AttentionOptions of_window = options;
+  of_window.block_size = of_window.block_stride = 0;
+  auto [dq, dk_cmp, dv_cmp] =
+      cuda::range_attention_backward(grad_out, in.q, in.k_cmp, in.v_cmp, gates.rows[0], options);
+  auto [dq_slc, dk_slc, dv_slc] =
+      cuda::selected_attention_backward(grad_out, in.q, in.k_slc, in.v_slc, gates.rows[1], options, dq);
+  auto [dq_win, dk_win, dv_win] =
+      cuda::range_attention_backward(grad_out, in.q, in.k_win, in.v_win, gates.rows[2], of_window, dq);
+  return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, gates.grad_gates};
+}
+#endif
+
 // d gate_b = <dO, O_b>; branch b gets the gradient gate_b dO.
 NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k_cmp,
                                     const at::Tensor& v_cmp, const at::Tensor& k_slc, const at::Tensor& v_slc,
@@ -142,6 +170,12 @@ NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor
   check_nsa({q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates}, options);
   const at::ScalarType type = wide_dtype(q);
   check_backward(grad_out, std::nullopt, q, v_slc, out_slc, lse_slc);
+#if defined(NSA_CUDA_VERSION)
+  if (q.is_cuda()) {
+    return cuda_backward(grad_out, {q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates}, {out_cmp, out_slc, out_win},
+                         {lse_cmp, lse_slc, lse_win}, options);
+  }
+#endif
   const at::Tensor wide_grad = grad_out.to(type);
   const std::array<at::Tensor, 3> outs{out_cmp, out_slc, out_win};
   std::vector<at::Tensor> grad_gates;

@@ -41,7 +41,7 @@ struct GateGradientsParams {
   TensorView grad_out;         // (B, Tq, Hq, Dv)
   TensorView outs[kBranches];  // (B, Tq, Hq, Dv)
   GatesView grad_gates;        // (B, Tq, Hq, 3): <grad_out, out_b>
-  RowView deltas[kBranches];   // (B, Hq, Tq): gate_b <grad_out, out_b>
+  RowView deltas[kBranches];   // (B, Hq, Tq): <grad_out, out_b>
   RowView scales[kBranches];   // (B, Hq, Tq): gate_b
 };
 

@@ -77,7 +77,7 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     selected_backward_keys(const __grid_constant__ SelectedBackwardParams params) {
   using Element = typename Shape::Element;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const Sequences& s = params.sequences;
   const ChosenBy& chosen_by = params.chosen_by;
   const unsigned tiles = static_cast<unsigned>(ceil_div(params.select_size, Shape::kKeys));
@@ -107,22 +107,21 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int32_t first = number * chosen_by.segment;
   const int32_t count = min(queries - first, chosen_by.segment);
   const int32_t* const list = chosen_by.queries + chosen_by.begins[id] + first;
-  // Queries are numbered through the batch: from a number to the row of a tensor, and to the position.
+  // Queries are numbered through the batch.
   const int32_t to_token = static_cast<int32_t>(-place.batch * s.length_q);
-  const int32_t to_position = static_cast<int32_t>(place.offset + to_token - place.q_begin);
   const int64_t first_key = place.k_begin + tile.first_key;
   KeyGradients<Shape> sums;
   sum_key_gradients<Shape>(
       sums,
       {params.k.row<Element>(place.batch, first_key, tile.head_kv),
        params.v.row<Element>(place.batch, first_key, tile.head_kv), params.k.token_stride, params.v.token_stride,
-       tile.first_key, tile.count},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate},
+       tile.first_key, tile.count, place.batch, static_cast<int32_t>(place.offset - place.q_begin)},
+      {params.q, params.grad_out, params.lse, params.delta, params.gate,
+       whole_probability<Element>(params.lse_has_gradient)},
       {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()}, params.scale, 0,
       count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, tile.head_kv, row);
-        const int32_t query = list[at.query];
-        return {place.batch, query + to_token, at.head, query + to_position};
+        return {list[at.query] + to_token, at.head};
       });
   __syncthreads();
   store_tile<Shape>(params, kept_tile, kept_id, sums);

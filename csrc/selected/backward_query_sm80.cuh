@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   const typename Shape::QTile q_tile{reinterpret_cast<Element*>(shared)};
   const typename Shape::GradOutTile grad_out_tile{q_tile.data + q_tile.kSize};
   Element* const buffers = grad_out_tile.data + grad_out_tile.kSize;
@@ -28,8 +28,10 @@ __global__ void __launch_bounds__(Shape::kThreads)
   Element* const own = buffers + warp * Shape::kStages * Shape::kStageSize;
 
   const TokenPlace at = token_place(params.sequences, count_tokens(params.sequences), params.num_selected);
-  for (int i = thread; i < params.num_selected; i += Shape::kThreads) {
-    list[i] = params.block_indices[at.list + i];
+  const int32_t limit = min(at.position + 1, at.place.k_length);
+  __shared__ int32_t entries;
+  if (warp == 0) {
+    read_list(list, entries, params.block_indices + at.list, params.num_selected, params.select_size, limit, lane);
   }
   copy_heads(q_tile, params.q, at, thread, Shape::kThreads);
   copy_heads(grad_out_tile, params.grad_out, at, thread, Shape::kThreads);
@@ -37,8 +39,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   wait_copies<0>();
   __syncthreads();
 
-  const int32_t limit = min(at.position + 1, at.place.k_length);
-  UnitWalk ahead(list, params.num_selected, params.select_size, limit, warp);
+  UnitWalk ahead(list, entries, params.select_size, limit, warp);
   UnitWalk walk = ahead;
   const auto copy_next = [&](int stage) {
     if (!ahead.done()) {
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     gate[half] = params.gate.data == nullptr ? 1.f : params.gate.at(at.place.batch, head, token);
   }
   const float scale_log2 = params.scale * kLog2E;
+  const float whole = whole_probability<Element>(params.lse_has_gradient);
   float grad_q[1][Shape::kDimK / 8][4];
   clear(grad_q[0]);
   int stage = 0;
@@ -96,7 +98,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
         const float score = scores[0][i][j];
         const float probability =
             score == kMinusInfinity ? 0.f : exp2_approx(fmaf(score, scale_log2, -lse[j / 2]));
-        scores[0][i][j] = probability * fmaf(gate[j / 2], grads[0][i][j], -delta[j / 2]);
+        scores[0][i][j] = probability > whole
+                              ? 0.f
+                              : probability * gate[j / 2] * (grads[0][i][j] - delta[j / 2]);
       }
     }
     accumulate(grad_q, scores, k_tile, 0, lane);

@@ -10,11 +10,6 @@
 namespace nsa::cuda {
 namespace {
 
-float kernel_scale(const AttentionOptions& options, const at::Tensor& q) {
-  const float scale = static_cast<float>(softmax_scale(options.scale, q.size(-1)));
-  return scale == 0.f ? 1e-30f : scale;
-}
-
 int32_t checked_select_size(const AttentionOptions& options) {
   TORCH_CHECK_VALUE(options.select_size <= 0x7fffffff, "select_size must be below 2^31 on CUDA, got ", options.select_size);
   return static_cast<int32_t>(options.select_size);
@@ -91,7 +86,7 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
   const at::Tensor v_read = readable(v);
   const at::Tensor out_written = writable(out);
   const SelectedForwardParams params{.sequences = call.sequences,
-                                     .scale = kernel_scale(options, q),
+                                     .scale = forward_scale(options, q),
                                      .select_size = checked_select_size(options),
                                      .num_selected = static_cast<int32_t>(lists.size(-1)),
                                      .block_indices = lists.const_data_ptr<int32_t>(),
@@ -139,7 +134,7 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   const bool separate = !dq_written.is_same(dq) && grad_q.defined();  // the sum with grad_q is then taken here
   const InvertedLists inverted = invert_lists(call.sequences, lists, checked_select_size(options), stream);
   SelectedBackwardParams params{.sequences = call.sequences,
-                                .scale = kernel_scale(options, q),
+                                .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
                                 .select_size = checked_select_size(options),
                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
                                 .block_indices = lists.const_data_ptr<int32_t>(),
@@ -154,7 +149,8 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .grad_q = view_of(dq_written),
                                 .grad_k = view_of(dk_written),
                                 .grad_v = view_of(dv_written),
-                                .add_to_grad_q = grad_q.defined() && !separate,
+                                .lse_has_gradient = rows.lse_has_gradient,
+                             .add_to_grad_q = grad_q.defined() && !separate,
                                 .partials = nullptr};
   if (is_16_bit(type)) {
     const at::Tensor partials = at::empty({selected_partial_floats(params)}, q.options().dtype(at::kFloat));

@@ -11,7 +11,7 @@ __global__ void __launch_bounds__(Shape::kThreads) selected_forward(const __grid
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(128) unsigned char shared[];
   __shared__ float maxima[Shape::kWarps][Shape::kRows];
   __shared__ float totals[Shape::kWarps][Shape::kRows];
   const typename Shape::QTile q_tile{reinterpret_cast<Element*>(shared)};
@@ -23,8 +23,10 @@ __global__ void __launch_bounds__(Shape::kThreads) selected_forward(const __grid
   Element* const own = buffers + warp * Shape::kStages * Shape::kStageSize;
 
   const TokenPlace at = token_place(params.sequences, count_tokens(params.sequences), params.num_selected);
-  for (int i = thread; i < params.num_selected; i += Shape::kThreads) {
-    list[i] = params.block_indices[at.list + i];
+  const int32_t limit = min(at.position + 1, at.place.k_length);
+  __shared__ int32_t entries;
+  if (warp == 0) {
+    read_list(list, entries, params.block_indices + at.list, params.num_selected, params.select_size, limit, lane);
   }
   copy_heads(q_tile, params.q, at, thread, Shape::kThreads);
   commit_copies();
@@ -36,8 +38,7 @@ __global__ void __launch_bounds__(Shape::kThreads) selected_forward(const __grid
     q_tile.load_left(q[i], 0, 16 * i, lane);
   }
 
-  const int32_t limit = min(at.position + 1, at.place.k_length);
-  UnitWalk ahead(list, params.num_selected, params.select_size, limit, warp);
+  UnitWalk ahead(list, entries, params.select_size, limit, warp);
   UnitWalk walk = ahead;
   const auto copy_next = [&](int stage) {
     if (!ahead.done()) {

@@ -10,8 +10,8 @@
 namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
-using SelectedKeysShapeFor = KeyGradientsShape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 192 ? 2 : 1),
-                                               (kDimK <= 192 ? 1 : 2)>;
+using SelectedKeysShapeFor = KeyGradientsShape<Element, kDimK, kDimV, 32, (kDimK <= 192 ? 2 : 1),
+                                               (kDimK <= 128 ? 1 : kDimK <= 192 ? 2 : 4)>;
 
 template <typename Kernel, typename Params>
 void launch_per_token(Kernel kernel, int threads, int64_t shared_bytes, cudaStream_t stream, const char* name,

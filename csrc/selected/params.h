@@ -60,6 +60,7 @@ struct SelectedBackwardParams {
   TensorView q, k, v, grad_out;
   RowView lse, delta, gate;  // as in attention/params.h
   TensorView grad_q, grad_k, grad_v;
+  bool lse_has_gradient;  // and delta holds it
   bool add_to_grad_q;
   float* partials;  // (partials[blocks], keys per block, Dk + Dv)
 };

@@ -74,31 +74,47 @@ struct KeyUnit {
   int32_t count;  // keys that exist and are seen: none when there is nothing to read
 };
 
+// Writes the blocks of a query's list that begin before `limit` to shared memory, and how many they are. -1, and whatever
+// else a caller's own list holds, is left out. By one warp.
+__device__ inline void read_list(int32_t* list, int32_t& count, const int32_t* from, int32_t num_selected,
+                                 int32_t select_size, int32_t limit, int lane) {
+  int32_t written = 0;
+  for (int32_t first = 0; first < num_selected; first += 32) {
+    const int32_t block = first + lane < num_selected ? from[first + lane] : -1;
+    const bool valid = block >= 0 && int64_t{block} * select_size < limit;
+    const unsigned votes = __ballot_sync(0xffffffffu, valid);
+    if (valid) {
+      list[written + __popc(votes & ((1u << lane) - 1))] = block;
+    }
+    written += __popc(votes);
+  }
+  if (lane == 0) {
+    count = written;
+  }
+}
+
 // The units of a query's list: this warp's, in order, are warp, warp + 4, ...
 struct UnitWalk {
   const int32_t* list;  // in shared memory
-  int32_t num_selected;
+  int32_t entries;
   int32_t select_size;
   int32_t limit;  // keys before it are seen
   int32_t parts;  // units of a block
   int32_t entry;
   int32_t part;
 
-  __device__ UnitWalk(const int32_t* list_, int32_t num_selected_, int32_t select_size_, int32_t limit_, int warp)
-      : list(list_), num_selected(num_selected_), select_size(select_size_), limit(limit_) {
+  __device__ UnitWalk(const int32_t* list_, int32_t entries_, int32_t select_size_, int32_t limit_, int warp)
+      : list(list_), entries(entries_), select_size(select_size_), limit(limit_) {
     parts = (select_size + 15) / 16;
     entry = warp / parts;
     part = warp % parts;
   }
-  // A list ends with its first -1.
-  __device__ bool done() const { return entry >= num_selected || list[entry] < 0; }
+  __device__ bool done() const { return entry >= entries; }
   __device__ KeyUnit unit() const {
-    // 64 bits: a caller's own list may hold anything, and what lies past the query is not read.
     const int64_t block = int64_t{list[entry]} * select_size;
     const int64_t first = block + 16 * part;
     const int64_t end = min_of(block + select_size, limit);
-    const int64_t count = min_of(end - first, 16);
-    return {static_cast<int32_t>(min_of(first, limit)), static_cast<int32_t>(max_of(count, 0))};
+    return {static_cast<int32_t>(min_of(first, limit)), static_cast<int32_t>(max_of(min_of(end - first, 16), 0))};
   }
   __device__ void advance() {
     part += kTokenWarps;

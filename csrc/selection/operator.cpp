@@ -7,6 +7,9 @@
 #include "host/checks.h"
 #include "host/options.h"
 #include "selection/cpu.h"
+#if defined(NSA_CUDA_VERSION)
+#include "selection/cuda.h"
+#endif
 
 namespace nsa {
 namespace {
@@ -29,6 +32,7 @@ at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at:
       .seqlen_k = seqlen_k,
       .block_size = block_size,
       .block_stride = block_stride,
+      .scale = scale,
       .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
   };
   check_scale(scale);
@@ -46,6 +50,11 @@ at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at:
                        {{block_size, block_stride}, select_size, num_selected, {num_initial, num_local}},
                        list_compressed_sequences(q, k_cmp, options), block_indices);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::select_blocks(q, k_cmp, lse, select_size, num_selected, {num_initial, num_local}, options, block_indices);
+  }
+#endif
   return block_indices;
 }
 
@@ -65,6 +74,9 @@ at::Tensor select_blocks_autograd(const at::Tensor& q, const at::Tensor& k_cmp, 
 
 TORCH_LIBRARY_IMPL(nsa, CPU, m) { m.impl("select_blocks", select_blocks<Backend::kCpu>); }
 TORCH_LIBRARY_IMPL(nsa, Meta, m) { m.impl("select_blocks", select_blocks<Backend::kMeta>); }
+#if defined(NSA_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) { m.impl("select_blocks", select_blocks<Backend::kCuda>); }
+#endif
 TORCH_LIBRARY_IMPL(nsa, Autograd, m) { m.impl("select_blocks", select_blocks_autograd); }
 
 }  // namespace nsa

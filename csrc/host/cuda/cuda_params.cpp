@@ -72,7 +72,7 @@ at::Tensor writable(const at::Tensor& result) {
   }
   at::DimVector shape(result.sizes().begin(), result.sizes().end());
   shape.back() = rounded_up(shape.back());
-  return at::empty(shape, result.options());
+  return at::zeros(shape, result.options());
 }
 
 void copy_back(const at::Tensor& written, const at::Tensor& result) {
@@ -127,15 +127,6 @@ CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t l
     s.cumulative_cmp = call.cumulative_cmp.const_data_ptr<int32_t>();
   }
   return call;
-}
-
-BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
-                           const OptionalTensor& grad_lse) {
-  at::Tensor delta = (grad_out.to(at::kFloat) * out.to(at::kFloat)).sum(-1).transpose(-1, -2).contiguous();
-  if (grad_lse.has_value()) {
-    delta.sub_(*grad_lse);
-  }
-  return {lse.contiguous(), delta, {}};
 }
 
 at::Tensor empty_key_gradient(const at::Tensor& like, bool packed) {

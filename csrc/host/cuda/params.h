@@ -21,8 +21,7 @@ void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 // multiple of 8, so that 16-byte copies can read every row.
 at::Tensor readable(const at::Tensor& tensor);
 
-// An uninitialised tensor like `result` that kernels can write: `result` itself, or a wider one, to be copied by
-// `copy_back`.
+// A tensor like `result` that kernels can write: `result` itself, or a wider one, of zeros, to be copied by `copy_back`.
 at::Tensor writable(const at::Tensor& result);
 void copy_back(const at::Tensor& written, const at::Tensor& result);
 
@@ -31,6 +30,12 @@ TensorView view_of(const at::Tensor& tensor);
 // (B, H, T), or packed (H, sum T), float32, contiguous; of no tensor: null.
 RowView rows_of(const at::Tensor& tensor);
 RowView no_rows();
+
+// Scores that are masked are -inf, and 0 times that is NaN: a scale of 0 becomes one so small that the result is the same.
+inline float forward_scale(const AttentionOptions& options, const at::Tensor& q) {
+  const float scale = static_cast<float>(softmax_scale(options.scale, q.size(-1)));
+  return scale == 0.f ? 1e-30f : scale;
+}
 
 // Sequences, and the tensors that their pointers point into.
 struct CallSequences {
@@ -45,11 +50,12 @@ CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t l
 // What a backward over a range or over listed blocks is told of its rows: (B, H, T) or packed (H, sum T), float32.
 struct BackwardRows {
   at::Tensor lse;
-  at::Tensor delta;  // <grad_out, out> times the row's gate, less the gradient of lse
+  at::Tensor delta;  // <grad_out, out>, less the gradient of lse where there is no gate
   at::Tensor gate;   // the factor of grad_out, or undefined: 1
+  bool lse_has_gradient = false;
 };
 
-// Those of an op of one branch, which has no gate.
+// Those of an op of one branch, which has no gate (in nsa/cuda.cpp, with those that have).
 BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
                            const OptionalTensor& grad_lse);
 

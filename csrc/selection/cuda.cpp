@@ -1,0 +1,55 @@
+#include "selection/cuda.h"
+
+#include <c10/util/Exception.h>
+
+#include "host/cuda/params.h"
+#include "selection/launch.h"
+
+namespace nsa::cuda {
+namespace {
+
+void check_supported(const AttentionOptions& options, int64_t select_size, int64_t num_selected) {
+  TORCH_CHECK_VALUE(num_selected <= kMostSelectedOnCuda, "num_selected must be at most ", kMostSelectedOnCuda,
+                    " on CUDA, got ", num_selected, " (the CPU takes any)");
+  TORCH_CHECK_VALUE(options.block_size / options.block_stride <= kMostPiecesOnCuda, "block_size must be at most ",
+                    kMostPiecesOnCuda, " strides on CUDA, got ", options.block_size, " with stride ", options.block_stride,
+                    " (the CPU takes any)");
+  TORCH_CHECK_VALUE(select_size / options.block_stride <= kMostPiecesOnCuda, "select_size must be at most ",
+                    kMostPiecesOnCuda, " strides on CUDA, got ", select_size, " with stride ", options.block_stride,
+                    " (the CPU takes any)");
+}
+
+}  // namespace
+
+void select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& lse, int64_t select_size,
+                   int64_t num_selected, const ForcedBlocks& forced, const AttentionOptions& options,
+                   const at::Tensor& block_indices) {
+  const ElementType type = element_type("q", q);
+  check_head_dims(q, k_cmp, k_cmp);
+  check_supported(options, select_size, num_selected);
+  const c10::cuda::CUDAGuard guard(q.device());
+  if (q.numel() == 0) {
+    return;
+  }
+  const bool packed = options.packing.packed();
+  const int64_t length_k = packed ? 0 : options.seqlen_k->guard_int(__FILE__, __LINE__);
+  const CallSequences call =
+      list_sequences(q, k_cmp, length_k, options.packing, true, options.block_size, options.block_stride);
+  const at::Tensor q_read = readable(q);
+  const at::Tensor k_read = readable(k_cmp);
+  const at::Tensor lse_read = lse.contiguous();
+  const SelectBlocksParams params{.sequences = call.sequences,
+                                  .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
+                                  .block_size = static_cast<int32_t>(options.block_size),
+                                  .block_stride = static_cast<int32_t>(options.block_stride),
+                                  .select_size = static_cast<int32_t>(select_size),
+                                  .num_selected = static_cast<int32_t>(num_selected),
+                                  .forced = forced,
+                                  .q = view_of(q_read),
+                                  .k = view_of(k_read),
+                                  .lse = rows_of(lse_read),
+                                  .block_indices = block_indices.mutable_data_ptr<int32_t>()};
+  launch_select_blocks(params, type, c10::cuda::getCurrentCUDAStream());
+}
+
+}  // namespace nsa::cuda
