@@ -26,7 +26,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
 # What a build depends on besides files: another value builds again.
 SETTINGS := NSA_CUDA=$(NSA_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 
-.PHONY: help demo test lint format bench docs wheel build sanitize clean distclean
+.PHONY: help demo test lint format bench tables docs wheel build sanitize clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -47,6 +47,9 @@ format: $(STAMPS)/lint  ## lay out C++ and Python
 
 bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+tables: $(STAMPS)/venv  ## write the README's tables from what `make bench` measured
+	$(BIN)/python benchmarks/table.py --write README.md
 
 docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 	$(BIN)/python docs/generate_api.py

@@ -107,6 +107,12 @@ def test_defaults_in_the_maths_are_those_of_the_code() -> None:
                 assert parameter.default == stated[parameter.name], f"{item.__name__}: {parameter.name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_commands_name_exist(page: Path) -> None:
+    for name in re.findall(r"\b(?:tests|benchmarks|examples|tools|docs)/[\w/]+\.(?:py|md)\b", page.read_text()):
+        assert (ROOT / name).exists(), name
+
+
 def test_commands_in_the_documents_are_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:

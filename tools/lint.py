@@ -142,6 +142,11 @@ def docs(fix: bool) -> bool:
     return run(sys.executable, "docs/generate_api.py", *([] if fix else ["--check"]))
 
 
+def tables(fix: bool) -> bool:
+    """The README's tables say what was measured."""
+    return run(sys.executable, "benchmarks/table.py", "--write" if fix else "--check", "README.md")
+
+
 def text_findings(path: Path) -> Iterator[str]:
     content = path.read_text()
     if content and not content.endswith("\n"):
@@ -172,6 +177,7 @@ CHECKS: dict[str, Callable[[bool], bool]] = {
     "ruff-format": ruff_format,
     "clang-format": clang_format,
     "docs": docs,
+    "tables": tables,
     "pre-commit": pre_commit,
     "mypy": mypy,
     "clang-tidy": clang_tidy,
