@@ -1,8 +1,7 @@
-// Which kernel runs.
+// Which instantiation runs.
+#include "common/dispatch.h"
 #include "selection/launch.h"
-
 #include "selection/launch_sm80.cuh"
-#include "selection/select_plain.cuh"
 
 namespace nsa {
 
@@ -18,40 +17,31 @@ extern template void launch_select_blocks_sm80<BFloat16, 256>(const SelectBlocks
 
 namespace {
 
-template <typename Element>
-void launch_plain(const SelectBlocksParams& params, cudaStream_t stream) {
-  const Sequences& s = params.sequences;
-  const int64_t tokens = s.packed() ? s.length_q : s.batch * s.length_q;
-  launch(select_blocks_plain<Element>, ceil_div(tokens * s.heads_kv, kPlainSelectWarps), 32 * kPlainSelectWarps, 0, stream,
-         "select_blocks", params);
-}
-
-template <typename Element>
-void launch_tensor_cores(const SelectBlocksParams& params, cudaStream_t stream) {
-  if (params.q.width <= 64) {
-    launch_select_blocks_sm80<Element, 64>(params, stream);
-  } else if (params.q.width <= 128) {
-    launch_select_blocks_sm80<Element, 128>(params, stream);
-  } else if (params.q.width <= 192) {
-    launch_select_blocks_sm80<Element, 192>(params, stream);
-  } else {
-    launch_select_blocks_sm80<Element, 256>(params, stream);
+void check(bool supported, const char* what) {
+  if (!supported) {
+    throw std::runtime_error(std::string("nsa_torch: choice of blocks: there is no kernel for ") + what);
   }
 }
 
 }  // namespace
 
 void launch_select_blocks(const SelectBlocksParams& params, ElementType type, cudaStream_t stream) {
-  const bool tensor_cores = params.sequences.group <= kSelectColumns &&
-                            params.block_size / params.block_stride <= kMostOverlap &&
-                            params.select_size / params.block_stride <= kMostOverlap;
+  check(params.num_selected <= kMostSelected, "more than 64 selected blocks");
+  check(params.block_size / params.block_stride <= kMostPieces, "block sizes of more than 64 strides");
+  check(params.select_size / params.block_stride <= kMostPieces, "selection blocks of more than 64 strides");
+  check(params.q.width <= kLargestHeadDim, "head dimensions above 256");
   if (type == ElementType::kFloat32) {
-    launch_plain<float>(params, stream);
-  } else if (type == ElementType::kFloat16) {
-    tensor_cores ? launch_tensor_cores<Half>(params, stream) : launch_plain<Half>(params, stream);
-  } else {
-    tensor_cores ? launch_tensor_cores<BFloat16>(params, stream) : launch_plain<BFloat16>(params, stream);
+    launch_select_blocks_plain(params, stream);
+    return;
   }
+  check(params.sequences.group <= kMostHeads, "more than 256 heads of 16 bits a group");
+  with_tile_dims(params.q.width, 0, [&](auto dim, auto) {
+    if (type == ElementType::kFloat16) {
+      launch_select_blocks_sm80<Half, dim>(params, stream);
+    } else {
+      launch_select_blocks_sm80<BFloat16, dim>(params, stream);
+    }
+  });
 }
 
 }  // namespace nsa

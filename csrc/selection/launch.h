@@ -7,11 +7,9 @@
 
 namespace nsa {
 
-constexpr int32_t kMostSelectedOnCuda = 64;  // n
-constexpr int32_t kMostPiecesOnCuda = 64;    // l / d and l' / d
-
-// 16-bit types run on tensor cores where a group has at most 32 heads and l / d and l' / d are at most 32: rows of q and k
-// then start at multiples of 16 bytes, and their width is a multiple of 8, at most 256. All else is computed plainly.
+// float16 and bfloat16 on tensor cores, sm_80 and later: rows of q and k start at multiples of 16 bytes, and widths are
+// multiples of 8. float32 without tensor cores: any strides whose last is 1. Head dimensions up to 256.
 void launch_select_blocks(const SelectBlocksParams& params, ElementType type, cudaStream_t stream);
+void launch_select_blocks_plain(const SelectBlocksParams& params, cudaStream_t stream);
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-// Launch of the tensor-core kernel for one element type and one width.
+// Launches of the tensor-core kernels for one element type and one tile dimension.
 #pragma once
 
 #include "common/launch.cuh"
@@ -6,22 +6,22 @@
 
 namespace nsa {
 
-template <typename Element, int kDim, int kTilesPerQuery>
-void launch_select_blocks_of(const SelectBlocksParams& params, cudaStream_t stream) {
-  using Shape = SelectShape<Element, kDim, (kDim <= 128 ? 64 : 32), kTilesPerQuery>;
+template <typename Shape>
+void launch_select_shape(const SelectBlocksParams& params, cudaStream_t stream) {
   const Sequences& s = params.sequences;
-  launch(select_blocks<Shape>, count_slots(s, s.length_q, Shape::kWarps * Shape::kQueries) * s.heads_kv, Shape::kThreads,
-         Shape::kSharedBytes, stream, "select_blocks", params);
+  const int64_t queries = Shape::kWarps * Shape::kQueries / ceil_div(s.group, kHeadsPerWarp);
+  launch(select_blocks_sm80<Shape>, count_slots(s, s.length_q, queries) * s.heads_kv, Shape::kThreads,
+         Shape::kSharedBytes, stream, "choice of blocks", params);
 }
 
 template <typename Element, int kDim>
 void launch_select_blocks_sm80(const SelectBlocksParams& params, cudaStream_t stream) {
   if (params.sequences.group <= 8) {
-    launch_select_blocks_of<Element, kDim, 1>(params, stream);
+    launch_select_shape<SelectShape<Element, kDim, 4>>(params, stream);
   } else if (params.sequences.group <= 16) {
-    launch_select_blocks_of<Element, kDim, 2>(params, stream);
+    launch_select_shape<SelectShape<Element, kDim, 2>>(params, stream);
   } else {
-    launch_select_blocks_of<Element, kDim, 4>(params, stream);
+    launch_select_shape<SelectShape<Element, kDim, 1>>(params, stream);
   }
 }
 

@@ -5,6 +5,11 @@
 
 namespace nsa {
 
+// What there are kernels for.
+constexpr int32_t kMostSelected = 64;  // n
+constexpr int32_t kMostPieces = 64;    // l / d and l' / d
+constexpr int32_t kMostHeads = 256;    // of a group; float32: any number
+
 struct SelectBlocksParams {
   Sequences sequences;
   float scale;

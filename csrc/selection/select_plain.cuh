@@ -1,86 +1,115 @@
-// select_blocks without tensor cores: exact in float32, any width, any strides, any group. One warp per query and KV head.
+// select_blocks in float32 without tensor cores: exact products, and the lists of selection/ranking.cuh.
+//   p[m] = sum over the group's heads of exp(scale <q, k_m> - lse), for the compressed blocks m that the query sees
+//
+// Grid: (slots of kPlainWarps queries, KV heads), the heads fastest; a warp for each query, which has two keys of a
+// tile in each lane. Shared memory: a tile of keys, padded to an odd number of floats a row, and a record for each
+// query.
 #pragma once
 
-#include "common/rows.cuh"
-#include "common/sequences.cuh"
-#include "common/matrix.cuh"
-#include "selection/best_blocks.cuh"
-#include "selection/params.h"
+#include "selection/ranking.cuh"
 
 namespace nsa {
 
-constexpr int kPlainSelectWarps = 4;
-constexpr int kPlainSelectKeys = 64;
-constexpr int kPlainMostOverlap = 64;
+constexpr int kPlainWarps = 8;
+constexpr int kPlainHeads = 4;  // whose scores are computed together
+constexpr int kKeysPerLane = kKeysPerTile / 32;
 
-template <typename Element>
-__global__ void __launch_bounds__(32 * kPlainSelectWarps)
+inline int64_t plain_select_shared_bytes(int32_t width) {
+  return kPlainWarps * sizeof(QueryRecord) + sizeof(float) * kKeysPerTile * (width | 1);
+}
+
+// Adds the probabilities of a few heads, for the keys whose rows are k[0], k[1].
+__device__ inline void add_probabilities(float (&sums)[kKeysPerLane], const SelectBlocksParams& params,
+                                         const SequencePlace& place, int64_t token, int32_t first_head, int32_t heads,
+                                         const float* const (&k)[kKeysPerLane]) {
+  const float* q[kPlainHeads];
+#pragma unroll
+  for (int i = 0; i < kPlainHeads; ++i) {
+    q[i] = params.q.row<const float>(place.batch, token, first_head + min(i, heads - 1));
+  }
+  float scores[kPlainHeads][kKeysPerLane] = {};
+#pragma unroll 4
+  for (int32_t c = 0; c < params.q.width; ++c) {
+#pragma unroll
+    for (int i = 0; i < kPlainHeads; ++i) {
+      const float x = __ldg(q[i] + c);
+#pragma unroll
+      for (int j = 0; j < kKeysPerLane; ++j) {
+        scores[i][j] = fmaf(x, k[j][c], scores[i][j]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kPlainHeads; ++i) {
+    if (i < heads) {
+      const float lse = params.lse.at(place.batch, first_head + i, token);
+#pragma unroll
+      for (int j = 0; j < kKeysPerLane; ++j) {
+        sums[j] += expf(scores[i][j] * params.scale - lse);
+      }
+    }
+  }
+}
+
+__global__ void __launch_bounds__(32 * kPlainWarps)
     select_blocks_plain(const __grid_constant__ SelectBlocksParams params) {
-  __shared__ float strips[kPlainSelectWarps][kPlainSelectKeys + kPlainMostOverlap];
+  extern __shared__ __align__(1024) unsigned char shared[];
+  QueryRecord* const records = reinterpret_cast<QueryRecord*>(shared);
+  float* const k_tile = reinterpret_cast<float*>(records + kPlainWarps);
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  float* const strip = strips[threadIdx.x / 32];
-  const Sequences& s = params.sequences;
-  const int64_t index = int64_t{blockIdx.x} * kPlainSelectWarps + threadIdx.x / 32;
-  const int64_t token = index / s.heads_kv;
-  const int32_t head_kv = static_cast<int32_t>(index % s.heads_kv);
-  if (token >= (s.packed() ? s.length_q : s.batch * s.length_q)) {
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+
+  const SelectTile tile = find_select_tile(params, kPlainWarps);
+  const SequencePlace place = place_of(params.sequences, tile.sequence);
+  const int32_t end_query = min(tile.first_query + kPlainWarps, place.q_length);
+  if (tile.first_query >= end_query) {
     return;
   }
-  const Tile at = find_query(s, token);
-  const SequencePlace place = place_of(s, at.sequence);
-  const int32_t position = place.offset + at.index;
-  const int pieces_per_compressed = params.block_size / params.block_stride;
-  const int pieces_per_selected = params.select_size / params.block_stride;
-  const int carry = pieces_per_compressed - 1;
-  const int blocks_per_tile = kPlainSelectKeys / pieces_per_selected;
-  const int step = blocks_per_tile * pieces_per_selected;
-  const int64_t seen = num_compressed_blocks(int64_t{position} + 1, params.block_size, params.block_stride);
-  const Choice choice(params.forced, position, params.select_size, params.num_selected);
-  BestBlocks best;
-  for (int i = lane; i < carry; i += 32) {
-    strip[i] = 0.f;
-  }
-  for (int32_t first_key = 0, first_block = 0; first_block <= choice.own && choice.free > 0;
-       first_key += step, first_block += blocks_per_tile) {
-    for (int i = lane; i < step; i += 32) {
-      const int64_t key = first_key + i;
-      float sum = 0.f;
-      for (int32_t head = head_kv * s.group; key < seen && head < (head_kv + 1) * s.group; ++head) {
-        const Element* const q = params.q.row<Element>(place.batch, place.q_begin + at.index, head);
-        const Element* const k = params.k.row<Element>(place.batch, place.cmp_begin + key, head_kv);
-        float score = 0.f;
-        for (int32_t column = 0; column < params.q.width; ++column) {
-          score = fmaf(to_float(q[column]), to_float(k[column]), score);
-        }
-        sum += expf(fmaf(score, params.scale, -params.lse.at(place.batch, head, place.q_begin + at.index)));
+  const int32_t query = tile.first_query + warp;
+  const bool exists = query < end_query;
+  const int32_t position = exists ? place.offset + query : -1;
+  const int32_t visible = visible_keys(params, position);
+  QueryRecord& record = records[warp];
+  start_record(record, params, position, lane);
+  __syncwarp();
+
+  const TileSteps steps(params);
+  const int32_t last_position = place.offset + end_query - 1;
+  const int32_t end_key = visible_keys(params, last_position);
+  const int32_t tiles =
+      static_cast<int32_t>(ceil_div(own_block_of(last_position, params.select_size) + 1, steps.blocks));
+  const int32_t width = params.k.width;
+  const int32_t pitch = width | 1;
+  const int32_t group = params.sequences.group;
+  for (int32_t number = 0; number < tiles; ++number) {
+    const int32_t first_key = number * steps.keys;
+    __syncthreads();
+    for (int row = warp; row < kKeysPerTile; row += kPlainWarps) {
+      const int32_t key = first_key + row;
+      const float* const from = params.k.row<const float>(place.batch, place.cmp_begin + key, tile.head_kv);
+      for (int column = lane; column < width; column += 32) {
+        k_tile[row * pitch + column] = key < end_key ? from[column] : 0.f;
       }
-      strip[carry + i] = sum;
     }
-    __syncwarp();
-    for (int i = lane; i - lane < blocks_per_tile; i += 32) {
-      float importance = kNoBlock;
-      if (i < blocks_per_tile && choice.candidate(first_block + i)) {
-        importance = block_importance(strip + i * pieces_per_selected, pieces_per_compressed, pieces_per_selected);
+    __syncthreads();
+    if (exists) {
+      float sums[kKeysPerLane] = {};
+      const float* const k[kKeysPerLane] = {k_tile + lane * pitch, k_tile + (lane + 32) * pitch};
+      for (int32_t head = 0; head < group; head += kPlainHeads) {
+        add_probabilities(sums, params, place, place.q_begin + query, tile.head_kv * group + head, group - head, k);
       }
-      best.take(importance, first_block + i, choice.free, lane);
-    }
-    __syncwarp();
-    float carried[kPlainMostOverlap / 32];
 #pragma unroll
-    for (int i = 0; i < kPlainMostOverlap / 32; ++i) {
-      carried[i] = lane + 32 * i < carry ? strip[step + lane + 32 * i] : 0.f;
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < kPlainMostOverlap / 32; ++i) {
-      if (lane + 32 * i < carry) {
-        strip[lane + 32 * i] = carried[i];
+      for (int j = 0; j < kKeysPerLane; ++j) {
+        const int32_t key = first_key + lane + 32 * j;
+        record.strip[key & (kRing - 1)] = key < visible ? sums[j] : 0.f;
       }
+      __syncwarp();
+      rank_tile<1>(&record, 1, params, steps, number, lane);
     }
-    __syncwarp();
   }
-  write_list(params.block_indices + (token * s.heads_kv + head_kv) * params.num_selected, params.num_selected, choice, best,
-             reinterpret_cast<int32_t*>(strip), lane);
+  if (exists) {
+    write_list(record, params, list_of(params, place, query, tile.head_kv), lane);
+  }
 }
 
 }  // namespace nsa

@@ -1,4 +1,4 @@
-// select_blocks for fp16 heads of at most 64.
+// The kernels of this folder for fp16 heads of at most 64.
 #include "selection/launch_sm80.cuh"
 
 namespace nsa {

@@ -1,4 +1,4 @@
-// select_blocks for fp16 heads of at most 192.
+// The kernels of this folder for fp16 heads of at most 192.
 #include "selection/launch_sm80.cuh"
 
 namespace nsa {

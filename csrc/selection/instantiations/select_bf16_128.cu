@@ -1,4 +1,4 @@
-// select_blocks for bf16 heads of at most 128.
+// The kernels of this folder for bf16 heads of at most 128.
 #include "selection/launch_sm80.cuh"
 
 namespace nsa {

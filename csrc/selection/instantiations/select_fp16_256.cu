@@ -1,4 +1,4 @@
-// select_blocks for fp16 heads of at most 256.
+// The kernels of this folder for fp16 heads of at most 256.
 #include "selection/launch_sm80.cuh"
 
 namespace nsa {
