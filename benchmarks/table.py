@@ -4,7 +4,8 @@
     python benchmarks/table.py --write README.md    # fill in every table of a page
     python benchmarks/table.py --check README.md    # fail if one differs from its file
 
-In a page, a table stands between `<!-- table: benchmarks/results/NAME.json -->` and `<!-- end of table -->`. A row of a
+In a page, a table stands between `<!-- table: benchmarks/results/NAME.json -->` and `<!-- end of table -->`; after the
+name, fields choose among the rows: `op=nsa_attention seqlen=8192,65536`. A row of a
 file is one op in one direction on one problem: benchmarks/speed.py says what its fields mean. Files of other machines
 have the same fields; rows that differ only in direction share a line.
 """
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 MACHINE = ("gpu", "cpu", "torch", "commit")
 PROBLEM = ("op", "dtype", "batch", "seqlen", "heads", "kv_heads", "dk", "dv", "data")
 
@@ -79,11 +80,20 @@ def table(rows: list[Row]) -> str:
     return f"{common}; {machine}:\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def chosen(rows: list[Row], conditions: list[str]) -> list[Row]:
+    """The rows whose fields have one of the values that each condition, `field=value,value`, allows."""
+    for condition in conditions:
+        name, _, values = condition.partition("=")
+        rows = [row for row in rows if str(row[name]) in values.split(",")]
+    return rows
+
+
 def fill(page: str) -> str:
     """The page with every table made anew."""
 
     def made(match: re.Match[str]) -> str:
-        return match[1] + table(json.loads((ROOT / match[2]).read_text())["rows"]) + match[3]
+        rows = chosen(json.loads((ROOT / match[2]).read_text())["rows"], match[3].split())
+        return match[1] + table(rows) + match[4]
 
     return TABLE.sub(made, page)
 

@@ -8,16 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the list of shapes is shared with the benchmarks
 
 import nsa_torch  # noqa: E402
 from helpers import Inputs, Target, differentiable  # noqa: E402
-
-settings.register_profile("nsa", deadline=None, print_blob=True, derandomize=True)
-settings.load_profile("nsa")
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]

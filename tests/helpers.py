@@ -202,7 +202,7 @@ def check_op(op: str, inputs: Inputs, target: Target = Target("cpu", torch.float
     if target.dtype == torch.float64:
         assert_close(results, evaluate(expected, inputs), FLOAT64_TOLERANCE)
     else:
-        truth = evaluate(expected, given.to("cpu", torch.float64))
+        truth = evaluate(expected, given.to(target.device, torch.float64))
         assert_errs_at_most_twice(results, truth, evaluate(expected, given), target.dtype)
     return results
 

@@ -46,7 +46,7 @@ def test_runs_in_the_autocast_dtype(op: str, dtype: torch.dtype, packed: bool, d
         if name.startswith("grad"):
             assert grad.dtype == torch.float32, name
     assert_close(actual, expected, 1e-6)
-    truth = evaluate(getattr(reference, op), by_hand.to("cpu", torch.float64))
+    truth = evaluate(getattr(reference, op), by_hand.to(device, torch.float64))
     baseline = evaluate(getattr(reference, op), by_hand)
     assert_errs_at_most_twice(actual, truth, baseline, dtype)
 

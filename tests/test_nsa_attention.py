@@ -50,7 +50,7 @@ def test_gates_may_stay_float32(device: str) -> None:
     given = given.replace(gates=exact.tensors["gates"].to(device, torch.float32))
     actual = evaluate(nsa_torch.nsa_attention, given)
     assert actual["out"].dtype == torch.bfloat16
-    truth = evaluate(reference.nsa_attention, given.to("cpu", torch.float64))
+    truth = evaluate(reference.nsa_attention, given.to(device, torch.float64))
     baseline = evaluate(reference.nsa_attention, given)
     assert_errs_at_most_twice(actual, truth, baseline, torch.bfloat16)
 

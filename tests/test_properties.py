@@ -23,6 +23,9 @@ from helpers import (
 from nsa_torch import reference
 from shapes import Shape
 
+settings.register_profile("nsa", deadline=None, print_blob=True, derandomize=True)
+settings.load_profile("nsa")
+
 sizes = st.integers
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import nsa_torch
-from helpers import CHOICE_OPTIONS, Inputs, Target, make_inputs
+from choices import assert_valid, gap_of, importance_of, lse_of
+from helpers import Target, make_inputs
 from nsa_torch import reference
 from shapes import ADVERSARIAL, TILED, Shape
 
@@ -34,11 +34,11 @@ def test_low_precision(shape: Shape, low_precision: Target) -> None:
     given = given.replace(lse=exact.tensors["lse"].to(low_precision.device, torch.float32))
     lists = nsa_torch.select_blocks(**given.tensors, **given.options).cpu()
     assert_valid(lists, shape)
-    truth = _importance(given.to("cpu", torch.float64))
-    baseline = _importance(given).to("cpu", torch.float64)
+    truth = importance_of(given.to("cpu", torch.float64))
+    baseline = importance_of(given).to("cpu", torch.float64)
     ulp = torch.finfo(low_precision.dtype).eps
     allowed = 2 * (baseline - truth).abs().max() + 4 * ulp * truth.abs().max()
-    gap = _gap(lists, truth, shape)
+    gap = gap_of(lists, truth, shape)
     assert gap <= allowed, f"a block ahead by {gap:.3g} was left out, allowed {allowed:.3g}"
 
 
@@ -46,15 +46,15 @@ def test_gap_sees_a_wrong_choice() -> None:
     """The judge of the test above is not blind: one wrong block among all rows exceeds it."""
     shape = replace(TILED[0], num_selected=4)
     inputs = make_inputs(OP, shape)
-    truth = _importance(inputs)
+    truth = importance_of(inputs)
     lists = reference.select_blocks(**inputs.tensors, **inputs.options)
-    assert _gap(lists, truth, shape) <= 0
+    assert gap_of(lists, truth, shape) <= 0
     _, best, *local = lists[0, -1, 0].tolist()
     assert local == [11, 12]
     worst = truth[0, -1, 0, 1:11].argmin().item() + 1
     lists[0, -1, 0, 1] = worst
     difference = truth[0, -1, 0, best] - truth[0, -1, 0, worst]
-    assert _gap(lists, truth, shape) == pytest.approx(difference.item())
+    assert gap_of(lists, truth, shape) == pytest.approx(difference.item())
 
 
 def test_overlap_weights(device: str) -> None:
@@ -88,7 +88,7 @@ def test_ties_go_to_the_lower_index(device: str) -> None:
     shape = replace(TILED[0], num_selected=6)
     inputs = make_inputs(OP, shape).to(device, torch.float32)
     inputs = inputs.replace(q=torch.zeros_like(inputs.tensors["q"]))
-    inputs = inputs.replace(lse=_lse(inputs))
+    inputs = inputs.replace(lse=lse_of(inputs))
     lists = nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
     assert lists[0, 780, 0].tolist() == [0, 1, 2, 3, 11, 12]
     assert lists[0, 700, 0].tolist() == [0, 1, 2, 3, 9, 10]
@@ -105,7 +105,7 @@ def test_repeated_keys_tie() -> None:
     k_cmp = pattern.repeat(1, blocks // 4 + 1, 1, 1)[:, :blocks]
     q = torch.randint(-2, 3, inputs.tensors["q"].shape, generator=random).double()
     inputs = inputs.replace(q=q, k_cmp=k_cmp)
-    inputs = inputs.replace(lse=_lse(inputs))
+    inputs = inputs.replace(lse=lse_of(inputs))
     expected = reference.select_blocks(**inputs.tensors, **inputs.options)
     assert expected[0, 780, 0].tolist() == [0, 1, 2, 11, 12]
     actual = nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
@@ -120,7 +120,7 @@ def test_no_score_beats_a_forced_block(device: str) -> None:
     k_cmp[:, 5] = 1e4  # keys 20 .. 27: inside block 1
     q = torch.ones_like(inputs.tensors["q"])
     inputs = inputs.replace(q=q, k_cmp=k_cmp)
-    inputs = inputs.replace(lse=_lse(inputs))
+    inputs = inputs.replace(lse=lse_of(inputs))
     lists = nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
     assert_valid(lists.cpu(), shape)
     assert lists[0, 0, 0].tolist() == [0, -1, -1]
@@ -146,7 +146,7 @@ def test_nan_counts_as_lowest(device: str) -> None:
     shape = replace(SMALL, seqlen_q=1, seqlen_k=16 * 7, batch=1, heads_kv=1, num_selected=5, num_local=1)
     inputs = make_inputs(OP, shape).to(device, torch.float32)
     k_cmp = inputs.tensors["k_cmp"].clone()
-    lse = _lse(inputs)
+    lse = lse_of(inputs)
     k_cmp[0, 9] = torch.nan  # keys 36 .. 43: inside block 2
     inputs = inputs.replace(k_cmp=k_cmp, lse=lse)
     lists = nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
@@ -162,51 +162,3 @@ def test_carries_no_gradient(device: str) -> None:
     lists = nsa_torch.select_blocks(**leaves, **inputs.options)
     assert lists.dtype == torch.int32
     assert not lists.requires_grad
-
-
-def assert_valid(lists: Tensor, shape: Shape) -> None:
-    """Ascending, -1 last, no duplicate, selectable blocks only, forced ones among them, full."""
-    n, count = shape.num_selected, shape.selection_blocks
-    assert lists.dtype == torch.int32
-    assert lists.shape == (shape.batch, shape.seqlen_q, shape.heads_kv, n)
-    member, own = _membership(lists, shape)
-    listed = lists >= 0
-    both = listed[..., 1:] & listed[..., :-1]
-    assert (lists.diff(dim=-1)[both] > 0).all(), "not ascending, or a duplicate"
-    assert not (listed[..., 1:] & ~listed[..., :-1]).any(), "-1 is not last"
-    assert (lists >= -1).all() and (lists <= own).all(), "not selectable"
-    block = torch.arange(count)
-    forced = (block <= own) & ((block < shape.num_initial) | (block > own - shape.num_local))
-    assert (member | ~forced).all(), "a forced block is missing"
-    assert torch.equal(listed.sum(-1), (own + 1).clamp(max=n)[..., 0].expand(listed.shape[:-1]))
-
-
-def _membership(lists: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """(B, Tq, Hkv, J) whether each block is listed, and (Tq, 1, 1) each query's own block."""
-    count = shape.selection_blocks
-    member = torch.zeros(*lists.shape[:-1], count + 1, dtype=torch.bool)
-    index = torch.where(lists < 0, count, lists).long()
-    position = torch.arange(shape.seqlen_k - shape.seqlen_q, shape.seqlen_k)
-    own = (position // shape.select_size)[:, None, None]
-    return member.scatter(-1, index, True)[..., :count], own
-
-
-def _gap(lists: Tensor, importance: Tensor, shape: Shape) -> float:
-    """By how much the best block left out beats the worst one chosen freely, over all rows."""
-    member, own = _membership(lists, shape)
-    block = torch.arange(shape.selection_blocks)
-    forced = (block < shape.num_initial) | ((block > own - shape.num_local) & (block <= own))
-    left_out = importance.masked_fill(member | (block > own), -torch.inf).amax(-1)
-    chosen = importance.masked_fill(~member | forced, torch.inf).amin(-1)
-    return (left_out - chosen).max().item()
-
-
-def _lse(inputs: Inputs) -> Tensor:
-    call = {k: v for k, v in inputs.options.items() if k not in CHOICE_OPTIONS[2:]}
-    q, k_cmp = inputs.tensors["q"], inputs.tensors["k_cmp"]
-    return reference.compressed_attention(q, k_cmp, k_cmp, **call)[1]
-
-
-def _importance(inputs: Inputs) -> Tensor:
-    call = {k: v for k, v in inputs.options.items() if k not in CHOICE_OPTIONS[3:]}
-    return reference.block_importance(**inputs.tensors, **call)
