@@ -107,7 +107,9 @@ def branch_errors(
         group = slice(head * shape.group, (head + 1) * shape.group)
         own = None if lists is None else lists[0, :, head]
         q_rows = q[0, rows, group].detach().double().requires_grad_()
-        leaves = [[t[0, :, head].detach().double().requires_grad_() for t in pair] for pair in zip(keys, values, strict=True)]
+        leaves = [
+            [t[0, :, head].detach().double().requires_grad_() for t in pair] for pair in zip(keys, values, strict=True)
+        ]
         outs = [
             attend(q_rows, k, v, visibility(op, shape, own, q.device)(position), scale)
             for op, (k, v) in zip(ops, leaves, strict=True)

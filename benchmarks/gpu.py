@@ -68,9 +68,7 @@ def measure(device: Device, call: Call, budget: float) -> Times:
     del out
     both = device.peak(lambda: torch.autograd.grad(call.run(), call.leaves, call.grad))
     inputs_and_grad = inputs + bytes_of([call.grad])
-    return Times(
-        list(ms), [None if peak is None else peak + inputs, None if both is None else both + inputs_and_grad]
-    )
+    return Times(list(ms), [None if peak is None else peak + inputs, None if both is None else both + inputs_and_grad])
 
 
 def errors(op: str, problem: Problem, call: Call) -> list[float | None]:
@@ -108,7 +106,9 @@ def compress_errors(problem: Problem, call: Call, out: Tensor, grads: list[Tenso
     return [relative(out, truth), max(relative(g, t) for g, t in zip(grads, true_grads, strict=True))]
 
 
-def measure_peers(device: Device, problem: Problem, options: argparse.Namespace, notes: dict[str, str]) -> dict[str, Times]:
+def measure_peers(
+    device: Device, problem: Problem, options: argparse.Namespace, notes: dict[str, str]
+) -> dict[str, Times]:
     """Dense attention by each backend; and others' NSA."""
     found: dict[str, Times] = {}
     for name, (peer, tensors) in dense_peers(problem, notes).items():
@@ -132,7 +132,13 @@ def attempt(name: str, notes: dict[str, str], run: Callable[[], Times]) -> Any:
 
 
 def make_rows(
-    head: Row, op: str, problem: Problem, times: Times, peers: dict[str, Times], found: list[float | None], top: Ceilings
+    head: Row,
+    op: str,
+    problem: Problem,
+    times: Times,
+    peers: dict[str, Times],
+    found: list[float | None],
+    top: Ceilings,
 ) -> list[Row]:
     shape = problem.shape
     work = needed(op, shape, problem.q.element_size())
@@ -215,7 +221,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each measured time")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no further length after this")
-    parser.add_argument("--flex", action="store_true", help="flex_attention beside the window branch: it compiles first")
+    parser.add_argument(
+        "--flex", action="store_true", help="flex_attention beside the window branch: it compiles first"
+    )
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-errors", dest="errors", action="store_false")
     parser.add_argument("--commit", help="what was measured, where the checkout is not under git")
@@ -236,7 +244,9 @@ def main() -> None:
     device, started = Device(options.device), time.perf_counter()
     machine = torch.cuda.get_device_name() if device.is_cuda else cpu_model()
     top = measure_ceilings(device, getattr(torch, options.dtype))
-    print(f"{machine}, torch {torch.__version__}: {top.flops / 1e12:.1f} TFLOP/s, {top.bytes / 1e9:.0f} GB/s", flush=True)
+    print(
+        f"{machine}, torch {torch.__version__}: {top.flops / 1e12:.1f} TFLOP/s, {top.bytes / 1e9:.0f} GB/s", flush=True
+    )
     same = {"gpu": machine if device.is_cuda else None, "cpu": None if device.is_cuda else machine}
     same |= {"torch": torch.__version__, "commit": commit_of(options)}
     dk, dv = options.dim

@@ -82,12 +82,16 @@ def make_problem(shape: Shape, data: str, dtype: torch.dtype, device: str) -> Pr
     _, lse = nsa_torch.compressed_attention(q, k_cmp, v_cmp, seqlen_k=shape.seqlen_k, **blocks)
     lists = nsa_torch.select_blocks(q, k_cmp, lse, seqlen_k=shape.seqlen_k, **blocks, **choice_of(shape))
     dim = shape.dim_k
-    sizes = {"pe": (shape.block_size, dim), "w1": (dim, shape.block_size * dim), "b1": (dim,), "w2": (dim, dim), "b2": (dim,)}
+    sizes = {
+        "pe": (shape.block_size, dim),
+        "w1": (dim, shape.block_size * dim),
+        "b1": (dim,),
+        "w2": (dim, dim),
+        "b2": (dim,),
+    }
     weights = {name: torch.randn(*size, generator=random, device=random.device) for name, size in sizes.items()}
     weights = {name: (w / w.size(-1) ** 0.5).to(dtype) for name, w in weights.items()}
-    problem = Problem(
-        shape, q, [k_cmp, k_slc, k_win], [v_cmp, v_slc, v_win], gates, grad, lists, lse, weights
-    )
+    problem = Problem(shape, q, [k_cmp, k_slc, k_win], [v_cmp, v_slc, v_win], gates, grad, lists, lse, weights)
     for leaf in (*problem.leaves(), *weights.values()):
         leaf.requires_grad_()
     return problem

@@ -1,5 +1,5 @@
-// Attention over a range of keys, backward: the gradients of k and v. A block of threads holds a tile of keys and walks the
-// rows that see any of them, or one split of those rows.
+// Attention over a range of keys, backward: the gradients of k and v. A block of threads holds a tile of keys and walks
+// the rows that see any of them, or one split of those rows.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -42,8 +42,8 @@ __device__ inline RangeKeyTile range_key_tile(const RangeBackwardParams& params,
   }
   const int64_t offset = result.place.offset;
   const int64_t first = max_of(params.visibility.first_position(result.first_key) - offset, 0);
-  const int64_t last = min_of(params.visibility.last_position(result.first_key + result.count - 1) - offset,
-                              result.place.q_length - 1);
+  const int64_t last =
+      min_of(params.visibility.last_position(result.first_key + result.count - 1) - offset, result.place.q_length - 1);
   if (first <= last) {
     result.first_row = static_cast<int32_t>(first * s.group);
     result.end_row = static_cast<int32_t>((last + 1) * s.group);
@@ -65,7 +65,8 @@ __device__ inline void store_tile(const RangeBackwardParams& params, const Range
     store_partial<kRowSize>(to, Shape::kDimK + part * Shape::kOutV, sums.v, 1.f);
     return;
   }
-  const int32_t head_kv = static_cast<int32_t>(blockIdx.x / Shape::kParts / static_cast<unsigned>(params.splits) % heads);
+  const int32_t head_kv =
+      static_cast<int32_t>(blockIdx.x / Shape::kParts / static_cast<unsigned>(params.splits) % heads);
   const int64_t batch = tile.place.batch;
   const int64_t first_key = tile.keys.begin + tile.first_key;
   store_key_gradients<Element>(params.grad_k.row<Element>(batch, first_key, head_kv), params.grad_k.token_stride,
@@ -108,8 +109,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
        params.k.token_stride, params.v.token_stride, tile.first_key, tile.count, place.batch,
        static_cast<int32_t>(place.offset - place.q_begin)},
       {params.q, params.grad_out, params.lse, params.delta, params.gate,
-       whole_probability<Element>(params.lse_has_gradient)}, params.visibility, params.scale, begin, end,
-      part, shared, [&](int32_t row) -> PlacedRow {
+       whole_probability<Element>(params.lse_has_gradient)},
+      params.visibility, params.scale, begin, end, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, head_kv, row);
         return {static_cast<int32_t>(place.q_begin) + at.query, at.head};
       });
@@ -129,8 +130,8 @@ __global__ void __launch_bounds__(256) range_add_partials(const __grid_constant_
     return;
   }
   const int64_t first_key = tile.keys.begin + tile.first_key;
-  const float* const partials = params.partials + int64_t{blockIdx.x} * params.splits * Shape::kKeys *
-                                                      (Shape::kDimK + Shape::kDimV);
+  const float* const partials =
+      params.partials + int64_t{blockIdx.x} * params.splits * Shape::kKeys * (Shape::kDimK + Shape::kDimV);
   add_partials<Shape>(partials, splits, params.grad_k.row<Element>(tile.place.batch, first_key, head_kv),
                       params.grad_k.token_stride, params.grad_k.width,
                       params.grad_v.row<Element>(tile.place.batch, first_key, head_kv), params.grad_v.token_stride,

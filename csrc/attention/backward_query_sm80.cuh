@@ -1,5 +1,5 @@
-// Attention over a range of keys, backward: the gradient of q. As the forward, a block of threads holds a tile of rows and
-// walks their keys, two buffers deep.
+// Attention over a range of keys, backward: the gradient of q. As the forward, a block of threads holds a tile of rows
+// and walks their keys, two buffers deep.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -164,9 +164,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float probability = scores[r][i][j];
-          scores[r][i][j] = probability > whole
-                                ? 0.f
-                                : probability * gate[r][j / 2] * (grads[r][i][j] - delta[r][j / 2]);
+          scores[r][i][j] =
+              probability > whole ? 0.f : probability * gate[r][j / 2] * (grads[r][i][j] - delta[r][j / 2]);
         }
       }
     }

@@ -27,7 +27,8 @@ CallSequences sequences_of(const at::Tensor& q, const at::Tensor& k, const Atten
   if (is_compressed(options) && !options.packing.packed()) {
     length_k = options.seqlen_k->guard_int(__FILE__, __LINE__);
   }
-  return list_sequences(q, k, length_k, options.packing, is_compressed(options), options.block_size, options.block_stride);
+  return list_sequences(q, k, length_k, options.packing, is_compressed(options), options.block_size,
+                        options.block_stride);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Attention over a range of keys, forward. A block of threads holds a tile of rows (common/rows.cuh), walks the keys that
-// any of them sees, and keeps a running softmax. K and V have one buffer each: V of a step arrives while the scores are
-// computed, K of the next while the values are summed.
+// Attention over a range of keys, forward. A block of threads holds a tile of rows (common/rows.cuh), walks the keys
+// that any of them sees, and keeps a running softmax. K and V have one buffer each: V of a step arrives while the
+// scores are computed, K of the next while the values are summed.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -12,7 +12,8 @@
 
 namespace nsa {
 
-// kRowTiles: times 16 rows of each warp. Every right operand is used that often, so two are nearly twice as fast as one.
+// kRowTiles: times 16 rows of each warp. Every right operand is used that often, so two are nearly twice as fast as
+// one.
 template <typename Element_, int kDimK_, int kDimV_, int kWarps_, int kRowTiles_, int kKeys_>
 struct RangeForwardShape {
   using Element = Element_;

@@ -1,6 +1,5 @@
 // Which instantiation runs; how rows are split in the backward; where packed compressed keys lie.
 #include "attention/launch.h"
-
 #include "attention/launch_sm80.cuh"
 
 namespace nsa {

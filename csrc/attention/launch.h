@@ -7,13 +7,13 @@
 
 namespace nsa {
 
-// float16 or bfloat16 on tensor cores, sm_80 and later. Rows of every tensor start at multiples of 16 bytes, and widths are
-// multiples of 8, at most 256.
+// float16 or bfloat16 on tensor cores, sm_80 and later. Rows of every tensor start at multiples of 16 bytes, and widths
+// are multiples of 8, at most 256.
 void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream);
 
-// Into how many splits, of how many rows, launch_range_backward should cut the rows that see a tile of keys, so that the GPU's
-// multiprocessors all have work; `partials` must then hold this many floats.
+// Into how many splits, of how many rows, launch_range_backward should cut the rows that see a tile of keys, so that
+// the GPU's multiprocessors all have work; `partials` must then hold this many floats.
 struct RangeSplits {
   int32_t splits;
   int32_t rows_per_split;

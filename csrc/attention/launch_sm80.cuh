@@ -1,4 +1,5 @@
-// Launches of the tensor-core kernels for one element type and one pair of tile dimensions, and the tile sizes they run with.
+// Launches of the tensor-core kernels for one element type and one pair of tile dimensions, and the tile sizes they run
+// with.
 #pragma once
 
 #include "attention/backward_keys_sm80.cuh"
@@ -15,12 +16,14 @@ using ForwardShapeFor = std::conditional_t<(kDimK <= 128), RangeForwardShape<Ele
                                            RangeForwardShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 192 ? 64 : 32)>>;
 
 template <typename Element, int kDimK, int kDimV>
-using BackwardQueryShapeFor = RangeBackwardQueryShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 128 ? 64 : 32),
-                                                      (kDimK <= 192 ? 2 : 1)>;
+using BackwardQueryShapeFor =
+    RangeBackwardQueryShape<Element, kDimK, kDimV, 4, 1, (kDimK <= 128 ? 64 : 32), (kDimK <= 192 ? 2 : 1)>;
 
 template <typename Element, int kDimK, int kDimV>
 using KeyGradientsShapeFor = KeyGradientsShape<Element, kDimK, kDimV, 32, (kDimK <= 192 ? 2 : 1),
-                                               (kDimK <= 128 ? 1 : kDimK <= 192 ? 2 : 4)>;
+                                               (kDimK <= 128   ? 1
+                                                : kDimK <= 192 ? 2
+                                                               : 4)>;
 
 template <typename Element, int kDimK, int kDimV>
 void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t stream) {

@@ -139,7 +139,8 @@ AttentionGradients window_attention_backward(const at::Tensor& grad_out, const O
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
-    return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse), options);
+    return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
+                                          options);
   }
 #endif
   return empty_gradients(q, k, v);

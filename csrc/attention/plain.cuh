@@ -20,8 +20,8 @@
 #include <type_traits>
 
 #include "attention/keys.cuh"
-#include "common/rows.cuh"
 #include "common/launch.cuh"
+#include "common/rows.cuh"
 
 namespace nsa::plain {
 

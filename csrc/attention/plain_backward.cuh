@@ -26,9 +26,7 @@ struct RowGradient {
         whole(whole_probability<float>(params.lse_has_gradient)) {}
 
   __device__ float p(float score) const { return expf(score - lse); }
-  __device__ float grad_score(float p, float grad_p) const {
-    return p > whole ? 0.f : p * gate * (grad_p - delta);
-  }
+  __device__ float grad_score(float p, float grad_p) const { return p > whole ? 0.f : p * gate * (grad_p - delta); }
 };
 
 template <typename Branch, int kColumns>

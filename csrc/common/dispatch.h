@@ -1,4 +1,5 @@
-// From run-time options to compile-time ones. What the tensor-core kernels are built for is listed here and nowhere else.
+// From run-time options to compile-time ones. What the tensor-core kernels are built for is listed here and nowhere
+// else.
 #pragma once
 
 #include <cstdint>

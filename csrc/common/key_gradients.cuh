@@ -1,6 +1,6 @@
-// The gradients of a tile of keys and values, from all rows that see them: what the backward of attention over a range and
-// over listed blocks share. Transposed scores, S^T = K Q^T, put keys along the accumulator's rows: P^T and dS^T are then
-// left operands of dV = P^T dO and dK = dS^T Q as they stand in the registers, and nothing is exchanged.
+// The gradients of a tile of keys and values, from all rows that see them: what the backward of attention over a range
+// and over listed blocks share. Transposed scores, S^T = K Q^T, put keys along the accumulator's rows: P^T and dS^T are
+// then left operands of dV = P^T dO and dK = dS^T Q as they stand in the registers, and nothing is exchanged.
 #pragma once
 
 #include "common/rows.cuh"
@@ -10,8 +10,8 @@
 
 namespace nsa {
 
-// kOutK, kOutV: columns of the gradients that one block of threads computes; kDimK / kOutK = kDimV / kOutV blocks share a
-// tile whose gradients don't fit the registers together.
+// kOutK, kOutV: columns of the gradients that one block of threads computes; kDimK / kOutK = kDimV / kOutV blocks share
+// a tile whose gradients don't fit the registers together.
 template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_, int kParts_>
 struct KeyGradientsShape {
   using Element = Element_;
@@ -26,8 +26,8 @@ struct KeyGradientsShape {
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
   static constexpr int kRowNumbers = 3;  // lse, delta, gate of every row of a stage
-  static constexpr int kSharedBytes = sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) +
-                                      4 * kStages * kRows * kRowNumbers + 8 * 2 * kRows;
+  static constexpr int kSharedBytes =
+      sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) + 4 * kStages * kRows * kRowNumbers + 8 * 2 * kRows;
   static_assert(kStages <= 2);
 };
 
@@ -42,8 +42,8 @@ struct KeyTile {
   const void* v;
   int64_t k_stride;
   int64_t v_stride;
-  int32_t first_key;  // within its sequence
-  int32_t count;      // keys that exist, at most kKeys
+  int32_t first_key;    // within its sequence
+  int32_t count;        // keys that exist, at most kKeys
   int64_t batch;        // of the rows
   int32_t to_position;  // from a row's token to its position
 };
@@ -60,11 +60,11 @@ struct KeyGradients {
   float v[1][Shape::kOutV / 8][4];
 };
 
-// Starts to copy the rows of a tile that `rows` names, the first `count` of them. A thread copies the same chunk of every
-// so many rows.
+// Starts to copy the rows of a tile that `rows` names, the first `count` of them. A thread copies the same chunk of
+// every so many rows.
 template <int kThreads, typename Tile>
-__device__ inline void copy_placed(const Tile& to, const TensorView& from, int64_t batch, const PlacedRow* rows, int count,
-                                   int thread) {
+__device__ inline void copy_placed(const Tile& to, const TensorView& from, int64_t batch, const PlacedRow* rows,
+                                   int count, int thread) {
   using Element = typename Tile::Element;
   const char* const base = static_cast<const char*>(from.data) + batch * from.batch_stride * int64_t{sizeof(Element)};
   const int64_t token_stride = from.token_stride * int64_t{sizeof(Element)};
@@ -191,8 +191,7 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
     float scores[1][kRows / 8][4];
     multiply_transposed(scores, k_tile, warp_key, q_tile, lane);
     float highest = 0.f;
-    const bool all_seen =
-        rows[0].token >= all_first && rows[min(kRows, end - row) - 1].token <= all_last;
+    const bool all_seen = rows[0].token >= all_first && rows[min(kRows, end - row) - 1].token <= all_last;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
@@ -287,8 +286,8 @@ __device__ inline void store_partial(float* to, int first_column, const float (&
 
 // Adds `count` partial sums that lie side by side, in their order, and rounds them into the gradients.
 template <typename Shape>
-__device__ inline void add_partials(const float* partials, int32_t count, void* grad_k, int64_t k_stride, int32_t k_width,
-                                    void* grad_v, int64_t v_stride, int32_t v_width, int32_t keys) {
+__device__ inline void add_partials(const float* partials, int32_t count, void* grad_k, int64_t k_stride,
+                                    int32_t k_width, void* grad_v, int64_t v_stride, int32_t v_width, int32_t keys) {
   using Element = typename Shape::Element;
   constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
   for (int i = static_cast<int>(threadIdx.x); i < Shape::kKeys * kRowSize; i += static_cast<int>(blockDim.x)) {

@@ -26,9 +26,9 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_
     throw std::runtime_error(std::string("nsa_torch: ") + name + ": too many tiles for one launch");
   }
   if (shared_bytes > 32 * 1024) {  // the default limit, 48 KB, holds what the kernel declares as well
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               name);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        name);
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), name);

@@ -64,8 +64,8 @@ struct Sequences {
   int32_t heads_kv;
   int32_t group;  // G: query heads that share a KV head
   Divisor by_group;
-  int64_t length_q;  // dense: of every sequence; packed: sum of all
-  int64_t length_k;  // the same, uncompressed keys
+  int64_t length_q;               // dense: of every sequence; packed: sum of all
+  int64_t length_k;               // the same, uncompressed keys
   const int32_t* cumulative_q;    // packed: (B + 1,), else null
   const int32_t* cumulative_k;    // packed: (B + 1,), else null
   const int32_t* used_k;          // packed: (B,) keys in use of each slot, or null: all

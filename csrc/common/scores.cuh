@@ -35,8 +35,8 @@ __device__ inline void multiply_transposed(float (&scores)[kRowTiles][kTiles][4]
   }
 }
 
-// sums[r] += weights[r], rounded to Element, times `right`, whose rows are the weights' columns; columns of `right` from
-// `first_column` on.
+// sums[r] += weights[r], rounded to Element, times `right`, whose rows are the weights' columns; columns of `right`
+// from `first_column` on.
 template <int kRowTiles, int kTiles, int kOutTiles, typename Right>
 __device__ inline void accumulate(float (&sums)[kRowTiles][kOutTiles][4], const float (&weights)[kRowTiles][kTiles][4],
                                   const Right& right, int first_column, int lane) {

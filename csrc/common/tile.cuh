@@ -1,5 +1,5 @@
-// Tiles of 16-bit elements in shared memory: rows of kColumns, in which 16-byte chunks change places with the row, so that
-// neither ldmatrix nor row-wise stores meet bank conflicts; and the fragments of mma.m16n8k16 read from them.
+// Tiles of 16-bit elements in shared memory: rows of kColumns, in which 16-byte chunks change places with the row, so
+// that neither ldmatrix nor row-wise stores meet bank conflicts; and the fragments of mma.m16n8k16 read from them.
 #pragma once
 
 #include "common/matrix.cuh"
@@ -21,9 +21,9 @@ struct SharedTile {
 
   __device__ Element* chunk(int row, int index) const { return data + row * kColumns + (index ^ (row & 7)) * kChunk; }
 
-  // Starts to copy rows `first`, `first + step`, ... from global memory: `source(row)` gives a row's address, or null for
-  // a row of zeros; columns from `width` on are zeros too. `anywhere` is a valid address. By `threads` threads, this one
-  // being number `thread`.
+  // Starts to copy rows `first`, `first + step`, ... from global memory: `source(row)` gives a row's address, or null
+  // for a row of zeros; columns from `width` on are zeros too. `anywhere` is a valid address. By `threads` threads,
+  // this one being number `thread`.
   template <typename Source>
   __device__ void copy_rows(int width, const void* anywhere, int thread, int threads, const Source& source) const {
 #pragma unroll 1
@@ -81,16 +81,16 @@ struct SharedTile {
   }
 
  private:
-  // Of chunk(row + lane_row, column / 8 + lane_chunk), lane_chunk 0 or 1, in shared memory: an exclusive or of what depends
-  // on the lane with what the compiler knows, so that few registers hold all addresses of a loop.
+  // Of chunk(row + lane_row, column / 8 + lane_chunk), lane_chunk 0 or 1, in shared memory: an exclusive or of what
+  // depends on the lane with what the compiler knows, so that few registers hold all addresses of a loop.
   __device__ uint32_t address(int row, int column, int lane_row, int lane_chunk) const {
     const uint32_t of_lane = shared_address(data) + lane_row * (2 * kColumns) + ((lane_chunk ^ (lane_row & 7)) << 4);
     return (of_lane ^ (column % 64 / kChunk << 4)) + row * (2 * kColumns) + column / 64 * 128;
   }
 };
 
-// A 16 x (8 kTiles) float32 result of one warp. Lane i holds rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next, of
-// each tile of 8 columns: [0], [1] in the first row, [2], [3] in the second.
+// A 16 x (8 kTiles) float32 result of one warp. Lane i holds rows i / 4 and i / 4 + 8, columns 2 (i % 4) and the next,
+// of each tile of 8 columns: [0], [1] in the first row, [2], [3] in the second.
 template <int kTiles>
 using Accumulator = float[kTiles][4];
 

@@ -97,6 +97,12 @@ PhiWeights widen(const PhiWeights& weights) {
   return {each(weights.pe), each(weights.w1), each(weights.b1), each(weights.w2), each(weights.b2)};
 }
 
+// There is no float64 on CUDA, here as in the other ops.
+void check_computable(const at::Tensor& x) {
+  TORCH_CHECK_TYPE(!x.is_cuda() || x.scalar_type() != at::kDouble,
+                   "x must be float16, bfloat16 or float32 on CUDA, got Double: float64 is computed on the CPU only");
+}
+
 // On the CPU the lengths can be read, so wrong ones are refused.
 void check_lengths(const at::Tensor& x, const Packing& packing) {
   if (packing.packed() && x.is_cpu()) {
@@ -112,7 +118,8 @@ at::Tensor compress(const at::Tensor& x, const OptionalTensor& pe, const Optiona
   const Packing packing = key_packing(cu_seqlens_k, max_seqlen_k);
   const c10::SymInt width = check_compress(x, weights, block_size, block_stride, packing);
   const c10::SymDimVector shape = output_shape(x, width, block_size, block_stride, packing);
-  if constexpr (backend == Backend::kCpu) {
+  if constexpr (backend != Backend::kMeta) {
+    check_computable(x);
     check_lengths(x, packing);
     if (c10::multiply_integers(C10_AS_INTARRAYREF_SLOW(shape)) > 0) {
       return phi_forward(widen(x), widen(weights), block_size, block_stride, packing).to(x.scalar_type());
@@ -136,7 +143,8 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
   check_shape("grad_out", grad_out, output_shape(x, width, block_size, block_stride, packing),
               "the shape of the result");
   PhiGradients grads;
-  if constexpr (backend == Backend::kCpu) {
+  if constexpr (backend != Backend::kMeta) {
+    check_computable(x);
     check_lengths(x, packing);
     grads = phi_backward(widen(grad_out), widen(x), widen(weights), block_size, block_stride, packing);
   }
@@ -144,8 +152,8 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
     if (!of.has_value()) {
       return at::empty({0}, x.options());
     }
-    return backend == Backend::kCpu ? grad.to(x.scalar_type()).contiguous()
-                                    : at::empty_symint(of->sym_sizes(), x.options());
+    return backend != Backend::kMeta ? grad.to(x.scalar_type()).contiguous()
+                                     : at::empty_symint(of->sym_sizes(), x.options());
   };
   return {result(grads.x, x),   result(grads.pe, pe), result(grads.w1, w1),
           result(grads.b1, b1), result(grads.w2, w2), result(grads.b2, b2)};
@@ -157,6 +165,13 @@ TORCH_LIBRARY_IMPL(nsa, CPU, m) {
   m.impl("compress", compress<Backend::kCpu>);
   m.impl("compress_backward", compress_backward<Backend::kCpu>);
 }
+
+#if defined(NSA_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
+  m.impl("compress", compress<Backend::kCuda>);
+  m.impl("compress_backward", compress_backward<Backend::kCuda>);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(nsa, Meta, m) {
   m.impl("compress", compress<Backend::kMeta>);

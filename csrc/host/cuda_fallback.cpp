@@ -1,5 +1,7 @@
-// On CUDA, ops that have no kernels of their own yet run on the CPU: right, differentiable, and slow, which a warning
-// says once. The composition in nsa/ runs where its parts do.
+// A build without CUDA computes CUDA tensors on the CPU: right, differentiable, and slow, which a warning says once.
+// The composition in nsa/ runs where its parts do.
+#if !defined(NSA_CUDA_VERSION)
+
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/native/CPUFallback.h>
 #include <c10/util/Exception.h>
@@ -25,22 +27,20 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     TORCH_CHECK_TYPE(device == first->toTensor().device(), arguments[i].name(), " must be on the device of ",
                      arguments[first_at].name(), ", ", first->toTensor().device(), ", got ", device);
   }
-  TORCH_WARN_ONCE("nsa_torch: ", op.schema().name(), " has no CUDA kernel in this version and runs on the CPU");
+  TORCH_WARN_ONCE("nsa_torch: ", op.schema().name(), " runs on the CPU: this build has no CUDA kernels");
   at::native::cpu_fallback(op, stack);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
-  for (const char* op : {"compress", "compress_backward"}) {
+  for (const char* op :
+       {"compress", "compress_backward", "compressed_attention", "compressed_attention_backward", "select_blocks",
+        "selected_attention", "selected_attention_backward", "window_attention", "window_attention_backward"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   }
-#if !defined(NSA_CUDA_VERSION)
-  for (const char* op : {"compressed_attention", "compressed_attention_backward", "select_blocks", "selected_attention",
-                         "selected_attention_backward", "window_attention", "window_attention_backward"}) {
-    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
-  }
-#endif
 }
 
 }  // namespace nsa
+
+#endif

@@ -44,6 +44,40 @@ KernelChoice choose_cpu_kernel(const KernelQuery& query) {
                            std::to_string(cpu::kKeysPerChunk) + " keys" + products};
 }
 
+KernelChoice choose_cuda_kernel(const KernelQuery& query) {
+  require(query.dtype != "float64", "dtype must be float16, bfloat16 or float32 on cuda, got float64");
+#if defined(NSA_CUDA_VERSION)
+  if (query.op == "nsa_attention") {
+    return {"composition",
+            "the kernels of compressed_attention, select_blocks, selected_attention and window_attention, and "
+            "one for the gates"};
+  }
+  if (query.op == "compress") {
+    return {"phi_aten_float32",
+            "one product of all stride-d chunks with the split weight, then shift and add, by ATen"};
+  }
+  const std::string name = query.op == "select_blocks"        ? "select_"
+                           : query.op == "selected_attention" ? "selected_"
+                                                              : "range_";
+  if (query.dtype == "float32") {
+    return {name + "plain", "float32 is computed without tensor cores, whose float32 is not exact"};
+  }
+  const int64_t group = query.num_heads / query.num_kv_heads;
+  const std::string heads = std::to_string(group) + " heads of a group";
+  const std::string rows = query.op == "selected_attention"
+                               ? "a query with " + heads +
+                                     " fills the rows of an instruction: " + std::to_string(ceil_div(group, 16)) +
+                                     " of 16"
+                               : "rows are queries times the " + heads;
+  return {name + "sm80_" + query.dtype, "tensor cores by mma.sync; " + rows};
+#else
+  if (query.op == "nsa_attention") {
+    return choose_cpu_kernel(query);
+  }
+  return {"cpu_fallback", "this build has no CUDA kernels: tensors are copied to the CPU and back"};
+#endif
+}
+
 }  // namespace
 
 std::vector<std::string> ops_with_kernels() {
@@ -71,11 +105,7 @@ KernelChoice choose_kernel(const KernelQuery& query) {
     return choose_cpu_kernel(query);
   }
   require(query.device == "cuda", "device must be cpu or cuda, got " + query.device);
-  if (query.op == "nsa_attention") {
-    return choose_cpu_kernel(query);
-  }
-  return {"cpu_fallback",
-          "there is no CUDA kernel for " + query.op + " in this version: tensors are copied to the CPU and back"};
+  return choose_cuda_kernel(query);
 }
 
 BuildInfo build_info() {

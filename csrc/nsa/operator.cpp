@@ -129,8 +129,8 @@ at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at:
 }
 
 #if defined(NSA_CUDA_VERSION)
-// Gates are applied within the branches' kernels, which also add up the gradient of q: no gate_b dO and no dq of a branch is
-// ever stored.
+// Gates are applied within the branches' kernels, which also add up the gradient of q: no gate_b dO and no dq of a
+// branch is ever stored.
 NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, const std::array<at::Tensor, 3>& outs,
                            const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
   const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);

@@ -1,5 +1,5 @@
-// Attention over listed blocks, backward: the gradients of k and v. A block of threads holds a tile of keys of one block and
-// one KV head, and gathers the queries that chose it, or one segment of them (ChosenBy).
+// Attention over listed blocks, backward: the gradients of k and v. A block of threads holds a tile of keys of one
+// block and one KV head, and gathers the queries that chose it, or one segment of them (ChosenBy).
 #pragma once
 
 #include "common/key_gradients.cuh"

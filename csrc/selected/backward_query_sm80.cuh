@@ -8,7 +8,8 @@ namespace nsa {
 
 template <typename Shape>
 constexpr int64_t selected_backward_query_shared_bytes(int32_t num_selected) {
-  return selected_forward_shared_bytes<Shape>(num_selected) + sizeof(typename Shape::Element) * Shape::GradOutTile::kSize;
+  return selected_forward_shared_bytes<Shape>(num_selected) +
+         sizeof(typename Shape::Element) * Shape::GradOutTile::kSize;
 }
 
 template <typename Shape>
@@ -96,11 +97,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float score = scores[0][i][j];
-        const float probability =
-            score == kMinusInfinity ? 0.f : exp2_approx(fmaf(score, scale_log2, -lse[j / 2]));
-        scores[0][i][j] = probability > whole
-                              ? 0.f
-                              : probability * gate[j / 2] * (grads[0][i][j] - delta[j / 2]);
+        const float probability = score == kMinusInfinity ? 0.f : exp2_approx(fmaf(score, scale_log2, -lse[j / 2]));
+        scores[0][i][j] = probability > whole ? 0.f : probability * gate[j / 2] * (grads[0][i][j] - delta[j / 2]);
       }
     }
     accumulate(grad_q, scores, k_tile, 0, lane);

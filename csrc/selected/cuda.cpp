@@ -11,7 +11,8 @@ namespace nsa::cuda {
 namespace {
 
 int32_t checked_select_size(const AttentionOptions& options) {
-  TORCH_CHECK_VALUE(options.select_size <= 0x7fffffff, "select_size must be below 2^31 on CUDA, got ", options.select_size);
+  TORCH_CHECK_VALUE(options.select_size <= 0x7fffffff, "select_size must be below 2^31 on CUDA, got ",
+                    options.select_size);
   return static_cast<int32_t>(options.select_size);
 }
 
@@ -21,8 +22,10 @@ struct InvertedLists {
   at::Tensor storage;
 };
 
-InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, int32_t select_size, cudaStream_t stream) {
-  // Enough segments for every multiprocessor to have several, so that the long lists of the first blocks hold nobody up.
+InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, int32_t select_size,
+                           cudaStream_t stream) {
+  // Enough segments for every multiprocessor to have several, so that the long lists of the first blocks hold nobody
+  // up.
   constexpr int64_t kSegmentsPerMultiprocessor = 8;
   constexpr int64_t kLeastQueries = 256;
   const int64_t slots = sequences.packed() ? sequences.length_k / select_size + sequences.batch
@@ -150,7 +153,7 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .grad_k = view_of(dk_written),
                                 .grad_v = view_of(dv_written),
                                 .lse_has_gradient = rows.lse_has_gradient,
-                             .add_to_grad_q = grad_q.defined() && !separate,
+                                .add_to_grad_q = grad_q.defined() && !separate,
                                 .partials = nullptr};
   if (is_16_bit(type)) {
     const at::Tensor partials = at::empty({selected_partial_floats(params)}, q.options().dtype(at::kFloat));

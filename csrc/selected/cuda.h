@@ -8,8 +8,8 @@
 
 namespace nsa::cuda {
 
-// Writes out and lse, which are allocated. Lists can't be checked without waiting for the device: entries that are no block of
-// the query's past are skipped.
+// Writes out and lse, which are allocated. Lists can't be checked without waiting for the device: entries that are no
+// block of the query's past are skipped.
 void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const AttentionOptions& options, const at::Tensor& out, const at::Tensor& lse);
 

@@ -7,7 +7,8 @@
 namespace nsa {
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) selected_forward(const __grid_constant__ SelectedForwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads)
+    selected_forward(const __grid_constant__ SelectedForwardParams params) {
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
@@ -130,8 +131,8 @@ __global__ void __launch_bounds__(Shape::kThreads) selected_forward(const __grid
   constexpr int kApart = Shape::kStages * Shape::kStageSize * sizeof(Element) / sizeof(float);
   store_sums(reinterpret_cast<float*>(own), out[0], factor, lane);
   __syncthreads();
-  write_heads<Element, Shape::kDimV>(params.out, reinterpret_cast<const float*>(buffers), kApart, at, 1.f, false, thread,
-                                     Shape::kThreads);
+  write_heads<Element, Shape::kDimV>(params.out, reinterpret_cast<const float*>(buffers), kApart, at, 1.f, false,
+                                     thread, Shape::kThreads);
 }
 
 }  // namespace nsa

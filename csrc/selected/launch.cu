@@ -1,6 +1,5 @@
 // Which instantiation runs.
 #include "selected/launch.h"
-
 #include "selected/launch_sm80.cuh"
 
 namespace nsa {

@@ -7,8 +7,8 @@
 
 namespace nsa {
 
-// float16 or bfloat16 on tensor cores, sm_80 and later. Rows of every tensor start at multiples of 16 bytes, and widths are
-// multiples of 8, at most 256.
+// float16 or bfloat16 on tensor cores, sm_80 and later. Rows of every tensor start at multiples of 16 bytes, and widths
+// are multiples of 8, at most 256.
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream);
 // What params.partials of the latter must hold.
@@ -16,8 +16,8 @@ int64_t selected_partial_floats(const SelectedBackwardParams& params);
 
 // float32, without tensor cores: any head dimensions up to 256, any strides whose last is 1.
 void launch_selected_forward_plain(const SelectedForwardParams& params, cudaStream_t stream);
-// Writes all of grad_q, grad_k and grad_v, also where nobody sees a key. Of chosen_by it reads queries and begins; it needs
-// no partials.
+// Writes all of grad_q, grad_k and grad_v, also where nobody sees a key. Of chosen_by it reads queries and begins; it
+// needs no partials.
 void launch_selected_backward_plain(const SelectedBackwardParams& params, cudaStream_t stream);
 
 // Turning the lists round. The caller allocates what InvertListsParams points at.

@@ -1,4 +1,5 @@
-// Launches of the tensor-core kernels for one element type and one pair of tile dimensions, and the tile sizes they run with.
+// Launches of the tensor-core kernels for one element type and one pair of tile dimensions, and the tile sizes they run
+// with.
 #pragma once
 
 #include "common/dispatch.h"
@@ -11,7 +12,9 @@ namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
 using SelectedKeysShapeFor = KeyGradientsShape<Element, kDimK, kDimV, 32, (kDimK <= 192 ? 2 : 1),
-                                               (kDimK <= 128 ? 1 : kDimK <= 192 ? 2 : 4)>;
+                                               (kDimK <= 128   ? 1
+                                                : kDimK <= 192 ? 2
+                                                               : 4)>;
 
 template <typename Kernel, typename Params>
 void launch_per_token(Kernel kernel, int threads, int64_t shared_bytes, cudaStream_t stream, const char* name,

@@ -1,4 +1,5 @@
-// Turns the lists of blocks round: which queries chose each block. A stable sort by block, and the beginnings of its runs.
+// Turns the lists of blocks round: which queries chose each block. A stable sort by block, and the beginnings of its
+// runs.
 #include <cub/block/block_scan.cuh>
 #include <cub/device/device_radix_sort.cuh>
 
@@ -98,8 +99,8 @@ int bits_of(int64_t blocks) {
 }
 
 cudaError_t sort(void* temporary, size_t& bytes, const InvertListsParams& params, cudaStream_t stream) {
-  return cub::DeviceRadixSort::SortPairs(temporary, bytes, params.keys, params.sorted_keys, params.values, params.queries,
-                                         params.pairs, 0, bits_of(params.blocks), stream);
+  return cub::DeviceRadixSort::SortPairs(temporary, bytes, params.keys, params.sorted_keys, params.values,
+                                         params.queries, params.pairs, 0, bits_of(params.blocks), stream);
 }
 
 }  // namespace

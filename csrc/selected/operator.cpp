@@ -46,7 +46,8 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
     cuda::selected_attention_forward(
-        q, k, v, {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing}, out, lse);
+        q, k, v, {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing}, out,
+        lse);
   }
 #endif
   return {out, lse};

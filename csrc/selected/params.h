@@ -8,8 +8,8 @@ namespace nsa {
 struct SelectedForwardParams {
   Sequences sequences;
   float scale;
-  int32_t select_size;   // l'
-  int32_t num_selected;  // n
+  int32_t select_size;           // l'
+  int32_t num_selected;          // n
   const int32_t* block_indices;  // (B, Tq, Hkv, n) or (sum Tq, Hkv, n), contiguous: ascending, -1 last
   TensorView q;                  // (B, Tq, Hq, Dk)
   TensorView k;                  // (B, Tk, Hkv, Dk)
@@ -20,14 +20,14 @@ struct SelectedForwardParams {
 
 // The lists turned round: which queries chose each block. A block's queries are cut into segments, for balance.
 struct ChosenBy {
-  int64_t blocks;             // slots of blocks, times Hkv
-  int32_t segment;            // queries per segment, at most
-  const int32_t* queries;     // (pairs,) queries (counted through the whole batch), sorted by block, ascending
-  const int32_t* begins;      // (blocks + 1,) where each block's queries begin
-  const int32_t* segments;    // (blocks + 1,) segments before each block: at least one each
-  const int32_t* partials;    // (blocks + 1,) segments before each block among blocks of more than one
-  int64_t full_segments;      // pairs / segment: what the host knows of segments[blocks] ...
-  int64_t max_segments;       // ... and its bound, with one more for each block
+  int64_t blocks;           // slots of blocks, times Hkv
+  int32_t segment;          // queries per segment, at most
+  const int32_t* queries;   // (pairs,) queries (counted through the whole batch), sorted by block, ascending
+  const int32_t* begins;    // (blocks + 1,) where each block's queries begin
+  const int32_t* segments;  // (blocks + 1,) segments before each block: at least one each
+  const int32_t* partials;  // (blocks + 1,) segments before each block among blocks of more than one
+  int64_t full_segments;    // pairs / segment: what the host knows of segments[blocks] ...
+  int64_t max_segments;     // ... and its bound, with one more for each block
 };
 
 // How the lists are turned round: pairs (block, query) are sorted by block, which keeps queries in order.

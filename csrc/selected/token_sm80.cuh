@@ -1,6 +1,6 @@
-// What the forward and the gradient of q share: a block of threads holds one query with up to 16 heads of a group, the 16
-// rows of a matrix instruction. Its four warps share out the keys of the query's blocks, 16 at a time; each fetches its own
-// through buffers of its own, so that no warp waits for another before the end, when their sums are added.
+// What the forward and the gradient of q share: a block of threads holds one query with up to 16 heads of a group, the
+// 16 rows of a matrix instruction. Its four warps share out the keys of the query's blocks, 16 at a time; each fetches
+// its own through buffers of its own, so that no warp waits for another before the end, when their sums are added.
 #pragma once
 
 #include "common/rows.cuh"
@@ -68,14 +68,15 @@ __device__ inline TokenPlace token_place(const Sequences& s, int64_t tokens, int
 
 __device__ inline int64_t count_tokens(const Sequences& s) { return s.packed() ? s.length_q : s.batch * s.length_q; }
 
-// The 16 keys that a warp takes in its turn `unit`: part `unit % parts` of the block that stands at unit / parts in the list.
+// The 16 keys that a warp takes in its turn `unit`: part `unit % parts` of the block that stands at unit / parts in the
+// list.
 struct KeyUnit {
   int32_t first_key;
   int32_t count;  // keys that exist and are seen: none when there is nothing to read
 };
 
-// Writes the blocks of a query's list that begin before `limit` to shared memory, and how many they are. -1, and whatever
-// else a caller's own list holds, is left out. By one warp.
+// Writes the blocks of a query's list that begin before `limit` to shared memory, and how many they are. -1, and
+// whatever else a caller's own list holds, is left out. By one warp.
 __device__ inline void read_list(int32_t* list, int32_t& count, const int32_t* from, int32_t num_selected,
                                  int32_t select_size, int32_t limit, int lane) {
   int32_t written = 0;
@@ -127,10 +128,12 @@ struct UnitWalk {
 
 // Copies the rows of one query's heads.
 template <typename Tile>
-__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at, int thread, int threads) {
+__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at, int thread,
+                                  int threads) {
   using Element = typename Tile::Element;
   to.copy_rows(from.width, from.data, thread, threads, [&](int row) -> const Element* {
-    return row < at.heads ? from.row<Element>(at.place.batch, at.place.q_begin + at.query, at.first_head + row) : nullptr;
+    return row < at.heads ? from.row<Element>(at.place.batch, at.place.q_begin + at.query, at.first_head + row)
+                          : nullptr;
   });
 }
 
@@ -156,8 +159,8 @@ __device__ inline void store_sums(float* to, const float (&sums)[kTiles][4], con
 
 // Adds the four warps' sums, which lie `apart` floats from each other, and writes the rows of the query's heads.
 template <typename Element, int kColumns>
-__device__ inline void write_heads(const TensorView& to, const float* sums, int apart, const TokenPlace& at, float factor,
-                                   bool add, int thread, int threads) {
+__device__ inline void write_heads(const TensorView& to, const float* sums, int apart, const TokenPlace& at,
+                                   float factor, bool add, int thread, int threads) {
   constexpr int kChunks = kColumns / kChunk;
   for (int i = thread; i < 16 * kChunks; i += threads) {
     const int row = i / kChunks;
@@ -178,8 +181,9 @@ __device__ inline void write_heads(const TensorView& to, const float* sums, int 
         total[4 * j + 3] += four.w;
       }
     }
-    uint4 value{pack<Element>(total[0] * factor, total[1] * factor), pack<Element>(total[2] * factor, total[3] * factor),
-                pack<Element>(total[4] * factor, total[5] * factor), pack<Element>(total[6] * factor, total[7] * factor)};
+    uint4 value{
+        pack<Element>(total[0] * factor, total[1] * factor), pack<Element>(total[2] * factor, total[3] * factor),
+        pack<Element>(total[4] * factor, total[5] * factor), pack<Element>(total[6] * factor, total[7] * factor)};
     uint4* const address = reinterpret_cast<uint4*>(
         to.row<Element>(at.place.batch, at.place.q_begin + at.query, at.first_head + row) + column);
     *address = add ? add_chunks<Element>(value, *address) : value;

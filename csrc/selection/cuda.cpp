@@ -8,18 +8,18 @@
 namespace nsa::cuda {
 namespace {
 
-void check_supported(const at::Tensor& q, const at::Tensor& k_cmp, const AttentionOptions& options, int64_t select_size, int64_t num_selected) {
-  TORCH_CHECK_VALUE(num_selected <= kMostSelected, "num_selected must be at most ", kMostSelected,
-                    " on CUDA, got ", num_selected, " (the CPU takes any)");
+void check_supported(const at::Tensor& q, const at::Tensor& k_cmp, const AttentionOptions& options, int64_t select_size,
+                     int64_t num_selected) {
+  TORCH_CHECK_VALUE(num_selected <= kMostSelected, "num_selected must be at most ", kMostSelected, " on CUDA, got ",
+                    num_selected, " (the CPU takes any)");
   TORCH_CHECK_VALUE(options.block_size / options.block_stride <= kMostPieces, "block_size must be at most ",
                     kMostPieces, " strides on CUDA, got ", options.block_size, " with stride ", options.block_stride,
                     " (the CPU takes any)");
-  TORCH_CHECK_VALUE(select_size / options.block_stride <= kMostPieces, "select_size must be at most ",
-                    kMostPieces, " strides on CUDA, got ", select_size, " with stride ", options.block_stride,
+  TORCH_CHECK_VALUE(select_size / options.block_stride <= kMostPieces, "select_size must be at most ", kMostPieces,
+                    " strides on CUDA, got ", select_size, " with stride ", options.block_stride,
                     " (the CPU takes any)");
-  TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.size(-2) / k_cmp.size(-2) <= kMostHeads,
-                    "q must have at most ", kMostHeads, " heads per KV head in 16 bits on CUDA, got ", q.size(-2), " and ",
-                    k_cmp.size(-2));
+  TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.size(-2) / k_cmp.size(-2) <= kMostHeads, "q must have at most ",
+                    kMostHeads, " heads per KV head in 16 bits on CUDA, got ", q.size(-2), " and ", k_cmp.size(-2));
 }
 
 }  // namespace

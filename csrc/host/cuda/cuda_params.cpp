@@ -45,11 +45,11 @@ ElementType element_type(const char* name, const at::Tensor& tensor) {
 
 void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
   TORCH_CHECK_VALUE(q.size(-1) <= kLargestHeadDim && v.size(-1) <= kLargestHeadDim,
-                    "q and v must have head dimensions of at most ", kLargestHeadDim, " on CUDA, got ", q.size(-1), " and ",
-                    v.size(-1));
+                    "q and v must have head dimensions of at most ", kLargestHeadDim, " on CUDA, got ", q.size(-1),
+                    " and ", v.size(-1));
   constexpr int64_t kMost = 0x7fffffff;
-  TORCH_CHECK_VALUE(q.size(-3) * (q.size(-2) / k.size(-2)) <= kMost, "q must have fewer than 2^31 rows per KV head on CUDA, got ",
-                    q.sizes());
+  TORCH_CHECK_VALUE(q.size(-3) * (q.size(-2) / k.size(-2)) <= kMost,
+                    "q must have fewer than 2^31 rows per KV head on CUDA, got ", q.sizes());
 }
 
 at::Tensor readable(const at::Tensor& tensor) {

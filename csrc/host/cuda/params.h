@@ -17,11 +17,12 @@ inline bool is_16_bit(ElementType type) { return type != ElementType::kFloat32; 
 // ValueError unless the kernels take heads of these widths, and the sequences' rows can be counted in 32 bits.
 void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v);
 
-// The tensor itself where kernels can read it in place; else a contiguous copy, 16-bit ones with columns of zeros up to a
-// multiple of 8, so that 16-byte copies can read every row.
+// The tensor itself where kernels can read it in place; else a contiguous copy, 16-bit ones with columns of zeros up to
+// a multiple of 8, so that 16-byte copies can read every row.
 at::Tensor readable(const at::Tensor& tensor);
 
-// A tensor like `result` that kernels can write: `result` itself, or a wider one, of zeros, to be copied by `copy_back`.
+// A tensor like `result` that kernels can write: `result` itself, or a wider one, of zeros, to be copied by
+// `copy_back`.
 at::Tensor writable(const at::Tensor& result);
 void copy_back(const at::Tensor& written, const at::Tensor& result);
 
@@ -31,7 +32,8 @@ TensorView view_of(const at::Tensor& tensor);
 RowView rows_of(const at::Tensor& tensor);
 RowView no_rows();
 
-// Scores that are masked are -inf, and 0 times that is NaN: a scale of 0 becomes one so small that the result is the same.
+// Scores that are masked are -inf, and 0 times that is NaN: a scale of 0 becomes one so small that the result is the
+// same.
 inline float forward_scale(const AttentionOptions& options, const at::Tensor& q) {
   const float scale = static_cast<float>(softmax_scale(options.scale, q.size(-1)));
   return scale == 0.f ? 1e-30f : scale;
