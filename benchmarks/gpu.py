@@ -59,16 +59,16 @@ def measure(device: Device, call: Call, budget: float) -> Times:
         peak = device.peak(call.run)
     if call.grad is None:
         return Times([forward, None], [None if peak is None else peak + inputs, None])
-    out = call.run()
-
-    def backward() -> object:
-        return torch.autograd.grad(out, call.leaves, call.grad, retain_graph=True)
-
-    ms = [forward, device.median(backward, budget)]
-    del out
+    ms = [forward, backward_median(device, call, budget)]
     both = device.peak(lambda: torch.autograd.grad(call.run(), call.leaves, call.grad))
     inputs_and_grad = inputs + bytes_of([call.grad])
     return Times(list(ms), [None if peak is None else peak + inputs, None if both is None else both + inputs_and_grad])
+
+
+def backward_median(device: Device, call: Call, budget: float) -> float:
+    """Of the backward alone."""
+    out = call.run()
+    return device.median(lambda: torch.autograd.grad(out, call.leaves, call.grad, retain_graph=True), budget)
 
 
 def errors(op: str, problem: Problem, call: Call) -> list[float | None]:
@@ -81,7 +81,7 @@ def errors(op: str, problem: Problem, call: Call) -> list[float | None]:
     if op == "compress":
         return compress_errors(problem, call, out, grads) if shape.seqlen_k <= LONGEST_COMPRESS_CHECKED else [None] * 2
     ops = BRANCHES if op == "nsa_attention" else (op,)
-    keys, values = [leaf for leaf in call.leaves[1:7:2]], [leaf for leaf in call.leaves[2:7:2]]
+    keys, values = list(call.leaves[1:7:2]), list(call.leaves[2:7:2])
     results = {"out": out, "grad_q": grads[0]}
     for b in range(len(ops)):
         results |= {f"grad_k_{b}": grads[1 + 2 * b], f"grad_v_{b}": grads[2 + 2 * b]}

@@ -95,7 +95,7 @@ def flex_window(problem: Problem, notes: dict[str, str]) -> Peer | None:
 
 
 def other_nsa(problem: Problem, notes: dict[str, str]) -> Callable[[], Tensor] | None:
-    """flash-linear-attention's NSA, where installed: one K and V for all branches, compression by the mean of l' keys."""
+    """flash-linear-attention's NSA, where installed: one K and V for all branches, compressed by means of l' keys."""
     try:
         parallel_nsa = importlib.import_module("fla.ops.nsa").parallel_nsa
     except (ImportError, AttributeError):
