@@ -26,12 +26,12 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
 # What a build depends on besides files: another value builds again.
 SETTINGS := NSA_CUDA=$(NSA_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 
-.PHONY: help demo test lint format bench tables docs wheel build sanitize clean distclean
+.PHONY: help demo test lint format bench tables docs wheel build sanitize sanitize-gpu clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 demo: $(STAMPS)/build $(STAMPS)/test  ## install, build, train on real text with NSA and with dense attention
 	$(BIN)/python examples/train.py $(ARGS)
@@ -61,6 +61,9 @@ wheel: $(STAMPS)/requirements  ## build a wheel into dist/
 
 sanitize: $(STAMPS)/sanitize $(STAMPS)/test  ## run the tests of the ops under the address and the undefined-behaviour sanitizer
 	$(BIN)/python tools/sanitize.py $(SANITIZED) $(ARGS)
+
+sanitize-gpu: $(STAMPS)/build $(STAMPS)/test  ## run every CUDA kernel under compute-sanitizer
+	$(BIN)/python tools/sanitize_gpu.py $(ARGS)
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info compile_commands.json $(STAMPS)/build $(STAMPS)/install $(STAMPS)/sanitize

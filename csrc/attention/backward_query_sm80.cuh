@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   };
   copy_rows(q_tile, params.q);
   copy_rows(grad_out_tile, params.grad_out);
+  commit_copies();  // also where no key follows: what is not committed is not waited for
 #pragma unroll
   for (int stage = 0; stage + 1 < Shape::kStages; ++stage) {
     if (begin + stage * kKeys < end) {

@@ -1,0 +1,52 @@
+"""compute-sanitizer over tools/small_run.py: memcheck, racecheck, initcheck and synccheck. Fails if one finds anything.
+
+python tools/sanitize_gpu.py                   # all four
+python tools/sanitize_gpu.py memcheck          # one of them
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def check(tool: str) -> tuple[bool, str]:
+    """Whether the tool found nothing, and its last line. PyTorch's allocator would hide what lies beyond a tensor."""
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=nsa"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, sys.executable, str(ROOT / "tools" / "small_run.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    summary = re.findall(r"^=+ (.*(?:SUMMARY|ERROR).*)$", output, re.MULTILINE)
+    if result.returncode != 0:
+        print(output[-6000:], flush=True)
+    return result.returncode == 0, summary[-1] if summary else f"exit status {result.returncode}"
+
+
+def main() -> int:
+    failed = 0
+    for tool in sys.argv[1:] or TOOLS:
+        started = time.perf_counter()
+        clean, summary = check(tool)
+        failed += not clean
+        print(
+            f"{tool:10} {'clean' if clean else 'FAILED':7} {time.perf_counter() - started:6.1f} s  {summary}",
+            flush=True,
+        )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
