@@ -101,7 +101,7 @@ $(STAMPS)/settings: force | $(STAMPS)/venv
 
 # Metadata and the link from site-packages to this folder: again only when the packaging changes.
 $(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
-	$(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	NSA_BUILD=0 $(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Compiling in place afterwards is incremental.

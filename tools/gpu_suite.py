@@ -1,0 +1,93 @@
+"""Runs the tests with CUDA from a checkout with a built library; prints a table of the files, and writes JSON.
+
+    python tools/gpu_suite.py --out suite.json
+    python tools/gpu_suite.py tests/test_packed.py -- --maxfail=5
+
+Tests that need pip, a compiler or long training on a CPU are left out: they run in `make test`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = ("test_packaging.py", "test_cpp_example.py", "test_example_train.py")
+
+
+def run_tests(paths: list[str], more: list[str]) -> tuple[int, ElementTree.Element]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        ignored = [f"--ignore=tests/{name}" for name in LEFT_OUT]
+        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *ignored, f"--junit-xml={report}", *more, *paths]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        return status, ElementTree.parse(report).getroot()
+
+
+def summarize(root: ElementTree.Element) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+    """Counts and seconds of each file; a line for each failure."""
+    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    failures = []
+    for case in root.iter("testcase"):
+        name = case.get("classname", "").rpartition(".")[2]
+        problem = next((child for child in case if child.tag in ("failure", "error")), None)
+        skipped = case.find("skipped") is not None
+        files[name]["failed" if problem is not None else "skipped" if skipped else "passed"] += 1
+        files[name]["milliseconds"] += round(1000 * float(case.get("time", 0)))
+        if problem is not None:
+            failures.append(f"{name}::{case.get('name')}: {(problem.get('message') or '').splitlines()[0][:200]}")
+    return files, failures
+
+
+def commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="*", default=["tests"])
+    parser.add_argument("--out", type=Path, help="where to write JSON")
+    parser.add_argument("--commit", help="what is tested, where the checkout is not under git")
+    own = sys.argv[1:]
+    more = own[own.index("--") + 1 :] if "--" in own else []
+    options = parser.parse_args(own[: own.index("--")] if "--" in own else own)
+    if not torch.cuda.is_available():
+        print("gpu_suite: no GPU is visible to torch", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    status, report = run_tests(options.paths, more)
+    files, failures = summarize(report)
+    total: collections.Counter[str] = collections.Counter()
+    print(f"\n{'file':32} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
+    for name, counts in [*sorted(files.items()), ("all", None)]:
+        counts = total if counts is None else counts
+        if counts is not total:
+            total += counts
+        seconds = counts["milliseconds"] / 1000
+        print(f"{name:32} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.1f}")
+    if options.out is not None:
+        result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        result |= {"cuda": torch.version.cuda, "commit": options.commit or commit()}
+        result |= {"passed": total["passed"], "failed": total["failed"], "skipped": total["skipped"]}
+        result |= {"seconds": round(time.perf_counter() - started, 1), "failures": failures}
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
