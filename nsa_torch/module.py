@@ -329,6 +329,13 @@ class NSAAttention(nn.Module):
         options = self._choice_options()
         return cache.attend(step, inputs.q, inputs.gates, window_slots, scale=self.scale, **options)
 
+    def _check_like_weight(self, hidden_states: Tensor) -> None:
+        weight = self.q_proj.weight
+        if hidden_states.device != weight.device:
+            raise TypeError(f"hidden_states must be on the layer's device {weight.device}, got {hidden_states.device}")
+        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+            raise TypeError(f"hidden_states must have the layer's dtype {weight.dtype}, got {hidden_states.dtype}")
+
     def _check_tokens(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """hidden_states without the leading 1 that packed ones may have."""
         shape = tuple(hidden_states.shape)
@@ -337,6 +344,8 @@ class NSAAttention(nn.Module):
             leading = "B, T" if cu_seqlens is None else "sum T"
             expected = f"({leading}, hidden_size = {self.hidden_size})"
             raise ValueError(f"hidden_states must be {expected}, got shape {shape}")
+        if type(self.q_proj) is nn.Linear:  # a quantized or adapted one has rules of its own
+            self._check_like_weight(hidden_states)
         if cu_seqlens is None:
             return hidden_states
         if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:

@@ -432,6 +432,11 @@ def test_forward_names_the_bad_argument():
     for bad in (x, flat[None, None], flat[:, :-1]):
         with pytest.raises(ValueError, match=r"hidden_states must be .sum T, hidden_size = 24."):
             module(bad, cu_seqlens=cu_seqlens)
+    for dtype in (torch.float32, torch.int64):
+        with pytest.raises(TypeError, match=rf"hidden_states must have the layer's dtype torch.float64, got {dtype}"):
+            module(torch.zeros(1, 5, HIDDEN, dtype=dtype))
+    with pytest.raises(TypeError, match="hidden_states must be on the layer's device cpu, got meta"):
+        module(torch.zeros(1, 5, HIDDEN, dtype=torch.float64, device="meta"))
     with pytest.raises(TypeError, match=r"cu_seqlens must be int32, got torch.int64"):
         module(flat, cu_seqlens=cu_seqlens.long())
     with pytest.raises(ValueError, match=r"cu_seqlens must be .B . 1,. with B >= 1"):
