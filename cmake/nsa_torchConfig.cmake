@@ -54,6 +54,10 @@ macro(_nsa_torch_add_torch)
   target_link_libraries(nsa_torch::torch INTERFACE
     "${nsa_torch_TORCH_ROOT}/lib/libtorch.so" "${nsa_torch_TORCH_ROOT}/lib/libtorch_cpu.so"
     "${nsa_torch_TORCH_ROOT}/lib/libc10.so")
+  # What a build with CUDA needs besides: the CUDA half of PyTorch, and the runtime that pip put beside it.
+  file(GLOB _nsa_torch_cuda "${nsa_torch_TORCH_ROOT}/lib/libc10_cuda.so" "${nsa_torch_TORCH_ROOT}/lib/libtorch_cuda.so"
+       "${nsa_torch_TORCH_ROOT}/../nvidia/*/lib/libcudart.so.*")
+  target_link_libraries(nsa_torch::torch INTERFACE ${_nsa_torch_cuda})
   set(_nsa_torch_config "${nsa_torch_TORCH_ROOT}/share/cmake/Torch/TorchConfig.cmake")
   if(EXISTS "${_nsa_torch_config}")
     file(STRINGS "${_nsa_torch_config}" _nsa_torch_abi REGEX "_GLIBCXX_USE_CXX11_ABI=[01]")
@@ -89,6 +93,8 @@ if(nsa_torch_FOUND AND NOT TARGET nsa_torch::nsa_torch)
   # half of PyTorch in): a linker that drops libraries nobody names would leave a program without ops.
   if(UNIX AND NOT APPLE)
     target_link_options(nsa_torch::nsa_torch INTERFACE "LINKER:--no-as-needed")
+    # The program's search path then holds for the libraries that libnsa_torch.so needs in turn, which are PyTorch's.
+    target_link_options(nsa_torch::nsa_torch INTERFACE "LINKER:--disable-new-dtags")
   endif()
   target_link_libraries(nsa_torch::nsa_torch INTERFACE "${nsa_torch_LIBRARY}" nsa_torch::torch)
 endif()
