@@ -108,9 +108,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
       {params.k.row<Element>(place.batch, first_key, head_kv), params.v.row<Element>(place.batch, first_key, head_kv),
        params.k.token_stride, params.v.token_stride, tile.first_key, tile.count, place.batch,
        static_cast<int32_t>(place.offset - place.q_begin)},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate,
-       whole_probability<Element>(params.lse_has_gradient)},
-      params.visibility, params.scale, begin, end, part, shared, [&](int32_t row) -> PlacedRow {
+      {params.q, params.grad_out, params.lse, params.delta, params.gate, params.grad_lse}, params.visibility,
+      params.scale, begin, end, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, head_kv, row);
         return {static_cast<int32_t>(place.q_begin) + at.query, at.head};
       });

@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   float lse[kRowTiles][2];
   float delta[kRowTiles][2];
   float gate[kRowTiles][2];
+  float grad_lse[kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -106,10 +107,10 @@ __global__ void __launch_bounds__(Shape::kThreads)
       lse[r][half] = params.lse.at(place.batch, at.head, token) * kLog2E;
       delta[r][half] = params.delta.at(place.batch, at.head, token);
       gate[r][half] = params.gate.data == nullptr ? 1.f : params.gate.at(place.batch, at.head, token);
+      grad_lse[r][half] = params.grad_lse.data == nullptr ? 0.f : params.grad_lse.at(place.batch, at.head, token);
     }
   }
   const float scale_log2 = params.scale * kLog2E;
-  const float whole = whole_probability<Element>(params.lse_has_gradient);
   float grad_q[kRowTiles][Shape::kDimK / 8][4];
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
@@ -165,8 +166,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const float probability = scores[r][i][j];
-          scores[r][i][j] =
-              probability > whole ? 0.f : probability * gate[r][j / 2] * (grads[r][i][j] - delta[r][j / 2]);
+          scores[r][i][j] = probability > kWholeProbability<Element>
+                                ? grad_lse[r][j / 2]
+                                : probability * gate[r][j / 2] * (grads[r][i][j] - delta[r][j / 2]);
         }
       }
     }

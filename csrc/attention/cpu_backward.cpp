@@ -39,7 +39,8 @@ void backward_tile(const TileSpan& span, const Keys& keys, const BackwardInputs<
       T* p = weights.data() + r * width;
       T* ds = grad_scores.data() + r * width;
       row_exp(p + seen.begin, seen.end - seen.begin, tile.lse[first_row + r]);
-      row_softmax_backward(ds + seen.begin, p + seen.begin, seen.end - seen.begin, tile.delta[first_row + r]);
+      row_softmax_backward(ds + seen.begin, p + seen.begin, seen.end - seen.begin, tile.delta[first_row + r],
+                           tile.grad_lse[first_row + r]);
       for (T* row : {p, ds}) {
         std::fill(row, row + seen.begin, T(0));
         std::fill(row + seen.end, row + width, T(0));

@@ -16,17 +16,19 @@ struct RowGradient {
   float lse;  // -inf: the row sees nothing
   float delta;
   float gate;
-  float whole;
+  float grad_lse;
 
   template <typename Params>
   __device__ RowGradient(const Params& params, int64_t batch, int32_t head, int64_t token)
       : lse(params.lse.at(batch, head, token)),
         delta(params.delta.at(batch, head, token)),
         gate(params.gate.data == nullptr ? 1.f : params.gate.at(batch, head, token)),
-        whole(whole_probability<float>(params.lse_has_gradient)) {}
+        grad_lse(params.grad_lse.data == nullptr ? 0.f : params.grad_lse.at(batch, head, token)) {}
 
   __device__ float p(float score) const { return expf(score - lse); }
-  __device__ float grad_score(float p, float grad_p) const { return p > whole ? 0.f : p * gate * (grad_p - delta); }
+  __device__ float grad_score(float p, float grad_p) const {
+    return p > kWholeProbability<float> ? grad_lse : p * gate * (grad_p - delta);
+  }
 };
 
 template <typename Branch, int kColumns>

@@ -29,6 +29,7 @@ struct KeyGradientsShape {
   static constexpr int kSharedBytes =
       sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) + 4 * kStages * kRows * kRowNumbers + 8 * 2 * kRows;
   static_assert(kStages <= 2);
+  static_assert(kRows <= 64);  // a bit for each score of a lane
 };
 
 // A row source says which row of the tensors row number `row` is: `PlacedRow operator()(int32_t row) const`.
@@ -50,8 +51,7 @@ struct KeyTile {
 
 struct RowTensors {
   TensorView q, grad_out;
-  RowView lse, delta, gate;
-  float whole;  // whole_probability()
+  RowView lse, delta, gate, grad_lse;
 };
 
 template <typename Shape>
@@ -211,13 +211,17 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
       }
     }
     accumulate(sums.v, scores, grad_out_tile, part * Shape::kOutV, lane);
-    if (__any_sync(0xffffffffu, highest > tensors.whole)) {
+    uint32_t whole = 0;  // a bit for each score that has all of its row's probability
+    if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const float all = tensors.whole * fabsf(gate[8 * i + 2 * (lane % 4) + j % 2]);
-          scores[0][i][j] = fabsf(scores[0][i][j]) > all ? 0.f : scores[0][i][j];
+          const float all = kWholeProbability<Element> * fabsf(gate[8 * i + 2 * (lane % 4) + j % 2]);
+          if (fabsf(scores[0][i][j]) > all) {
+            scores[0][i][j] = 0.f;
+            whole |= 1u << (4 * i + j);
+          }
         }
       }
     }
@@ -235,6 +239,18 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
         for (int j = 0; j < 4; ++j) {
           const int column = half * kHalf + 8 * i + 2 * (lane % 4) + j % 2;
           grads[0][i][j] = scores[0][half * kHalf / 8 + i][j] * (grads[0][i][j] - delta[column]);
+        }
+      }
+      if (whole != 0 && tensors.grad_lse.data != nullptr) {
+#pragma unroll
+        for (int i = 0; i < kHalf / 8; ++i) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if ((whole >> (4 * (half * kHalf / 8 + i) + j) & 1) != 0) {
+              const PlacedRow at = rows[half * kHalf + 8 * i + 2 * (lane % 4) + j % 2];
+              grads[0][i][j] = tensors.grad_lse.at(tile.batch, at.head, at.token);
+            }
+          }
         }
       }
       accumulate(sums.k, grads, q_half, part * Shape::kOutK, lane);

@@ -17,13 +17,10 @@ __device__ inline Row row_at(const Sequences& s, int32_t head_kv, int32_t row) {
 
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-// A key with all of a row's probability: the gradient of its score is 0, but <dO, v> - delta, two sums in different
-// order, is only nearly so: above this probability it is set to 0. Not where lse has a gradient, which passes to that
-// score whole.
+// A key with all of a row's probability: <dO, v> - <dO, out> is 0, but the two sums, taken in different order, only
+// nearly so. Above this probability the gradient of the score is set to what is left of it: the gradient of lse.
 template <typename Element>
-__device__ inline float whole_probability(bool lse_has_gradient) {
-  return lse_has_gradient ? 2.f : sizeof(Element) == 4 ? 1.f - 1.f / 4194304.f : 1.f - 1.f / 4096.f;
-}
+constexpr float kWholeProbability = sizeof(Element) == 4 ? 1.f - 1.f / 4194304.f : 1.f - 1.f / 4096.f;
 constexpr float kMinusInfinity = -__builtin_huge_valf();
 
 }  // namespace nsa

@@ -48,8 +48,10 @@ GateGradients gate_gradients(const at::Tensor& grad_out, const at::Tensor& gates
   GateGradients result;
   result.grad_gates = at::empty(gates.sizes(), gates.options());
   for (size_t b = 0; b < outs.size(); ++b) {
-    result.rows[b] = {lses[b].contiguous(), at::empty(lses[b].sizes(), lses[b].options()),
-                      at::empty(lses[b].sizes(), lses[b].options()), false};
+    result.rows[b] = {lses[b].contiguous(),
+                      at::empty(lses[b].sizes(), lses[b].options()),
+                      at::empty(lses[b].sizes(), lses[b].options()),
+                      {}};
   }
   if (grad_out.numel() == 0) {
     result.grad_gates.zero_();
@@ -79,7 +81,7 @@ BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, co
   const c10::cuda::CUDAGuard guard(grad_out.device());
   const at::Tensor delta = at::empty(lse.sizes(), lse.options());
   if (grad_out.numel() == 0) {
-    return {lse.contiguous(), delta.zero_(), {}, grad_lse.has_value()};
+    return {lse.contiguous(), delta.zero_(), {}, {}};
   }
   const at::Tensor grad_out_read = unit_stride(grad_out);
   const at::Tensor out_read = unit_stride(out);
@@ -90,7 +92,7 @@ BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, co
                            .grad_lse = grad_lse_read.defined() ? rows_of(grad_lse_read) : no_rows(),
                            .delta = rows_of(delta)};
   launch_delta(params, element_type("grad_out", grad_out), c10::cuda::getCurrentCUDAStream());
-  return {lse.contiguous(), delta, {}, grad_lse.has_value()};
+  return {lse.contiguous(), delta, {}, grad_lse_read};
 }
 
 }  // namespace nsa::cuda

@@ -116,8 +116,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
       {params.k.row<Element>(place.batch, first_key, tile.head_kv),
        params.v.row<Element>(place.batch, first_key, tile.head_kv), params.k.token_stride, params.v.token_stride,
        tile.first_key, tile.count, place.batch, static_cast<int32_t>(place.offset - place.q_begin)},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate,
-       whole_probability<Element>(params.lse_has_gradient)},
+      {params.q, params.grad_out, params.lse, params.delta, params.gate, params.grad_lse},
       {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()}, params.scale, 0,
       count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, tile.head_kv, row);

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   float lse[2];
   float delta[2];
   float gate[2];
+  float grad_lse[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t head = at.first_head + min(lane / 4 + 8 * half, at.heads - 1);
@@ -71,9 +72,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
     lse[half] = params.lse.at(at.place.batch, head, token) * kLog2E;
     delta[half] = params.delta.at(at.place.batch, head, token);
     gate[half] = params.gate.data == nullptr ? 1.f : params.gate.at(at.place.batch, head, token);
+    grad_lse[half] = params.grad_lse.data == nullptr ? 0.f : params.grad_lse.at(at.place.batch, head, token);
   }
   const float scale_log2 = params.scale * kLog2E;
-  const float whole = whole_probability<Element>(params.lse_has_gradient);
   float grad_q[1][Shape::kDimK / 8][4];
   clear(grad_q[0]);
   int stage = 0;
@@ -98,7 +99,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
       for (int j = 0; j < 4; ++j) {
         const float score = scores[0][i][j];
         const float probability = score == kMinusInfinity ? 0.f : exp2_approx(fmaf(score, scale_log2, -lse[j / 2]));
-        scores[0][i][j] = probability > whole ? 0.f : probability * gate[j / 2] * (grads[0][i][j] - delta[j / 2]);
+        scores[0][i][j] = probability > kWholeProbability<Element>
+                              ? grad_lse[j / 2]
+                              : probability * gate[j / 2] * (grads[0][i][j] - delta[j / 2]);
       }
     }
     accumulate(grad_q, scores, k_tile, 0, lane);

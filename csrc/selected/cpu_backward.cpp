@@ -54,7 +54,7 @@ void backward_tile(const TileSpan& span, const BlockLists& lists, const Backward
       T* p = scratch.weights.data() + r * width;
       T* ds = scratch.grad_scores.data() + r * width;
       row_exp(p, seen, tile.lse[row]);
-      row_softmax_backward(ds, p, seen, tile.delta[row]);
+      row_softmax_backward(ds, p, seen, tile.delta[row], tile.grad_lse[row]);
       std::fill(p + seen, p + width, T(0));
       std::fill(ds + seen, ds + width, T(0));
     }

@@ -149,10 +149,10 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .lse = rows_of(rows.lse),
                                 .delta = rows_of(rows.delta),
                                 .gate = rows.gate.defined() ? rows_of(rows.gate) : no_rows(),
+                                .grad_lse = rows.grad_lse.defined() ? rows_of(rows.grad_lse) : no_rows(),
                                 .grad_q = view_of(dq_written),
                                 .grad_k = view_of(dk_written),
                                 .grad_v = view_of(dv_written),
-                                .lse_has_gradient = rows.lse_has_gradient,
                                 .add_to_grad_q = grad_q.defined() && !separate,
                                 .partials = nullptr};
   if (is_16_bit(type)) {

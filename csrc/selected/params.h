@@ -58,9 +58,8 @@ struct SelectedBackwardParams {
   const int32_t* block_indices;
   ChosenBy chosen_by;
   TensorView q, k, v, grad_out;
-  RowView lse, delta, gate;  // as in attention/params.h
+  RowView lse, delta, gate, grad_lse;  // as in attention/params.h
   TensorView grad_q, grad_k, grad_v;
-  bool lse_has_gradient;  // and delta holds it
   bool add_to_grad_q;
   float* partials;  // (partials[blocks], keys per block, Dk + Dv)
 };

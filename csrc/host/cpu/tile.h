@@ -150,22 +150,22 @@ struct BackwardOperands {
 
 template <typename T>
 struct BackwardTile {
-  Buffer<T> q, grad_out, lse, delta, grad_q;
+  Buffer<T> q, grad_out, lse, delta, grad_lse, grad_q;
 
   BackwardTile(const TileSpan& span, const BackwardInputs<T>& in)
       : q(span.rows() * in.dk),
         grad_out(span.rows() * in.dv),
         lse(span.rows()),
         delta(span.rows()),
+        grad_lse(span.rows()),
         grad_q(span.rows() * in.dk) {
     load_tile(span, in.q, in.dk, in.scale, q.data());
     load_tile(span, in.grad_out, in.dv, T(1), grad_out.data());
     for (int64_t r = 0; r < span.rows(); ++r) {
       lse[r] = *span.row(in.lse, r);
       delta[r] = row_dot(grad_out.data() + r * in.dv, span.row(in.out, r), in.dv);
-      if (in.grad_lse.data != nullptr) {
-        delta[r] -= *span.row(in.grad_lse, r);
-      }
+      grad_lse[r] = in.grad_lse.data == nullptr ? T(0) : *span.row(in.grad_lse, r);
+      delta[r] -= grad_lse[r];
     }
     std::fill_n(grad_q.data(), span.rows() * in.dk, T(0));
   }

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 // Several versions of one function, picked by the loader through an ifunc. Sanitizers' runtimes are not up yet when
 // ifuncs resolve, so instrumented builds have one version.
@@ -101,10 +102,11 @@ inline __attribute__((always_inline)) T dot_loop(const T* x, const T* y, int64_t
 }
 
 template <typename T>
-inline __attribute__((always_inline)) void softmax_backward_loop(T* dp, const T* p, int64_t n, T delta) {
+inline __attribute__((always_inline)) void softmax_backward_loop(T* dp, const T* p, int64_t n, T delta, T grad_lse) {
+  constexpr T whole = 1 - 2 * std::numeric_limits<T>::epsilon();
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    dp[i] = p[i] * (dp[i] - delta);
+    dp[i] = p[i] > whole ? grad_lse : p[i] * (dp[i] - delta);
   }
 }
 
@@ -130,11 +132,11 @@ void row_add(double* y, const double* x, int64_t n) { add_loop(y, x, n); }
 NSA_VECTORIZED float row_dot(const float* x, const float* y, int64_t n) { return dot_loop(x, y, n); }
 double row_dot(const double* x, const double* y, int64_t n) { return dot_loop(x, y, n); }
 
-NSA_VECTORIZED void row_softmax_backward(float* dp, const float* p, int64_t n, float delta) {
-  softmax_backward_loop(dp, p, n, delta);
+NSA_VECTORIZED void row_softmax_backward(float* dp, const float* p, int64_t n, float delta, float grad_lse) {
+  softmax_backward_loop(dp, p, n, delta, grad_lse);
 }
-void row_softmax_backward(double* dp, const double* p, int64_t n, double delta) {
-  softmax_backward_loop(dp, p, n, delta);
+void row_softmax_backward(double* dp, const double* p, int64_t n, double delta, double grad_lse) {
+  softmax_backward_loop(dp, p, n, delta, grad_lse);
 }
 
 }  // namespace nsa::cpu

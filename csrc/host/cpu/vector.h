@@ -29,8 +29,9 @@ void row_add(double* y, const double* x, int64_t n);
 float row_dot(const float* x, const float* y, int64_t n);
 double row_dot(const double* x, const double* y, int64_t n);
 
-// Backward of softmax: dp = p * (dp - delta)
-void row_softmax_backward(float* dp, const float* p, int64_t n, float delta);
-void row_softmax_backward(double* dp, const double* p, int64_t n, double delta);
+// Backward of softmax: dp = p * (dp - delta). An entry whose p is 1 but for rounding is its row's only one: there dp
+// and delta less grad_lse are one number, and grad_lse is taken in place of the difference of their roundings.
+void row_softmax_backward(float* dp, const float* p, int64_t n, float delta, float grad_lse);
+void row_softmax_backward(double* dp, const double* p, int64_t n, double delta, double grad_lse);
 
 }  // namespace nsa::cpu

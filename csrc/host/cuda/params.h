@@ -52,9 +52,9 @@ CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t l
 // What a backward over a range or over listed blocks is told of its rows: (B, H, T) or packed (H, sum T), float32.
 struct BackwardRows {
   at::Tensor lse;
-  at::Tensor delta;  // <grad_out, out>, less the gradient of lse where there is no gate
-  at::Tensor gate;   // the factor of grad_out, or undefined: 1
-  bool lse_has_gradient = false;
+  at::Tensor delta;     // <grad_out, out>, less the gradient of lse where there is no gate
+  at::Tensor gate;      // the factor of grad_out, or undefined: 1
+  at::Tensor grad_lse;  // what delta holds of it, or undefined: 0
 };
 
 // Those of an op of one branch, which has no gate (in nsa/cuda.cpp, with those that have).
