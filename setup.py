@@ -39,7 +39,9 @@ def build_cuda() -> bool:
 def library(cuda: bool) -> CppExtension:
     sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "python"]
     defines = [("NSA_CUDA_VERSION", f'"{torch.version.cuda}"')] if cuda else []
-    if cuda:
+    if not cuda:
+        sources = [p for p in sources if not p.name.startswith("cuda") or p.name == "cuda_fallback.cpp"]
+    else:
         sources += (ROOT / "csrc").rglob("*.cu")
     return (CUDAExtension if cuda else CppExtension)(
         LIBRARY,

@@ -4,6 +4,9 @@
 
 #include "common/geometry.h"
 #include "compression/phi.h"
+#if defined(NSA_CUDA_VERSION)
+#include "compression/cuda.h"
+#endif
 #include "host/backend.h"
 #include "host/checks.h"
 #include "host/options.h"
@@ -118,7 +121,13 @@ at::Tensor compress(const at::Tensor& x, const OptionalTensor& pe, const Optiona
       return phi_forward(widen(x), widen(weights), block_size, block_stride, packing).to(x.scalar_type());
     }
   }
-  return at::empty_symint(shape, x.options());
+  const at::Tensor out = at::empty_symint(shape, x.options());
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::phi_forward(x, weights, block_size, block_stride, packing, out);
+  }
+#endif
+  return out;
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -140,12 +149,17 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
     check_lengths(x, packing);
     grads = phi_backward(widen(grad_out), widen(x), widen(weights), block_size, block_stride, packing);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    grads = cuda::phi_backward(grad_out, x, weights, block_size, block_stride, packing);
+  }
+#endif
   const auto result = [&](const at::Tensor& grad, const OptionalTensor& of) {
     if (!of.has_value()) {
       return at::empty({0}, x.options());
     }
-    return backend == Backend::kCpu ? grad.to(x.scalar_type()).contiguous()
-                                    : at::empty_symint(of->sym_sizes(), x.options());
+    return backend == Backend::kMeta ? at::empty_symint(of->sym_sizes(), x.options())
+                                     : grad.to(x.scalar_type()).contiguous();
   };
   return {result(grads.x, x),   result(grads.pe, pe), result(grads.w1, w1),
           result(grads.b1, b1), result(grads.w2, w2), result(grads.b2, b2)};
@@ -157,6 +171,13 @@ TORCH_LIBRARY_IMPL(nsa, CPU, m) {
   m.impl("compress", compress<Backend::kCpu>);
   m.impl("compress_backward", compress_backward<Backend::kCpu>);
 }
+
+#if defined(NSA_CUDA_VERSION)
+TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
+  m.impl("compress", compress<Backend::kCuda>);
+  m.impl("compress_backward", compress_backward<Backend::kCuda>);
+}
+#endif
 
 TORCH_LIBRARY_IMPL(nsa, Meta, m) {
   m.impl("compress", compress<Backend::kMeta>);

@@ -6,6 +6,7 @@ namespace nsa {
 
 enum class Backend {
   kCpu,
+  kCuda,  // in builds with CUDA
   kMeta,  // shapes only
 };
 

@@ -32,11 +32,15 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
-  for (const char* op :
-       {"compress", "compress_backward", "compressed_attention", "compressed_attention_backward", "select_blocks",
-        "selected_attention", "selected_attention_backward", "window_attention", "window_attention_backward"}) {
+  for (const char* op : {"compressed_attention", "compressed_attention_backward", "select_blocks", "selected_attention",
+                         "selected_attention_backward", "window_attention", "window_attention_backward"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   }
+#if !defined(NSA_CUDA_VERSION)
+  for (const char* op : {"compress", "compress_backward"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+  }
+#endif
 }
 
 }  // namespace nsa
