@@ -139,10 +139,10 @@ def _inputs(op: str, shape: Shape, lengths: Sequence[tuple[int, int]], *, packed
 
 
 def weights(
-    shape: Shape, mode: str, random: torch.Generator, *, per_head: Sequence[str] = ("w1", "b2")
+    shape: Shape, mode: str, random: torch.Generator, *, per_head: Sequence[str] = ("w1", "b2"), hidden: int = 5
 ) -> dict[str, Tensor]:
     """Weights of compress; those named in per_head have one set for each KV head."""
-    hidden, dim, width = 5, shape.dim_k, shape.block_size * shape.dim_k
+    dim, width = shape.dim_k, shape.block_size * shape.dim_k
     sizes: dict[str, tuple[int, ...]] = {
         "mlp": {
             "pe": (shape.block_size, dim),

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import nsa_torch
-from helpers import Inputs, Target, check_op, make_inputs, weights
+from helpers import (
+    Inputs,
+    Target,
+    assert_close,
+    check_op,
+    cumulative,
+    evaluate,
+    make_inputs,
+    make_packed_inputs,
+    sharpest,
+    weights,
+)
 from nsa_torch import reference
 from shapes import ADVERSARIAL, TILED, Shape
 
 SMALL = ADVERSARIAL[11]
+LENGTHS = (17, 0, 1, 7, 8, 9, 15, 31, 0, 20)  # of packed sequences; SMALL's blocks have 8 tokens
 EACH_WEIGHT_ALONE = [("pe",), ("w1",), ("b1",), ("w2",), ("b2",)]
 
 
@@ -121,6 +135,106 @@ def test_reference_by_hand() -> None:
         hidden = w1 @ block + b1
         token = w2 @ (hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))) + b2
         torch.testing.assert_close(out[b, m, h], token, rtol=0, atol=1e-13)
+
+
+LAYOUTS = {
+    "heads_first": lambda x: x.transpose(-2, -3).contiguous().transpose(-2, -3),
+    "one_of_three": lambda x: torch.stack([x, x.new_full(x.shape, torch.nan)], -3)[..., 0, :, :],
+    "odd_rows": lambda x: torch.nn.functional.pad(x, (1, 2), value=torch.nan)[..., 1:-2],
+    "every_other_column": lambda x: torch.stack([x, x.new_full(x.shape, torch.nan)], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("mode", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_change_nothing(layout: str, packed: bool, mode: str, device: str) -> None:
+    dtype, tolerance = sharpest(device)
+    inputs = _aligned(mode, packed).to(device, dtype)
+    restrided = inputs.replace(x=LAYOUTS[layout](inputs.tensors["x"]))
+    assert not restrided.tensors["x"].is_contiguous()
+    expected = evaluate(nsa_torch.compress, inputs)
+    assert_close(evaluate(nsa_torch.compress, restrided), expected, tolerance)
+
+
+@pytest.mark.parametrize("mode", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_aligned_rows(packed: bool, mode: str, low_precision: Target) -> None:
+    """Widths that kernels read 16 bytes at a time."""
+    check_op("compress", _aligned(mode, packed), low_precision)
+
+
+@pytest.mark.parametrize("mode", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_two_runs_are_equal_to_the_bit(packed: bool, mode: str, low_precision: Target) -> None:
+    inputs = _aligned(mode, packed).to(low_precision.device, low_precision.dtype)
+    first, second = (evaluate(nsa_torch.compress, inputs) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_many_packed_sequences(target: Target) -> None:
+    lengths = [(7 * i + i * i) % 23 for i in range(300)]
+    inputs = make_packed_inputs("compress", SMALL, [(t, t) for t in lengths])
+    check_op("compress", inputs, target)
+
+
+@pytest.mark.parametrize("mode", ["mlp", "linear", "mean"])
+def test_gradients_of_rows_without_a_block_count_nowhere(mode: str, device: str) -> None:
+    inputs = _aligned(mode, packed=True).to(device, torch.float32)
+    blocks = sum(reference.num_blocks(t, SMALL.block_size, SMALL.block_stride) for t in LENGTHS)
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.tensors.items()}
+    out = nsa_torch.compress(**leaves, **inputs.options)
+    assert out.size(0) > blocks
+    grad = torch.ones_like(out)
+    expected = torch.autograd.grad(out, list(leaves.values()), grad, retain_graph=True)
+    grad[blocks:] = torch.nan
+    for actual, wanted in zip(torch.autograd.grad(out, list(leaves.values()), grad), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["mlp", "linear", "mean"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_is_captured_in_a_cuda_graph(packed: bool, mode: str) -> None:
+    """Forward and backward; a replay reads new tokens and new lengths."""
+    inputs = _aligned(mode, packed).to("cuda", torch.bfloat16)
+    leaves = {name: t.clone().requires_grad_() for name, t in inputs.tensors.items()}
+
+    def step() -> list[torch.Tensor]:
+        out = nsa_torch.compress(**leaves, **inputs.options)
+        return [out, *torch.autograd.grad(out.float().square().sum(), list(leaves.values()))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves["x"].copy_(leaves["x"].flip(-3))
+    if packed:
+        inputs.options["cu_seqlens_k"].copy_(cumulative(LENGTHS[::-1], "cuda"))
+    graph.replay()
+    for actual, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.cuda
+def test_float64_is_refused_on_cuda() -> None:
+    inputs = _inputs(SMALL, "mlp", ()).to("cuda", torch.float64)
+    with pytest.raises(TypeError, match="x must be float16, bfloat16 or float32 on CUDA, got"):
+        nsa_torch.compress(**inputs.tensors, **inputs.options)
+
+
+def _aligned(mode: str, packed: bool) -> Inputs:
+    """Heads of 16 channels, a hidden layer of 24, results of 8; w1 and b2 are per head."""
+    shape = replace(SMALL, dim_k=16, dim_v=8)
+    lengths = [(t, t) for t in LENGTHS]
+    inputs = make_packed_inputs("compress", shape, lengths) if packed else make_inputs("compress", shape)
+    drawn = weights(shape, mode, torch.Generator().manual_seed(3), hidden=24)
+    return Inputs({"x": inputs.tensors["x"], **drawn}, inputs.options)
 
 
 def _inputs(shape: Shape, mode: str, per_head: tuple[str, ...]) -> Inputs:

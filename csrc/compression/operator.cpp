@@ -4,6 +4,9 @@
 
 #include "common/geometry.h"
 #include "compression/phi.h"
+#if defined(NSA_CUDA_VERSION)
+#include "compression/cuda.h"
+#endif
 #include "host/backend.h"
 #include "host/checks.h"
 #include "host/options.h"
@@ -97,15 +100,9 @@ PhiWeights widen(const PhiWeights& weights) {
   return {each(weights.pe), each(weights.w1), each(weights.b1), each(weights.w2), each(weights.b2)};
 }
 
-// There is no float64 on CUDA, here as in the other ops.
-void check_computable(const at::Tensor& x) {
-  TORCH_CHECK_TYPE(!x.is_cuda() || x.scalar_type() != at::kDouble,
-                   "x must be float16, bfloat16 or float32 on CUDA, got Double: float64 is computed on the CPU only");
-}
-
 // On the CPU the lengths can be read, so wrong ones are refused.
 void check_lengths(const at::Tensor& x, const Packing& packing) {
-  if (packing.packed() && x.is_cpu()) {
+  if (packing.packed()) {
     check_cumulative_lengths("cu_seqlens_k", *packing.cu_seqlens_k, x.size(-3), "max_seqlen_k", packing.max_seqlen_k);
   }
 }
@@ -118,14 +115,19 @@ at::Tensor compress(const at::Tensor& x, const OptionalTensor& pe, const Optiona
   const Packing packing = key_packing(cu_seqlens_k, max_seqlen_k);
   const c10::SymInt width = check_compress(x, weights, block_size, block_stride, packing);
   const c10::SymDimVector shape = output_shape(x, width, block_size, block_stride, packing);
-  if constexpr (backend != Backend::kMeta) {
-    check_computable(x);
+  if constexpr (backend == Backend::kCpu) {
     check_lengths(x, packing);
     if (c10::multiply_integers(C10_AS_INTARRAYREF_SLOW(shape)) > 0) {
       return phi_forward(widen(x), widen(weights), block_size, block_stride, packing).to(x.scalar_type());
     }
   }
-  return at::empty_symint(shape, x.options());
+  const at::Tensor out = at::empty_symint(shape, x.options());
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::phi_forward(x, weights, block_size, block_stride, packing, out);
+  }
+#endif
+  return out;
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -143,11 +145,15 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
   check_shape("grad_out", grad_out, output_shape(x, width, block_size, block_stride, packing),
               "the shape of the result");
   PhiGradients grads;
-  if constexpr (backend != Backend::kMeta) {
-    check_computable(x);
+  if constexpr (backend == Backend::kCpu) {
     check_lengths(x, packing);
     grads = phi_backward(widen(grad_out), widen(x), widen(weights), block_size, block_stride, packing);
   }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    grads = cuda::phi_backward(grad_out, x, weights, block_size, block_stride, packing);
+  }
+#endif
   const auto result = [&](const at::Tensor& grad, const OptionalTensor& of) {
     if (!of.has_value()) {
       return at::empty({0}, x.options());

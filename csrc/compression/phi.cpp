@@ -9,6 +9,32 @@
 #include "compression/blocks.h"
 
 namespace nsa {
+
+at::Tensor sum_to(const at::Tensor& per_head, const at::Tensor& weight, int64_t shared_dim) {
+  return (weight.dim() == shared_dim ? per_head.sum(0) : per_head).reshape(weight.sizes());
+}
+
+at::Tensor split_weight(const at::Tensor& w1, int64_t pieces) {
+  const at::Tensor parts = w1.unflatten(-1, {pieces, -1}).transpose(-2, -3);
+  return parts.flatten(-3, -2);
+}
+
+at::Tensor join_weight(const at::Tensor& parts, int64_t pieces) {
+  return parts.unflatten(-2, {pieces, -1}).transpose(-2, -3).flatten(-2, -1);
+}
+
+PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights) {
+  const auto zeros = [](const std::optional<at::Tensor>& weight) {
+    return weight.has_value() ? at::zeros_like(*weight) : at::Tensor();
+  };
+  return {at::zeros(x.sizes(), x.options()),
+          zeros(weights.pe),
+          zeros(weights.w1),
+          zeros(weights.b1),
+          zeros(weights.w2),
+          zeros(weights.b2)};
+}
+
 namespace {
 
 // (N, H, K) by weights (O, K) shared by the heads, or (H, O, K): -> (N, H, O).
@@ -25,22 +51,6 @@ at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x, bool per
     return at::bmm(grad.permute({1, 2, 0}), x.transpose(0, 1));
   }
   return at::mm(grad.reshape({-1, grad.size(2)}).t(), x.reshape({-1, x.size(2)}));
-}
-
-// Sums the leading head dimension away where the weight has none.
-at::Tensor sum_to(const at::Tensor& per_head, const at::Tensor& weight, int64_t shared_dim) {
-  return (weight.dim() == shared_dim ? per_head.sum(0) : per_head).reshape(weight.sizes());
-}
-
-// (O, l D) -> (l/d * O, d D), the parts of W1 one below the other.
-at::Tensor split_weight(const at::Tensor& w1, int64_t pieces) {
-  const at::Tensor parts = w1.unflatten(-1, {pieces, -1}).transpose(-2, -3);
-  return parts.flatten(-3, -2);
-}
-
-// Its inverse, for the gradient.
-at::Tensor join_weight(const at::Tensor& parts, int64_t pieces) {
-  return parts.unflatten(-2, {pieces, -1}).transpose(-2, -3).flatten(-2, -1);
 }
 
 // W1 vec(PE) + b1: (O) or (H, O), undefined when there is neither.
@@ -92,18 +102,6 @@ void first_layer_backward(const at::Tensor& grad_hidden, const at::Tensor& chunk
     const at::Tensor outer = grad_bias.unsqueeze(-1) * (pe.dim() == 1 ? pe : pe.unsqueeze(1));  // (H, O, l D)
     grads.w1 = grads.w1 + sum_to(outer, w1, 2);
   }
-}
-
-PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights) {
-  const auto zeros = [](const std::optional<at::Tensor>& weight) {
-    return weight.has_value() ? at::zeros_like(*weight) : at::Tensor();
-  };
-  return {at::zeros(x.sizes(), x.options()),
-          zeros(weights.pe),
-          zeros(weights.w1),
-          zeros(weights.b1),
-          zeros(weights.w2),
-          zeros(weights.b2)};
 }
 
 }  // namespace

@@ -8,8 +8,6 @@
 namespace nsa::cuda {
 namespace {
 
-at::Tensor unit_stride(const at::Tensor& tensor) { return tensor.stride(-1) == 1 ? tensor : tensor.contiguous(); }
-
 GatesView gates_view(const at::Tensor& gates) {
   const bool dense = gates.dim() == 4;
   return {.data = gates.data_ptr(),

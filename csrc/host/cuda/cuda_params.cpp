@@ -52,9 +52,13 @@ void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
                     "q must have fewer than 2^31 rows per KV head on CUDA, got ", q.sizes());
 }
 
+at::Tensor unit_stride(const at::Tensor& tensor) {
+  return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+}
+
 at::Tensor readable(const at::Tensor& tensor) {
   if (tensor.scalar_type() == at::kFloat) {
-    return tensor.stride(-1) == 1 || tensor.size(-1) <= 1 ? tensor : tensor.contiguous();
+    return unit_stride(tensor);
   }
   if (tensor.numel() == 0 || ((tensor.stride(-1) == 1) && rows_are_aligned(tensor))) {
     return tensor;

@@ -21,6 +21,9 @@ void check_head_dims(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
 // a multiple of 8, so that 16-byte copies can read every row.
 at::Tensor readable(const at::Tensor& tensor);
 
+// The tensor itself, or a copy whose last stride is 1.
+at::Tensor unit_stride(const at::Tensor& tensor);
+
 // A tensor like `result` that kernels can write: `result` itself, or a wider one, of zeros, to be copied by
 // `copy_back`.
 at::Tensor writable(const at::Tensor& result);
