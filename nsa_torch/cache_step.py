@@ -208,8 +208,7 @@ class Sequences:
         """
         bound, capacity = self.length_bound + max_seqlen, self.geometry.capacity
         device = self.lengths.device
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        fixed = capturing or torch.compiler.is_compiling()
+        fixed = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         if bound > capacity and not fixed:
             bound = int((self.lengths + cu_seqlens.diff()).max())
             if bound > capacity and self.max_length is None:

@@ -5,9 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helpers import CHOICE_OPTIONS, Inputs
+import nsa_torch
+from helpers import CHOICE_OPTIONS, Inputs, Target
 from nsa_torch import reference
 from shapes import Shape
+
+
+def check_choice(exact: Inputs, shape: Shape, target: Target) -> None:
+    """select_blocks of a dense call in float64, rounded: as good as the scores in the target's dtype can tell."""
+    given = exact.to(target.device, target.dtype)
+    given = given.replace(lse=exact.tensors["lse"].to(target.device, torch.float32))
+    lists = nsa_torch.select_blocks(**given.tensors, **given.options)
+    assert_as_good(lists, given, shape, target.dtype)
+
+
+def assert_as_good(lists: Tensor, given: Inputs, shape: Shape, dtype: torch.dtype) -> None:
+    """A valid choice, and no chosen block falls behind one left out by more than the scores themselves err."""
+    lists = lists.cpu()
+    assert_valid(lists, shape)
+    truth = importance_of(given.to(given.device, torch.float64)).cpu()
+    if truth.numel() == 0:
+        return
+    baseline = importance_of(given).to("cpu", torch.float64)
+    allowed = 2 * (baseline - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+    gap = gap_of(lists, truth, shape)
+    assert gap <= allowed, f"a block ahead by {gap:.3g} was left out, allowed {allowed:.3g}"
 
 
 def assert_valid(lists: Tensor, shape: Shape) -> None:

@@ -196,14 +196,19 @@ def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 1) -> Result
 
 def check_op(op: str, inputs: Inputs, target: Target = Target("cpu", torch.float64)) -> Results:
     """Holds nsa_torch's op, outputs and gradients, to the reference. `inputs` are in float64."""
-    actual, expected = getattr(nsa_torch, op), getattr(reference, op)
-    given = inputs.to(target.device, target.dtype)
-    results = evaluate(actual, given)
-    if target.dtype == torch.float64:
-        assert_close(results, evaluate(expected, inputs), FLOAT64_TOLERANCE)
-    else:
-        truth = evaluate(expected, given.to(target.device, torch.float64))
-        assert_errs_at_most_twice(results, truth, evaluate(expected, given), target.dtype)
+    if target.dtype != torch.float64:
+        return check_as_given(op, inputs.to(target.device, target.dtype), target.dtype)
+    results = evaluate(getattr(nsa_torch, op), inputs)
+    assert_close(results, evaluate(getattr(reference, op), inputs), FLOAT64_TOLERANCE)
+    return results
+
+
+def check_as_given(op: str, inputs: Inputs, dtype: torch.dtype) -> Results:
+    """The same for inputs in `dtype`, with their device and strides. The truth is computed on that device."""
+    expected = getattr(reference, op)
+    results = evaluate(getattr(nsa_torch, op), inputs)
+    truth = evaluate(expected, inputs.to(inputs.device, torch.float64))
+    assert_errs_at_most_twice(results, truth, evaluate(expected, inputs), dtype)
     return results
 
 
@@ -217,16 +222,20 @@ def assert_close(actual: Results, expected: Results, tolerance: float) -> None:
 
 def assert_errs_at_most_twice(actual: Results, truth: Results, baseline: Results, dtype: torch.dtype) -> None:
     """The largest and the root-mean-square error are at most twice those of the same maths in the
-    same dtype by torch's ops, plus a few ulps of the largest value.
+    same dtype by torch's ops, plus a few ulps of the largest value, plus a few of float32's of the
+    largest of all results: where terms cancel to nothing, as the gradient of the only key that a
+    query sees, the rounding of the terms is left.
     """
     ulp = torch.finfo(dtype).eps
-    for name, want in truth.items():
-        ours, theirs = _error(name, actual[name], want), _error(name, baseline[name], want)
-        if ours.numel() == 0:
-            continue
-        size = want[want.isfinite()].abs()
-        for measure in (torch.amax, _root_mean_square):
-            allowed = 2 * measure(theirs) + ULPS * ulp * measure(size)
+    finite = {name: want[want.isfinite()].abs().to("cpu", torch.float64) for name, want in truth.items()}
+    for measure in (torch.amax, _root_mean_square):
+        sizes = {name: measure(values) for name, values in finite.items() if values.numel() > 0}
+        rounding = torch.finfo(torch.float32).eps * max(sizes.values(), default=torch.tensor(0.0))
+        for name, want in truth.items():
+            ours, theirs = _error(name, actual[name], want), _error(name, baseline[name], want)
+            if ours.numel() == 0:
+                continue
+            allowed = 2 * measure(theirs) + ULPS * (ulp * sizes[name] + rounding)
             assert measure(ours) <= allowed, (
                 f"{name} errs by {measure(ours):.3g}, allowed {allowed:.3g}, "
                 f"torch's ops in {dtype} err by {measure(theirs):.3g}"

@@ -229,13 +229,29 @@ def _all_cases() -> Iterator[Case]:
 
 
 CASES = list(_all_cases())
+# Wrong by the values of a tensor, which only the CPU reads before it starts.
+VALUES = ("starts_late", "negative", "decreases", "ends_early", "ends_late", "more_than_keys", "more_than_slot")
+VALUES += ("too_small", "below_minus_1", "past_the_keys", "far_past", "twice")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_refused(case: Case) -> None:
     """The message starts from the argument's name and says what it got."""
-    call = _good_call(case.op, case.packed)
-    call |= {case.argument: case.change(call.get(case.argument))} | case.also
+    _assert_refused(case, "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", [case for case in CASES if case.what not in VALUES], ids=str)
+def test_refused_on_cuda(case: Case) -> None:
+    _assert_refused(case, "cuda")
+
+
+def _assert_refused(case: Case, device: str) -> None:
+    call = _good_call(case.op, case.packed, device)
+    changed = case.change(call.get(case.argument))
+    if isinstance(changed, Tensor) and changed.device.type == "cpu":
+        changed = changed.to(device)
+    call |= {case.argument: changed} | case.also
     function = getattr(nsa_torch, case.op)
     with pytest.raises(case.error) as caught:
         function(**call)
@@ -272,7 +288,7 @@ def test_unknown_argument(op: str) -> None:
         getattr(nsa_torch, op)(**_good_call(op, False), block_length=3)
 
 
-def _good_call(op: str, packed: bool) -> dict[str, Any]:
+def _good_call(op: str, packed: bool, device: str = "cpu") -> dict[str, Any]:
     exact = make_packed_inputs(op, SHAPE, LENGTHS) if packed else make_inputs(op, SHAPE)
-    inputs: Inputs = exact.to("cpu", torch.float32)
+    inputs: Inputs = exact.to(device, torch.float32)
     return inputs.tensors | inputs.options

@@ -94,7 +94,7 @@ def reference_forward(module: NSAAttention, x: Tensor) -> Tensor:
 
 def gradients(module: NSAAttention, x: Tensor, out: Tensor) -> dict[str, Tensor]:
     names, parameters = zip(*module.named_parameters(), strict=True)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out)
     grads = torch.autograd.grad((out * weight).sum(), (x, *parameters), materialize_grads=True, allow_unused=True)
     return dict(zip(("hidden_states", *names), grads, strict=True))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nsa_torch
-from choices import assert_valid, gap_of, importance_of, lse_of
+from choices import assert_valid, check_choice, gap_of, importance_of, lse_of
 from helpers import Target, make_inputs
 from nsa_torch import reference
 from shapes import ADVERSARIAL, TILED, Shape
@@ -29,17 +29,7 @@ def test_matches_reference(shape: Shape) -> None:
 @pytest.mark.parametrize("shape", [SMALL, *(s for s in ADVERSARIAL if s.group != 2), *TILED], ids=str)
 def test_low_precision(shape: Shape, low_precision: Target) -> None:
     """No chosen block may fall behind one left out by more than the scores themselves err."""
-    exact = make_inputs(OP, shape)
-    given = exact.to(low_precision.device, low_precision.dtype)
-    given = given.replace(lse=exact.tensors["lse"].to(low_precision.device, torch.float32))
-    lists = nsa_torch.select_blocks(**given.tensors, **given.options).cpu()
-    assert_valid(lists, shape)
-    truth = importance_of(given.to("cpu", torch.float64))
-    baseline = importance_of(given).to("cpu", torch.float64)
-    ulp = torch.finfo(low_precision.dtype).eps
-    allowed = 2 * (baseline - truth).abs().max() + 4 * ulp * truth.abs().max()
-    gap = gap_of(lists, truth, shape)
-    assert gap <= allowed, f"a block ahead by {gap:.3g} was left out, allowed {allowed:.3g}"
+    check_choice(make_inputs(OP, shape), shape, low_precision)
 
 
 def test_gap_sees_a_wrong_choice() -> None:

@@ -103,10 +103,10 @@ inline __attribute__((always_inline)) T dot_loop(const T* x, const T* y, int64_t
 
 template <typename T>
 inline __attribute__((always_inline)) void softmax_backward_loop(T* dp, const T* p, int64_t n, T delta, T grad_lse) {
-  constexpr T whole = 1 - 2 * std::numeric_limits<T>::epsilon();
+  constexpr T kWhole = 1 - 2 * std::numeric_limits<T>::epsilon();
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    dp[i] = p[i] > whole ? grad_lse : p[i] * (dp[i] - delta);
+    dp[i] = p[i] > kWhole ? grad_lse : p[i] * (dp[i] - delta);
   }
 }
 

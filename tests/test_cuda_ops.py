@@ -1,0 +1,185 @@
+"""The ops on a GPU over the sizes that kernels are made for, and those that they pad: against the float64 reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa_torch
+from choices import check_choice
+from gpu import errors
+from helpers import OPS, Inputs, Target, check_as_given, check_op, evaluate, make_inputs, make_packed_inputs
+from problems import calls, make_problem
+from shapes import Shape
+
+pytestmark = pytest.mark.cuda
+
+DEVICE = "cuda"
+WHOLE = Shape("whole", 197, 197, 4, 2, 64, 64, num_selected=4, window=61)
+DIMS = [(64, 64), (128, 128), (192, 128), (256, 256), (40, 24), (6, 4), (96, 80), (100, 100)]
+BLOCKS = [
+    (stride, times, select)
+    for stride in (8, 16, 32, 64)
+    for times in (1, 2, 4)
+    for select in (32, 64, 128)
+    if select % stride == 0
+]
+
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+
+
+def check(shape: Shape, dtype: torch.dtype) -> None:
+    """The three branches and their gates on random lists, and the choice of blocks."""
+    target = Target(DEVICE, dtype)
+    check_op("nsa_attention", make_inputs("nsa_attention", shape), target)
+    check_choice(make_inputs("select_blocks", shape), shape, target)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 6, 8, 12, 16, 32])
+@dtypes
+def test_groups(group: int, dtype: torch.dtype) -> None:
+    check(replace(WHOLE, name=f"group_{group}", heads_q=2 * group), dtype)
+
+
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@dtypes
+def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    check(replace(WHOLE, name=f"dims_{dims}", dim_k=dims[0], dim_v=dims[1]), dtype)
+
+
+@pytest.mark.parametrize("count", [1, 4, 16, 64])
+@dtypes
+def test_numbers_of_selected_blocks(count: int, dtype: torch.dtype) -> None:
+    forced = (0, 1) if count == 1 else (1, 2)
+    options = {"num_selected": count, "num_initial": forced[0], "num_local": forced[1], "select_size": 32}
+    check(replace(WHOLE, name=f"selected_{count}", seqlen_q=67, seqlen_k=2203, **options), dtype)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_block_sizes(blocks: tuple[int, int, int], dtype: torch.dtype) -> None:
+    stride, times, select = blocks
+    sizes = {"block_stride": stride, "block_size": stride * times, "select_size": select}
+    check(replace(WHOLE, name=f"blocks_{blocks}", seqlen_q=151, seqlen_k=523, **sizes), dtype)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32, 64])
+@pytest.mark.parametrize("times", [1, 2, 4])
+@dtypes
+def test_compress(stride: int, times: int, dtype: torch.dtype) -> None:
+    shape = replace(WHOLE, name="compress", seqlen_k=523, block_stride=stride, block_size=stride * times)
+    check_op("compress", make_inputs("compress", shape), Target(DEVICE, dtype))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 509, 1021])
+@dtypes
+def test_lengths(length: int, dtype: torch.dtype) -> None:
+    check(replace(WHOLE, name=f"length_{length}", seqlen_q=length, seqlen_k=length), dtype)
+
+
+@pytest.mark.parametrize("op", OPS)
+@dtypes
+def test_781_2048(op: str, dtype: torch.dtype) -> None:
+    """cu_seqlens [0, 781, 2048]: neither sequence ends where a tile does."""
+    shape = replace(WHOLE, name="781_2048", heads_q=8, dim_k=128, dim_v=128, num_selected=16, window=512)
+    inputs = make_packed_inputs(op, shape, [(781, 781), (1267, 1267)])
+    if op != "select_blocks":
+        check_op(op, inputs, Target(DEVICE, dtype))
+        return
+    given = inputs.to(DEVICE, dtype).replace(lse=inputs.tensors["lse"].to(DEVICE, torch.float32))
+    lists, start = nsa_torch.select_blocks(**given.tensors, **given.options), 0
+    for length in (781, 1267):
+        alone = replace(shape, seqlen_q=length, seqlen_k=length)
+        rows, first = slice(start, start + length), 0 if start == 0 else replace(shape, seqlen_k=781).blocks
+        one = Inputs(
+            {
+                "q": given.tensors["q"][None, rows],
+                "k_cmp": given.tensors["k_cmp"][None, first : first + alone.blocks],
+                "lse": given.tensors["lse"][None, :, rows],
+            },
+            {k: v for k, v in given.options.items() if not k.startswith("cu_")} | {"seqlen_k": length},
+        )
+        assert torch.equal(nsa_torch.select_blocks(**one.tensors, **one.options)[0], lists[rows])
+        start += length
+
+
+def odd_offset(x: Tensor) -> Tensor:
+    """Last stride 1, every row at an odd offset: nothing is aligned to more than an element."""
+    big = x.new_full((*x.shape[:-1], x.size(-1) + 3), torch.nan)
+    big[..., 1:-2] = x
+    return big[..., 1:-2]
+
+
+def wide_rows(x: Tensor) -> Tensor:
+    """Last stride 1, rows further apart, aligned: as slices of one projection of q, k and v lie."""
+    big = x.new_full((*x.shape[:-1], 2 * x.size(-1)), torch.nan)
+    big[..., x.size(-1) :] = x
+    return big[..., x.size(-1) :]
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+@pytest.mark.parametrize("layout", [odd_offset, wide_rows, heads_first], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dims", [(64, 64), (100, 36)], ids=str)
+@dtypes
+def test_strides(layout, dims: tuple[int, int], dtype: torch.dtype) -> None:
+    shape = replace(WHOLE, name=f"strides_{dims}", dim_k=dims[0], dim_v=dims[1])
+    inputs = make_inputs("nsa_attention", shape).to(DEVICE, dtype)
+    tensors = {name: layout(tensor) for name, tensor in inputs.tensors.items()}
+    check_as_given("nsa_attention", Inputs(tensors, inputs.options), dtype)
+
+
+@dtypes
+def test_rows_that_see_nothing(dtype: torch.dtype) -> None:
+    """No compressed block ends before key 127, and every third list is empty: zeros there, and never NaN."""
+    shape = replace(WHOLE, name="nothing", block_size=128, block_stride=64)
+    exact = make_inputs("nsa_attention", shape)
+    exact.options["block_indices"][:, ::3] = -1
+    check_op("nsa_attention", exact, Target(DEVICE, dtype))
+    compressed = make_inputs("compressed_attention", shape).to(DEVICE, dtype)
+    results = evaluate(nsa_torch.compressed_attention, compressed)
+    assert not results["out"][:, :127].any() and results["lse"][..., :127].isneginf().all()
+    assert not results["grad_q"][:, :127].any()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_float64_is_refused(op: str) -> None:
+    inputs = make_inputs(op, WHOLE).to(DEVICE, torch.float64)
+    with pytest.raises(TypeError, match=r"float16, bfloat16 or float32"):
+        getattr(nsa_torch, op)(**inputs.tensors, **inputs.options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "argument"),
+    [
+        ({"dim_k": 257}, "q"),
+        ({"num_selected": 65}, "num_selected"),
+        ({"block_size": 65, "block_stride": 1}, "block_size"),
+        ({"select_size": 65, "block_stride": 1}, "select_size"),
+    ],
+    ids=str,
+)
+def test_what_kernels_do_not_take_is_refused(changes: dict[str, int], argument: str) -> None:
+    """By a message that names the argument, what it was and what is allowed; the CPU takes it."""
+    inputs = make_inputs("select_blocks", replace(WHOLE, name="refused", **changes))
+    nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
+    given = inputs.to(DEVICE, torch.float32)
+    with pytest.raises(ValueError, match=rf"\b{argument}\b.*\bgot\b"):
+        nsa_torch.select_blocks(**given.tensors, **given.options)
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    """Offsets past 32 bits, forward and backward: sampled rows, and all that the last keys get."""
+    if torch.cuda.mem_get_info()[0] < 70 << 30:
+        pytest.skip("needs 70 GB of free memory")
+    shape = Shape("large", (1 << 20) + 3, (1 << 20) + 3, 16, 1, 128, 128)
+    problem = make_problem(shape, "random", torch.bfloat16, DEVICE)
+    assert problem.q.numel() > 1 << 31
+    for op in ("nsa_attention", "select_blocks"):
+        found = [error for error in errors(op, problem, calls(problem)[op]) if error is not None]
+        assert found and max(found) < 0.02, (op, found)
