@@ -90,7 +90,7 @@ class _Chunk(NamedTuple):
         write = torch.where(survives, self.sequence * ring + position % ring, batch * ring)
         cu_slots = torch.arange(batch + 1, device=device) * context + self.cu_seqlens
         rows = batch * context + tokens
-        owner = sequence_of(cu_slots[1:], rows).clamp(max=batch - 1)
+        owner = sequence_of(cu_slots, rows).clamp(max=batch - 1)
         row = torch.arange(rows, device=device) - cu_slots[owner]
         old = owner * ring + ((self.before - held)[owner] + row) % ring
         new = batch * ring + 1 + self.cu_seqlens[owner] + row - held[owner]
@@ -103,7 +103,7 @@ def plan_step(geometry: CacheGeometry, lengths: Tensor, cu_seqlens: Tensor, toke
     """The step that appends `tokens` > 0 packed tokens to sequences of `lengths` (B,) int32."""
     batch, capacity, size, stride = geometry[:4]
     before, cu = lengths.long(), cu_seqlens.long()
-    sequence = sequence_of(cu[1:], tokens).clamp(max=batch - 1)
+    sequence = sequence_of(cu, tokens).clamp(max=batch - 1)
     offset = torch.arange(tokens, device=cu.device) - cu[sequence]
     chunk = _Chunk(before, cu.diff(), cu, sequence, offset, max_seqlen)
     after = before + chunk.added

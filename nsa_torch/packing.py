@@ -23,13 +23,13 @@ def count_blocks(lengths: Tensor, block_size: int, block_stride: int) -> Tensor:
     return (lengths - (block_size - block_stride)).clamp(min=0) // block_stride
 
 
-def sequence_of(ends: Tensor, rows: int) -> Tensor:
+def sequence_of(cu_rows: Tensor, rows: int) -> Tensor:
     """The sequence that each of `rows` packed rows belongs to, (rows,) int64.
 
-    ends (B,): the first row after each sequence, ascending. Rows after the last sequence give B.
+    cu_rows (B + 1,): 0, and the first row after each sequence, ascending. Rows after the last sequence give B.
     """
-    index = torch.arange(rows, device=ends.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, index, right=True)
+    index = torch.arange(rows, device=cu_rows.device, dtype=cu_rows.dtype)
+    return torch.searchsorted(cu_rows, index, right=True) - 1
 
 
 class PackedBlocks(NamedTuple):
@@ -44,7 +44,7 @@ def packed_blocks(cu_seqlens: Tensor, rows: int, block_size: int, block_stride: 
     """Which block of which sequence each of `rows` rows of `compress`'s packed result holds."""
     counts = count_blocks(cu_seqlens.diff(), block_size, block_stride)
     ends = counts.cumsum(0)
-    sequence = sequence_of(ends, rows)
+    sequence = sequence_of(torch.nn.functional.pad(ends, (1, 0)), rows)
     used = sequence < counts.numel()
     sequence = sequence.clamp(max=counts.numel() - 1)
     block = torch.arange(rows, device=ends.device) - (ends - counts)[sequence]
@@ -53,7 +53,7 @@ def packed_blocks(cu_seqlens: Tensor, rows: int, block_size: int, block_stride: 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """Position of every packed token within its sequence, (tokens,) int64."""
-    sequence = sequence_of(cu_seqlens[1:], tokens).clamp(max=cu_seqlens.numel() - 2)
+    sequence = sequence_of(cu_seqlens, tokens).clamp(max=cu_seqlens.numel() - 2)
     return torch.arange(tokens, device=cu_seqlens.device) - cu_seqlens[sequence]
 
 

@@ -31,7 +31,8 @@ def check(tool: str) -> tuple[bool, str]:
     output = result.stdout + result.stderr
     summary = re.findall(r"^=+ (.*(?:SUMMARY|ERROR).*)$", output, re.MULTILINE)
     if result.returncode != 0:
-        print(output[-6000:], flush=True)
+        findings = [line for line in output.splitlines() if line.startswith("=====") and "Host Frame" not in line]
+        print(*findings[:60], output[-3000:], sep="\n", flush=True)
     return result.returncode == 0, summary[-1] if summary else f"exit status {result.returncode}"
 
 
