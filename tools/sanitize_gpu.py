@@ -19,10 +19,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def check(tool: str) -> tuple[bool, str]:
     """Whether the tool found nothing, and its last line. PyTorch's allocator would hide what lies beyond a tensor."""
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=nsa"]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    if tool != "initcheck":  # which must see who else writes
+        command += ["--kernel-name", "kns=nsa"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}
+    options = ["--no-16-bit-products"] if tool in ("racecheck", "initcheck") else []
     result = subprocess.run(
-        [*command, sys.executable, str(ROOT / "tools" / "small_run.py")],
+        [*command, sys.executable, str(ROOT / "tools" / "small_run.py"), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -32,7 +35,7 @@ def check(tool: str) -> tuple[bool, str]:
     summary = re.findall(r"^=+ (.*(?:SUMMARY|ERROR).*)$", output, re.MULTILINE)
     if result.returncode != 0:
         findings = [line for line in output.splitlines() if line.startswith("=====") and "Host Frame" not in line]
-        print(*findings[:60], output[-3000:], sep="\n", flush=True)
+        print(*findings[:60], result.stdout[-2000:], result.stderr[-2000:], sep="\n", flush=True)
     return result.returncode == 0, summary[-1] if summary else f"exit status {result.returncode}"
 
 

@@ -114,7 +114,7 @@ void with_unit(const BlockLayout& layout, const TensorView& tokens, int32_t head
 }  // namespace
 
 void launch_packed_layout(const BlockLayout& layout, cudaStream_t stream) {
-  launch(sum_up_blocks, 1, kScanThreads, 0, stream, "blocks of sequences", layout);
+  launch(sum_up_blocks, 1, 32, 0, stream, "blocks of sequences", layout);
   launch(fill_tables, ceil_div(layout.num_chunks, kTableThreads), kTableThreads, 0, stream, "rows of blocks", layout);
 }
 

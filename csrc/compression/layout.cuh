@@ -1,11 +1,9 @@
 // Where chunks, blocks and tokens lie: device code for both layouts, and the kernels that fill the tables of packed
 // calls.
 //
-// Tables: one block of threads sums up the blocks before each sequence; then a thread for each row finds the sequence
+// Tables: one warp sums up the blocks before each sequence; then a thread for each row finds the sequence
 // of the chunk in it by a binary search, and tells the row of the block that starts there where its first chunk is.
 #pragma once
-
-#include <cub/block/block_scan.cuh>
 
 #include "compression/params.h"
 
@@ -89,25 +87,25 @@ __device__ inline int64_t count_blocks(const BlockLayout& layout, int64_t sequen
                                           : num_compressed_blocks(end - begin, layout.block_size, layout.block_stride);
 }
 
-constexpr int kScanThreads = 256;
-
-__global__ void __launch_bounds__(kScanThreads) sum_up_blocks(const __grid_constant__ BlockLayout layout) {
-  using Scan = cub::BlockScan<int64_t, kScanThreads>;
-  __shared__ typename Scan::TempStorage storage;
+// By one warp: 32 sequences a step.
+__global__ void __launch_bounds__(32) sum_up_blocks(const __grid_constant__ BlockLayout layout) {
+  const int lane = static_cast<int>(threadIdx.x);
   int64_t before = 0;
-  for (int64_t first = 0; first < layout.batch; first += kScanThreads) {
-    const int64_t sequence = first + threadIdx.x;
+  for (int64_t first = 0; first < layout.batch; first += 32) {
+    const int64_t sequence = first + lane;
     const int64_t blocks = sequence < layout.batch ? count_blocks(layout, sequence) : 0;
-    int64_t sum = 0;
-    int64_t all = 0;
-    Scan(storage).ExclusiveSum(blocks, sum, all);
-    if (sequence < layout.batch) {
-      layout.cumulative_blocks[sequence] = static_cast<int32_t>(before + sum);
+    int64_t sum = blocks;
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const int64_t other = __shfl_up_sync(0xffffffffu, sum, distance);
+      sum += lane >= distance ? other : 0;
     }
-    before += all;
-    __syncthreads();
+    if (sequence < layout.batch) {
+      layout.cumulative_blocks[sequence] = static_cast<int32_t>(before + sum - blocks);
+    }
+    before += __shfl_sync(0xffffffffu, sum, 31);
   }
-  if (threadIdx.x == 0) {
+  if (lane == 0) {
     layout.cumulative_blocks[layout.batch] = static_cast<int32_t>(before);
   }
 }
