@@ -16,7 +16,9 @@ namespace nsa {
 
 struct RangeForwardSm90Params {
   RangeForwardParams range;
-  int32_t tiles;  // of rows, times KV heads
+  int32_t tiles;           // of rows, times KV heads
+  int32_t consumer_rows;   // of a warpgroup: the G heads of as many queries as 64 rows hold
+  int32_t consumer_bytes;  // that its copies of Q write
   CUtensorMap q;  // boxes of 64 columns, G heads, 64 / G tokens
   CUtensorMap k;  // boxes of 64 columns, one head, kKeys tokens
   CUtensorMap v;
@@ -31,7 +33,6 @@ struct RangeForwardSm90Shape {
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kRows = 64 * kConsumers;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
 
@@ -80,32 +81,32 @@ struct RangeTile {
 };
 
 // The latest queries see the most keys: they go first.
-template <int kRows>
-__device__ inline RangeTile range_tile(const RangeForwardSm90Params& params, int32_t number) {
+__device__ inline RangeTile range_tile(const RangeForwardSm90Params& params, int32_t tile_rows, int32_t number) {
   const Sequences& s = params.range.sequences;
   const Visibility& seen = params.range.visibility;
   const int32_t slots = params.tiles / s.heads_kv;
   RangeTile to;
   to.head_kv = number % s.heads_kv;
-  const Tile tile = find_tile(s, s.cumulative_q, s.group, s.length_q * s.group, kRows, slots - 1 - number / s.heads_kv);
+  const Tile tile = find_tile(s, s.cumulative_q, s.group, s.length_q * s.group, tile_rows, slots - 1 - number / s.heads_kv);
   to.place = place_of(s, tile.sequence);
   to.keys = keys_of(to.place, seen, params.range.compressed);
-  to.first_row = tile.index * kRows;
-  to.last_row = min(to.first_row + kRows, to.place.q_length * s.group) - 1;
+  to.first_row = tile.index * tile_rows;
+  to.last_row = min(to.first_row + tile_rows, to.place.q_length * s.group) - 1;
   to.begin = seen.begin(to.place.offset + row_at(s, 0, to.first_row).query);
   to.end = min(seen.end(to.place.offset + row_at(s, 0, to.last_row).query), to.keys.length);
   return to;
 }
 
 // Calls with each tile of this block. Every other round runs backwards, so that no block gets the longest of each.
-template <int kRows, typename Function>
-__device__ inline void for_each_range_tile(const RangeForwardSm90Params& params, const Function& function) {
+template <typename Function>
+__device__ inline void for_each_range_tile(const RangeForwardSm90Params& params, int32_t tile_rows,
+                                           const Function& function) {
   const int32_t blocks = static_cast<int32_t>(gridDim.x);
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   for (int32_t round = 0; round * blocks < params.tiles; ++round) {
     const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
     if (number < params.tiles) {
-      const RangeTile tile = range_tile<kRows>(params, number);
+      const RangeTile tile = range_tile(params, tile_rows, number);
       if (tile.first_row <= tile.last_row) {
         function(tile);
       }
@@ -122,7 +123,7 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
   RingPlace<Shape::kStages> k_place;
   RingPlace<Shape::kStages> v_place;
   uint32_t q_parity = 0;
-  for_each_range_tile<Shape::kRows>(params, [&](const RangeTile& tile) {
+  for_each_range_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RangeTile& tile) {
     const SequencePlace& place = tile.place;
     const int32_t batch = static_cast<int32_t>(place.batch);
     const auto copy_keys = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full,
@@ -154,8 +155,8 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
     const Sequences& s = params.range.sequences;
     for (int i = 0; i < Shape::kConsumers; ++i) {
       wait(&shared.q_empty[i], q_parity ^ 1);
-      arrive_expecting(&shared.q_full[i], Shape::QTile::kSize * sizeof(Element));
-      const int32_t token = static_cast<int32_t>(place.q_begin) + row_at(s, 0, tile.first_row + 64 * i).query;
+      arrive_expecting(&shared.q_full[i], params.consumer_bytes);
+      const int32_t token = static_cast<int32_t>(place.q_begin) + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
 #pragma unroll
       for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
         copy_box(shared.q[i] + panel * Shape::QTile::kPanelSize, &params.q, &shared.q_full[i], 64 * panel,
@@ -215,7 +216,8 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   const Sequences& s = range.sequences;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int lane = thread % 32;
-  const int row = 64 * consumer + thread / 32 * 16 + lane / 4;  // and the eighth after it
+  const int row = thread / 32 * 16 + lane / 4;  // of the consumer's, and the eighth after it
+  const int first_row = consumer * params.consumer_rows;
 
   const auto release = [&](Barrier* barrier) {
     if (lane == 0) {
@@ -236,7 +238,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   RingPlace<Shape::kStages> v_place;
   uint32_t q_parity = 0;
 
-  for_each_range_tile<Shape::kRows>(params, [&](const RangeTile& tile) {
+  for_each_range_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RangeTile& tile) {
     float out[Shape::kDimV / 8][4];
     clear(out);
     RunningSoftmax<1> softmax;
@@ -283,7 +285,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
         if (key < all_begin || key + kKeys > all_end) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int32_t position = offset + row_at(s, 0, tile.first_row + row + 8 * half).query;
+            const int32_t position = offset + row_at(s, 0, tile.first_row + first_row + row + 8 * half).query;
             const int32_t low = range.visibility.begin(position) - key;
             const int32_t high = min(range.visibility.end(position), tile.keys.length) - key;
             keep_range(scores, half, low, high, lane);
@@ -356,10 +358,10 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t at_row = tile.first_row + row + 8 * half;
+      const int32_t at_row = tile.first_row + first_row + row + 8 * half;
       const SoftmaxResult result = softmax.finish(0, half, scale_log2);
       Element* to = nullptr;
-      if (at_row <= tile.last_row) {
+      if (row + 8 * half < params.consumer_rows && at_row <= tile.last_row) {
         const Row at = row_at(s, tile.head_kv, at_row);
         to = range.out.row<Element>(tile.place.batch, tile.place.q_begin + at.query, at.head);
         if (lane % 4 == 0) {
@@ -371,9 +373,11 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   });
 }
 
+// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     range_forward_sm90(const __grid_constant__ RangeForwardSm90Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_bytes);
   if (threadIdx.x == 0) {
@@ -400,6 +404,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     grow_registers<Shape::kConsumerRegisters>();
     consume_range<Shape>(params, shared, warpgroup - 1);
   }
+#endif
 }
 
 }  // namespace nsa
