@@ -156,8 +156,9 @@ struct Case {
   int heads_kv, group, dim_k, dim_v;
   int stride, first_seen, window;  // window 0: none
   std::vector<int32_t> cu_q{}, cu_k{};
-  bool poison = false;  // NaN in k and v of every other packed sequence, whose rows are not compared
+  bool poison = false;  // NaN in k and v of every other packed sequence, whose rows are not compared, and of unused keys
   int padding = 0;      // elements between heads
+  std::vector<int32_t> used{};
 };
 
 template <typename Element>
@@ -166,7 +167,7 @@ struct Problem {
   int64_t keys;
   Device<Element> q, k, v, out;
   Device<float> lse;
-  Device<int32_t> cu_q, cu_k, cu_cmp;
+  Device<int32_t> cu_q, cu_k, cu_cmp, used;
   RangeForwardParams params{};
 
   static int64_t blocks(const Case& c, int64_t length) {
@@ -193,7 +194,8 @@ struct Problem {
         lse(c.batch * c.tokens_q * c.heads_kv * c.group),
         cu_q(c.cu_q.size()),
         cu_k(c.cu_k.size()),
-        cu_cmp(c.cu_k.size()) {
+        cu_cmp(c.cu_k.size()),
+        used(c.used.size()) {
     fill_normal<<<1024, 256>>>(q.data, q.size, 1);
     fill_normal<<<1024, 256>>>(k.data, k.size, 2);
     fill_normal<<<1024, 256>>>(v.data, v.size, 3);
@@ -206,14 +208,22 @@ struct Problem {
       cu_q.set(c.cu_q);
       cu_k.set(c.cu_k);
       cu_cmp.set(cmp);
+      used.set(c.used);
     }
     if (c.poison) {
       const float nan = std::numeric_limits<float>::quiet_NaN();
       const std::vector<int32_t>& cu = c.stride == 1 ? c.cu_k : cmp;
-      for (size_t i = 1; i + 1 < cu.size(); i += 2) {
-        const int64_t count = (cu[i + 1] - cu[i]) * c.heads_kv;
-        fill_value<<<64, 256>>>(k.data + cu[i] * c.heads_kv * (c.dim_k + c.padding), count * (c.dim_k + c.padding), nan);
-        fill_value<<<64, 256>>>(v.data + cu[i] * c.heads_kv * (c.dim_v + c.padding), count * (c.dim_v + c.padding), nan);
+      const auto spoil = [&](int64_t begin, int64_t end) {
+        const int64_t count = (end - begin) * c.heads_kv;
+        fill_value<<<64, 256>>>(k.data + begin * c.heads_kv * (c.dim_k + c.padding), count * (c.dim_k + c.padding), nan);
+        fill_value<<<64, 256>>>(v.data + begin * c.heads_kv * (c.dim_v + c.padding), count * (c.dim_v + c.padding), nan);
+      };
+      for (size_t i = 0; i + 1 < cu.size(); ++i) {
+        if (i % 2 == 1) {
+          spoil(cu[i], cu[i + 1]);
+        } else if (!c.used.empty()) {
+          spoil(cu[i] + (c.stride == 1 ? c.used[i] : blocks(c, c.used[i])), cu[i + 1]);
+        }
       }
     }
     const auto view = [&](void* data, int64_t length, int64_t all_heads, int width, int padding) {
@@ -228,7 +238,7 @@ struct Problem {
                         .length_k = c.tokens_k,
                         .cumulative_q = packed ? cu_q.data : nullptr,
                         .cumulative_k = packed ? cu_k.data : nullptr,
-                        .used_k = nullptr,
+                        .used_k = c.used.empty() ? nullptr : used.data,
                         .cumulative_cmp = packed && c.stride != 1 ? cu_cmp.data : nullptr};
     params.visibility = {.stride = c.stride,
                          .first_seen = c.first_seen,
@@ -255,14 +265,24 @@ struct Problem {
   }
 };
 
-template <typename Element>
 using Launch = void (*)(const RangeForwardParams&, cudaStream_t);
 
+struct Tally {
+  int right = 0, wrong = 0, left_out = 0;
+  float out = 0.f, lse = 0.f;
+} tally;
+
+void print_tally(const char* what) {
+  std::printf("%s: %d right, %d wrong, %d fall back; largest errors of the right ones: out %.1e, lse %.1e\n", what,
+              tally.right, tally.wrong, tally.left_out, tally.out, tally.lse);
+  tally = {};
+}
+
 template <typename Element>
-void check(Problem<Element>& problem, const char* kernel, Launch<Element> launch_kernel, int64_t rows_at_most = 1 << 18) {
+void check(Problem<Element>& problem, const char* kernel, Launch launch_kernel, int64_t rows_at_most = 1 << 18) {
   const RangeForwardParams& p = problem.params;
   if (!range_forward_fits_sm90(p)) {
-    std::printf("%-24s %-12s not taken\n", problem.c.name, kernel);
+    ++tally.left_out;
     return;
   }
   const Errors none{0.f, 0.f, ~0ull, 0.f, 0.f};
@@ -276,15 +296,22 @@ void check(Problem<Element>& problem, const char* kernel, Launch<Element> launch
   compare_rows<Element><<<static_cast<unsigned>((rows + step - 1) / step), 128>>>(p, problem.c.poison, step, tolerance, errors.data);
   Errors e{};
   check_cuda(cudaMemcpy(&e, errors.data, sizeof(e), cudaMemcpyDeviceToHost), "compare");
-  std::printf("%-24s %-12s out %.1e lse %.1e %s", problem.c.name, kernel, e.out, e.lse, e.first_wrong == ~0ull ? "ok\n" : "WRONG");
-  if (e.first_wrong != ~0ull) {
-    const auto heads = static_cast<unsigned long long>(problem.c.heads_kv * problem.c.group);
-    std::printf(" first at token %llu head %llu: %g, wanted %g\n", e.first_wrong / heads, e.first_wrong % heads, e.got, e.wanted);
+  if (e.first_wrong == ~0ull) {
+    ++tally.right;
+    tally.out = std::max(tally.out, e.out);
+    tally.lse = std::max(tally.lse, e.lse);
+    return;
   }
+  const auto heads = static_cast<unsigned long long>(problem.c.heads_kv * problem.c.group);
+  if (++tally.wrong <= 8) {
+    std::printf("%-20s %-8s out %.1e lse %.1e WRONG first at token %llu head %llu: %g, wanted %g\n", problem.c.name,
+                kernel, e.out, e.lse, e.first_wrong / heads, e.first_wrong % heads, e.got, e.wanted);
+  }
+  std::fflush(stdout);
 }
 
 template <typename Element>
-float time_kernel(Problem<Element>& problem, const char* kernel, Launch<Element> launch_kernel, int repeats = 20) {
+float time_kernel(Problem<Element>& problem, const char* kernel, Launch launch_kernel, int repeats = 20) {
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
@@ -303,9 +330,17 @@ float time_kernel(Problem<Element>& problem, const char* kernel, Launch<Element>
   std::sort(times.begin(), times.end());
   const float ms = times[times.size() / 2];
   const double flops = 2.0 * (problem.c.dim_k + problem.c.dim_v) * problem.pairs();
-  std::printf("%-24s %-12s %.3f ms  %.0f TFLOP/s\n", problem.c.name, kernel, ms, flops / ms * 1e-9);
+  std::printf("  %s %.3f (%.0f)", kernel, ms, flops / ms * 1e-9);
   std::fflush(stdout);
   return ms;
+}
+
+// Through the dispatch, which must take it.
+template <typename Element, int kDimK, int kDimV>
+void dispatched(const RangeForwardParams& p, cudaStream_t stream) {
+  if (!try_range_forward_sm90<Element, kDimK, kDimV>(p, stream)) {
+    std::printf("the dispatch refused: ");
+  }
 }
 
 #include "range_variants.h"
