@@ -19,8 +19,8 @@ struct RangeForwardSm90Params {
   int32_t tiles;           // of rows, times KV heads
   int32_t consumer_rows;   // of a warpgroup: the G heads of as many queries as 64 rows hold
   int32_t consumer_bytes;  // that its copies of Q write
-  CUtensorMap q;  // boxes of 64 columns, G heads, 64 / G tokens
-  CUtensorMap k;  // boxes of 64 columns, one head, kKeys tokens
+  CUtensorMap q;           // boxes of 64 columns, G heads, 64 / G tokens
+  CUtensorMap k;           // boxes of 64 columns, one head, kKeys tokens
   CUtensorMap v;
 };
 
@@ -87,7 +87,8 @@ __device__ inline RangeTile range_tile(const RangeForwardSm90Params& params, int
   const int32_t slots = params.tiles / s.heads_kv;
   RangeTile to;
   to.head_kv = number % s.heads_kv;
-  const Tile tile = find_tile(s, s.cumulative_q, s.group, s.length_q * s.group, tile_rows, slots - 1 - number / s.heads_kv);
+  const Tile tile =
+      find_tile(s, s.cumulative_q, s.group, s.length_q * s.group, tile_rows, slots - 1 - number / s.heads_kv);
   to.place = place_of(s, tile.sequence);
   to.keys = keys_of(to.place, seen, params.range.compressed);
   to.first_row = tile.index * tile_rows;
@@ -156,7 +157,8 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
     for (int i = 0; i < Shape::kConsumers; ++i) {
       wait(&shared.q_empty[i], q_parity ^ 1);
       arrive_expecting(&shared.q_full[i], params.consumer_bytes);
-      const int32_t token = static_cast<int32_t>(place.q_begin) + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
+      const int32_t token =
+          static_cast<int32_t>(place.q_begin) + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
 #pragma unroll
       for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
         copy_box(shared.q[i] + panel * Shape::QTile::kPanelSize, &params.q, &shared.q_full[i], 64 * panel,

@@ -20,8 +20,8 @@ inline bool copies_by_map(const TensorView& x, int64_t batch, int64_t length, in
 // Rows of a warpgroup that whole queries fill.
 constexpr int32_t consumer_rows(int32_t group) { return 64 / group * group; }
 
-// Whether these tensors suit the kernel; others run on the sm_80 kernel. A group that leaves a quarter of the rows empty
-// is not worth it.
+// Whether these tensors suit the kernel; others run on the sm_80 kernel. A group that leaves a quarter of the rows
+// empty is not worth it.
 inline bool range_forward_fits_sm90(const RangeForwardParams& params) {
   const Sequences& s = params.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;

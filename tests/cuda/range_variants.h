@@ -62,6 +62,36 @@ void run_checks() {
 }
 
 template <typename Element, int kDimK, int kDimV>
+void check_dispatch(const char* name) {
+  const bool on_sm90 =
+      kDimK <= 192 && runs_on_this_device(range_forward_sm90<LongForwardSm90Shape<Element, 128, 128>>, name);
+  std::printf("-- dispatch, from graphs: %s %d/%d, sm_90a code: %s\n", name, kDimK, kDimV, on_sm90 ? "yes" : "no");
+  for (Case c : kCases) {
+    c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
+    c.dim_v = c.dim_v == 128 ? kDimV : kDimV - 8;
+    Problem<Element> problem(c);
+    check<Element>(problem, "captured", captured<Element>);
+    problem.params.scale *= -1.f;
+    check<Element>(problem, "negative", captured<Element>);
+    problem.params.scale *= -1.f;
+    problem.params.k.head_stride = problem.params.v.head_stride = 0;
+    check<Element>(problem, "one head", captured<Element>);
+  }
+  print_tally("checked");
+}
+
+void run_dispatch() {
+  check_dispatch<BFloat16, 64, 64>("bf16");
+  check_dispatch<BFloat16, 128, 128>("bf16");
+  check_dispatch<BFloat16, 192, 128>("bf16");
+  check_dispatch<BFloat16, 256, 256>("bf16");
+  check_dispatch<Half, 64, 64>("fp16");
+  check_dispatch<Half, 128, 128>("fp16");
+  check_dispatch<Half, 192, 128>("fp16");
+  check_dispatch<Half, 256, 256>("fp16");
+}
+
+template <typename Element, int kDimK, int kDimV>
 void time_dims(const char* name, const std::vector<std::pair<const char*, Launch>>& shapes, bool many) {
   std::printf("-- %s %d/%d, ms (TFLOP/s)\n", name, kDimK, kDimV);
   const auto time_case = [&](const Case& c) {
