@@ -45,8 +45,9 @@ lint: $(STAMPS)/lint $(STAMPS)/test  ## check layout, types and likely bugs; cha
 format: $(STAMPS)/lint  ## lay out C++ and Python
 	$(BIN)/python tools/lint.py --fix clang-format ruff-check ruff-format
 
-bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory
-	$(BIN)/python benchmarks/speed.py $(ARGS)
+bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory: on the GPU, or on the CPU where there is none
+	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(BIN)/python benchmarks/gpu.py $(ARGS); else $(BIN)/python benchmarks/speed.py $(ARGS); fi
 
 tables: $(STAMPS)/venv  ## write the README's tables from what `make bench` measured
 	$(BIN)/python benchmarks/table.py --write README.md

@@ -31,16 +31,6 @@ inline bool range_forward_fits_sm90(const RangeForwardParams& params) {
          copies_by_map(params.v, batch, params.num_keys, s.heads_kv);
 }
 
-// Whether this GPU runs sm_90a code, and the library was built for it: elsewhere the kernel is empty, and needs next to
-// no registers.
-template <typename Params>
-bool runs_on_this_device(void (*kernel)(Params), const char* name) {
-  constexpr int kMoreThanEmpty = 64;
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
-  return attributes.numRegs > kMoreThanEmpty;
-}
-
 template <typename Shape>
 void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t stream) {
   constexpr const char* kName = "attention over a range";

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -32,6 +33,28 @@ void launch(void (*kernel)(Params), int64_t blocks, int threads, int64_t shared_
   }
   kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), name);
+}
+
+// Whether to leave out kernels made for one GPU: the environment's NSA_TORCH_KERNELS is "portable", for comparisons.
+inline bool portable_kernels_only() {
+  static const bool result = [] {
+    const char* wanted = std::getenv("NSA_TORCH_KERNELS");
+    return wanted != nullptr && std::string(wanted) == "portable";
+  }();
+  return result;
+}
+
+// Whether this GPU runs sm_90a code, and the library was built for it: elsewhere the kernel is empty, and needs next to
+// no registers.
+template <typename Params>
+bool runs_on_this_device(void (*kernel)(Params), const char* name) {
+  constexpr int kMoreThanEmpty = 64;
+  if (portable_kernels_only()) {
+    return false;
+  }
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
+  return attributes.numRegs > kMoreThanEmpty;
 }
 
 }  // namespace nsa

@@ -53,8 +53,9 @@ KernelChoice choose_cuda_kernel(const KernelQuery& query) {
             "one for the gates"};
   }
   if (query.op == "compress") {
-    return {"phi_aten_float32",
-            "one product of all stride-d chunks with the split weight, then shift and add, by ATen"};
+    return {"phi_cublas_" + query.dtype,
+            "one product of all stride-d chunks with the split weight by cuBLAS, then a kernel that shifts, adds and "
+            "activates"};
   }
   const std::string name = query.op == "select_blocks"        ? "select_"
                            : query.op == "selected_attention" ? "selected_"
