@@ -68,7 +68,8 @@ def trained(module: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
 
 def assert_all_near(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Beside the largest of each; without RoPE the gradient of b2 of the keys is 0 (one vector added to all keys leaves
-    the weights as they are), a sum that cancels, and it is held beside the largest of what is summed up like it."""
+    the weights as they are), a sum that cancels, and it is held beside the largest of what is summed up like it.
+    """
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         if name == "compress_k.b2":
