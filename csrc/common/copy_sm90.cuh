@@ -1,0 +1,139 @@
+// Hopper's copy engine and the barriers that its copies complete on: one thin function per instruction.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "common/matrix.cuh"
+
+namespace nsa {
+
+// A barrier in shared memory. Its phases are counted from 0; `parity` is the phase's lowest bit. A waiter may lag behind
+// the current phase by one, no more.
+using Barrier = uint64_t;
+
+__device__ inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
+__device__ inline void arrive(Barrier* barrier, uint32_t arrivals = 1) {
+  asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(arrivals)
+               : "memory");
+}
+// Arrives, and lets the phase wait for so many bytes of copies too.
+__device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ inline bool try_wait(Barrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// What a wait that never ends does: nothing, or in programs that test kernels, an error instead of a hang.
+#if defined(NSA_BOUNDED_WAITS)
+constexpr uint32_t kMostWaits = 1u << 26;
+#else
+constexpr uint32_t kMostWaits = 0;
+#endif
+
+template <typename Done>
+__device__ inline void wait_until(const Done& done) {
+  if constexpr (kMostWaits == 0) {
+    while (!done()) {
+    }
+  } else {
+    for (uint32_t i = 0; !done(); ++i) {
+      if (i == kMostWaits) {
+        __trap();
+      }
+    }
+  }
+}
+__device__ inline void wait(Barrier* barrier, uint32_t parity) {
+  wait_until([&] { return try_wait(barrier, parity); });
+}
+
+// A number in shared memory that one thread raises and others watch.
+__device__ inline void publish(uint32_t* to, uint32_t value) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;\n" ::"r"(shared_address(to)), "r"(value) : "memory");
+}
+__device__ inline uint32_t observe(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];\n" : "=r"(value) : "r"(shared_address(from)) : "memory");
+  return value;
+}
+
+// What the L2 cache does with the lines of a copy.
+constexpr uint64_t kEvictFirst = 0x12f0000000000000;
+constexpr uint64_t kEvictLast = 0x14f0000000000000;
+
+// Copies a box of a (B, T, H, D) tensor, laid out as its map says, and counts its bytes on the barrier.
+__device__ inline void copy_box(void* shared, const CUtensorMap* map, Barrier* barrier, int32_t column, int32_t head,
+                                int32_t token, int32_t batch, uint64_t cache) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(shared)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(token), "r"(batch), "l"(cache)
+      : "memory");
+}
+__device__ inline void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
+}
+
+// A warpgroup gives registers of its own back, or takes them, until each of its threads has kCount.
+template <int kCount>
+__device__ inline void shrink_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+template <int kCount>
+__device__ inline void grow_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+// A tile as the copy engine writes it with 128-byte swizzling: panels of 64 columns one after the other, rows of 128
+// bytes in each, whose 16-byte chunks change places with the row. It begins at a multiple of 1024 bytes.
+template <typename Element_, int kRows_, int kColumns_>
+struct PanelTile {
+  using Element = Element_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kPanels = kColumns / 64;
+  static constexpr int kPanelSize = kRows * 64;  // elements
+  static constexpr int kSize = kRows * kColumns;
+  static_assert(kColumns % 64 == 0 && kRows % 8 == 0);
+
+  uint32_t begin;  // in shared memory
+
+  // As SharedTile's of the same names: common/tile.cuh.
+  __device__ void load_left(uint32_t (&a)[4], int row, int column, int lane) const {
+    load_matrices(a, address(row, column, lane & 15, lane >> 4));
+  }
+  __device__ void load_right_transposed(uint32_t (&b)[4], int row, int column, int lane) const {
+    load_matrices(b, address(row, column, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));
+  }
+  __device__ void load_right(uint32_t (&b)[4], int row, int column, int lane) const {
+    load_matrices_transposed(b, address(row, column, lane & 15, lane >> 4));
+  }
+
+ private:
+  __device__ uint32_t address(int row, int column, int lane_row, int lane_chunk) const {
+    const uint32_t of_lane = begin + lane_row * 128 + ((lane_chunk ^ (lane_row & 7)) << 4);
+    return (of_lane ^ (column % 64 / 8 << 4)) + row * 128 + column / 64 * (kPanelSize * 2);
+  }
+};
+
+}  // namespace nsa
