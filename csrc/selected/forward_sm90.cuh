@@ -314,7 +314,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   using VTile = typename Shape::VTile;
   using QTile = typename Shape::QTile;
   constexpr int kStages = Shape::kStages;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char union_shared[];
+  unsigned char* const shared = union_shared;
   const SelectedForwardParams& p = params.selected;
   unsigned char* const q_begin = shared + kStages * Shape::kStageBytes;
   const int32_t most_steps = Shape::kTokens * p.num_selected;
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
 
   if (warp >= Shape::kWarps) {
-    shrink_registers<24>();
+    shrink_registers<40>();
     if (warp == Shape::kWarps && lane == 0) {
       prefetch_map(&params.k);
       prefetch_map(&params.v);
@@ -394,7 +395,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       }
     }
   } else {
-    grow_registers<240>();
+    grow_registers<232>();
     Element* const q_data = reinterpret_cast<Element*>(q_begin) + warp * Shape::kWarpTokens * QTile::kSize;
     const uint32_t ring = shared_address(shared);
     const bool negative = p.scale < 0.f;
