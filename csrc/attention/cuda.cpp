@@ -55,7 +55,8 @@ void range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
                                   .k = view_of(k_read),
                                   .v = view_of(v_read),
                                   .out = view_of(out_written),
-                                  .lse = rows_of(lse)};
+                                  .lse = rows_of(lse),
+                                  .num_keys = k.size(-3)};
   if (is_16_bit(type)) {
     launch_range_forward(params, type, stream);
   } else {

@@ -10,11 +10,12 @@ struct RangeForwardParams {
   Visibility visibility;
   bool compressed;  // the keys are compressed ones: their number and their place come from the blocks
   float scale;
-  TensorView q;    // (B, Tq, Hq, Dk)
-  TensorView k;    // (B, Tk or M, Hkv, Dk)
-  TensorView v;    // (B, Tk or M, Hkv, Dv)
-  TensorView out;  // (B, Tq, Hq, Dv)
-  RowView lse;     // (B, Hq, Tq)
+  TensorView q;      // (B, Tq, Hq, Dk)
+  TensorView k;      // (B, Tk or M, Hkv, Dk)
+  TensorView v;      // (B, Tk or M, Hkv, Dv)
+  TensorView out;    // (B, Tq, Hq, Dv)
+  RowView lse;       // (B, Hq, Tq)
+  int64_t num_keys;  // keys of the branch: dense, of every sequence; packed, of all
 };
 
 struct RangeBackwardParams {

@@ -57,6 +57,14 @@ struct RunningSoftmax {
   // Turns scores into exp(scale (score - maximum)), and rescales `out` to the new maximum. scale_log2 > 0 or tiny.
   template <int kTiles, int kOutTiles>
   __device__ void step(int r, float (&scores)[kTiles][4], float (&out)[kOutTiles][4], float scale_log2) {
+    float factors[2];
+    weigh(r, scores, factors, scale_log2);
+    rescale(out, factors);
+  }
+
+  // The same for two rows' scores alone: what was summed before is to be multiplied with `factors`.
+  template <int kTiles>
+  __device__ void weigh(int r, float (&scores)[kTiles][4], float (&factors)[2], float scale_log2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float highest = maximum[r][half];
@@ -66,7 +74,7 @@ struct RunningSoftmax {
       }
       highest = row_max(highest);
       const float offset = highest == kMinusInfinity ? 0.f : highest * scale_log2;
-      const float factor = exp2_approx(fmaf(maximum[r][half], scale_log2, -offset));
+      factors[half] = exp2_approx(fmaf(maximum[r][half], scale_log2, -offset));
       maximum[r][half] = highest;
       float total = 0.f;
 #pragma unroll
@@ -78,11 +86,17 @@ struct RunningSoftmax {
           total += score;
         }
       }
-      sum[r][half] = fmaf(sum[r][half], factor, total);
+      sum[r][half] = fmaf(sum[r][half], factors[half], total);
+    }
+  }
+
+  template <int kOutTiles>
+  static __device__ void rescale(float (&out)[kOutTiles][4], const float (&factors)[2]) {
 #pragma unroll
-      for (int i = 0; i < kOutTiles; ++i) {
-        out[i][2 * half] *= factor;
-        out[i][2 * half + 1] *= factor;
+    for (int i = 0; i < kOutTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        out[i][j] *= factors[j / 2];
       }
     }
   }

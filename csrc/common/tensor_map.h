@@ -9,17 +9,14 @@
 
 namespace nsa {
 
-// The driver's function, found through the runtime, so that nothing links to the driver.
+// The driver's function, found through the runtime, so that nothing links to the driver; null where it has none.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result{};
     check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result),
                "cuTensorMapEncodeTiled");
-    if (result != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("nsa_torch: the driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(entry);
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(result == cudaDriverEntryPointSuccess ? entry : nullptr);
   }();
   return encoder;
 }
@@ -40,8 +37,7 @@ inline CUtensorMap tensor_map(const TensorView& tensor, ElementType type, int64_
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const CUresult result = tensor_map_encoder()(
-      &map,
-      type == ElementType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+      &map, type == ElementType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
       tensor.data, dims, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {

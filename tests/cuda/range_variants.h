@@ -1,0 +1,147 @@
+const std::vector<Case> kCases = {
+    {"cmp 1k", 1, 1024, 1024, 2, 16, 128, 128, 16, 31, 0},
+    {"window 1k", 1, 1024, 1024, 2, 16, 128, 128, 1, 0, 512},
+    {"cmp 4k", 1, 4096, 4096, 4, 16, 128, 128, 16, 31, 0},
+    {"causal 1k", 1, 1000, 1000, 1, 8, 128, 128, 1, 0, 0},
+    {"cmp b2 777", 2, 777, 777, 2, 4, 128, 128, 16, 31, 0},
+    {"window b2 777", 2, 777, 777, 2, 4, 128, 128, 1, 0, 100},
+    {"window 1", 1, 1, 1, 1, 16, 128, 128, 1, 0, 512},
+    {"cmp 31", 1, 33, 33, 1, 16, 128, 128, 16, 31, 0},
+    {"window q<k", 2, 67, 1531, 2, 16, 128, 128, 1, 0, 512},
+    {"window q>k", 2, 500, 131, 2, 16, 128, 128, 1, 0, 64},
+    {"cmp q<k", 1, 67, 4531, 2, 16, 128, 128, 16, 31, 0},
+    {"width 96/72", 1, 700, 700, 2, 16, 96, 72, 1, 0, 512},
+    {"padded", 1, 700, 700, 2, 16, 128, 128, 1, 0, 512, {}, {}, false, 8},
+    {"packed window", 1, 2900, 2900, 2, 16, 128, 128, 1, 0, 512, {0, 781, 781, 782, 2048, 2900}, {0, 781, 781, 782, 2048, 2900}},
+    {"packed cmp", 1, 2900, 2900, 2, 16, 128, 128, 16, 31, 0, {0, 781, 781, 812, 2048, 2900}, {0, 781, 781, 812, 2048, 2900}},
+    {"packed short", 1, 64, 1500, 2, 8, 128, 128, 1, 0, 512, {0, 1, 2, 40, 64}, {0, 700, 712, 752, 1500}},
+    {"poison window", 1, 2900, 2900, 2, 16, 128, 128, 1, 0, 512, {0, 781, 900, 1782, 2048, 2900}, {0, 781, 900, 1782, 2048, 2900}, true},
+    {"poison cmp", 1, 2900, 2900, 2, 16, 128, 128, 16, 31, 0, {0, 781, 900, 1782, 2048, 2900}, {0, 781, 900, 1782, 2048, 2900}, true},
+    {"poison used", 1, 2900, 2900, 2, 16, 128, 128, 1, 0, 512, {0, 700, 800, 1682, 1948, 2900}, {0, 781, 900, 1782, 2048, 2900}, true, 0, {730, 100, 882, 200, 840}},
+    {"poison used cmp", 1, 2900, 2900, 2, 16, 128, 128, 16, 31, 0, {0, 700, 800, 1682, 1948, 2788}, {0, 781, 900, 1782, 2048, 2900}, true, 0, {730, 100, 882, 200, 840}},
+};
+
+template <typename Element, int kDimK, int kDimV, int kConsumers, int kKeys>
+void shape(const RangeForwardParams& p, cudaStream_t s) {
+  launch_range_forward_shape<RangeForwardSm90Shape<Element, kDimK, kDimV, kConsumers, kKeys, 2>>(p, s);
+}
+
+template <typename Element, int kDimK, int kDimV>
+void check_dims(const char* name) {
+  std::printf("-- %s %d/%d\n", name, kDimK, kDimV);
+  using Long = LongForwardSm90Shape<Element, kDimK, kDimV>;
+  using Short = ShortForwardSm90Shape<Element, kDimK, kDimV>;
+  for (Case c : kCases) {
+    c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
+    c.dim_v = c.dim_v == 128 ? kDimV : kDimV - 8;
+    Problem<Element> problem(c);
+    check<Element>(problem, "long", launch_range_forward_shape<Long>);
+    check<Element>(problem, "short", launch_range_forward_shape<Short>);
+  }
+  for (const int group : {1, 2, 3, 5, 7, 8, 11, 12, 13, 14, 24, 32, 33, 48, 64}) {
+    const std::string window = "window G " + std::to_string(group);
+    const std::string cmp = "packed cmp G " + std::to_string(group);
+    const std::vector<int32_t> cu = {0, 781, 781, 812, 2048, 2900};
+    Problem<Element> of_window({window.c_str(), 2, 777, 777, 2, group, kDimK, kDimV, 1, 0, 300});
+    check<Element>(of_window, "dispatch", dispatched<Element, kDimK, kDimV>);
+    check<Element>(of_window, "long", launch_range_forward_shape<Long>);
+    Problem<Element> of_cmp({cmp.c_str(), 1, 2900, 2900, 2, group, kDimK, kDimV, 4, 7, 0, cu, cu});
+    check<Element>(of_cmp, "dispatch", dispatched<Element, kDimK, kDimV>);
+    check<Element>(of_cmp, "long", launch_range_forward_shape<Long>);
+  }
+  print_tally("checked");
+}
+
+void run_checks() {
+  check_dims<BFloat16, 128, 128>("bf16");
+  check_dims<Half, 128, 128>("fp16");
+  check_dims<BFloat16, 64, 64>("bf16");
+  check_dims<Half, 64, 64>("fp16");
+  check_dims<BFloat16, 192, 128>("bf16");
+  check_dims<Half, 192, 128>("fp16");
+}
+
+template <typename Element, int kDimK, int kDimV>
+void check_dispatch(const char* name) {
+  const bool on_sm90 =
+      kDimK <= 192 && runs_on_this_device(range_forward_sm90<LongForwardSm90Shape<Element, 128, 128>>, name);
+  std::printf("-- dispatch, from graphs: %s %d/%d, sm_90a code: %s\n", name, kDimK, kDimV, on_sm90 ? "yes" : "no");
+  for (Case c : kCases) {
+    c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
+    c.dim_v = c.dim_v == 128 ? kDimV : kDimV - 8;
+    Problem<Element> problem(c);
+    check<Element>(problem, "captured", captured<Element>);
+    problem.params.scale *= -1.f;
+    check<Element>(problem, "negative", captured<Element>);
+    problem.params.scale *= -1.f;
+    problem.params.k.head_stride = problem.params.v.head_stride = 0;
+    check<Element>(problem, "one head", captured<Element>);
+  }
+  print_tally("checked");
+}
+
+void run_dispatch() {
+  check_dispatch<BFloat16, 64, 64>("bf16");
+  check_dispatch<BFloat16, 128, 128>("bf16");
+  check_dispatch<BFloat16, 192, 128>("bf16");
+  check_dispatch<BFloat16, 256, 256>("bf16");
+  check_dispatch<Half, 64, 64>("fp16");
+  check_dispatch<Half, 128, 128>("fp16");
+  check_dispatch<Half, 192, 128>("fp16");
+  check_dispatch<Half, 256, 256>("fp16");
+}
+
+template <typename Element, int kDimK, int kDimV>
+void time_dims(const char* name, const std::vector<std::pair<const char*, Launch>>& shapes, bool many) {
+  std::printf("-- %s %d/%d, ms (TFLOP/s)\n", name, kDimK, kDimV);
+  const auto time_case = [&](const Case& c) {
+    Problem<Element> problem(c);
+    std::printf("%s:", c.name);
+    for (const auto& [kernel, launch_kernel] : shapes) {
+      time_kernel<Element>(problem, kernel, launch_kernel);
+    }
+    time_kernel<Element>(problem, "sm80", launch_range_forward_sm80<Element, kDimK, kDimV>, 3);
+    std::printf("\n");
+    check<Element>(problem, shapes.front().first, shapes.front().second, 4096);
+  };
+  for (const int kilo : many ? std::vector<int>{8, 16, 24, 32, 64} : std::vector<int>{8, 64}) {
+    const std::string cmp = "compressed " + std::to_string(kilo) + "k";
+    const std::string window = "window " + std::to_string(kilo) + "k";
+    const int64_t tokens = kilo * 1024;
+    time_case({cmp.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 16, 31, 0});
+    if (kilo % 24 != 0) {
+      time_case({window.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 1, 0, 512});
+    }
+  }
+  if (many) {
+    time_case({"window 1024 of 32k", 1, 32768, 32768, 4, 16, kDimK, kDimV, 1, 0, 1024});
+    time_case({"window 2048 of 32k", 1, 32768, 32768, 4, 16, kDimK, kDimV, 1, 0, 2048});
+    time_case({"window 64k, 12 of 5", 1, 65536, 65536, 5, 12, kDimK, kDimV, 1, 0, 512});
+  }
+  print_tally("checked");
+}
+
+void run_times() {
+  time_dims<BFloat16, 128, 128>("bf16",
+                                {{"3x80", shape<BFloat16, 128, 128, 3, 80>},
+                                 {"2x128", shape<BFloat16, 128, 128, 2, 128>},
+                                 {"2x144", shape<BFloat16, 128, 128, 2, 144>},
+                                 {"2x176", shape<BFloat16, 128, 128, 2, 176>}},
+                                true);
+  time_dims<Half, 128, 128>("fp16",
+                            {{"3x80", shape<Half, 128, 128, 3, 80>}, {"2x128", shape<Half, 128, 128, 2, 128>}}, false);
+  time_dims<BFloat16, 64, 64>("bf16",
+                              {{"3x80", shape<BFloat16, 64, 64, 3, 80>},
+                               {"3x96", shape<BFloat16, 64, 64, 3, 96>},
+                               {"3x112", shape<BFloat16, 64, 64, 3, 112>},
+                               {"3x128", shape<BFloat16, 64, 64, 3, 128>},
+                               {"2x128", shape<BFloat16, 64, 64, 2, 128>},
+                               {"2x176", shape<BFloat16, 64, 64, 2, 176>}},
+                              false);
+  time_dims<BFloat16, 192, 128>("bf16",
+                                {{"3x80", shape<BFloat16, 192, 128, 3, 80>},
+                                 {"2x96", shape<BFloat16, 192, 128, 2, 96>},
+                                 {"2x112", shape<BFloat16, 192, 128, 2, 112>},
+                                 {"2x128", shape<BFloat16, 192, 128, 2, 128>}},
+                                false);
+}
