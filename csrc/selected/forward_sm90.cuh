@@ -20,7 +20,7 @@
 namespace nsa {
 
 template <typename Element_, int kDimK_, int kDimV_, int kStages_>
-struct UnionShape {
+struct SelectedForwardSm90Shape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
   static constexpr int kDimV = kDimV_;
@@ -56,12 +56,12 @@ struct UnionBarriers {
 };
 
 template <typename Shape>
-constexpr int64_t union_forward_shared_bytes(int32_t num_selected) {
+constexpr int64_t selected_forward_sm90_shared_bytes(int32_t num_selected) {
   return Shape::kStages * Shape::kStageBytes + Shape::kQBytes + int64_t{2} * Shape::kTokens * num_selected * 4 +
          sizeof(UnionBarriers<Shape::kStages>);
 }
 
-struct UnionForwardParams {
+struct SelectedForwardSm90Params {
   SelectedForwardParams selected;
   int64_t tiles;  // slots of 16 tokens, times Hkv, times tiles of 16 heads
   CUtensorMap k;  // boxes of 64 columns, 64 tokens
@@ -208,10 +208,9 @@ __device__ inline void clear_rows(uint32_t (&b)[4], int row, int count, int lane
 
 // One block for the warp's tokens [kFirst, kFirst + kCount); only its first `keys` keys when kMasked.
 template <typename Shape, int kFirst, int kCount, bool kMasked>
-__device__ inline void union_step(TokenSums<Shape::kDimV> (&sums)[Shape::kWarpTokens],
-                                  typename Shape::Element* q_data, const typename Shape::KTile& k_tile,
-                                  const typename Shape::VTile& v_tile, int32_t keys, float scale_log2, bool negative,
-                                  int lane) {
+__device__ inline void union_step(TokenSums<Shape::kDimV> (&sums)[Shape::kWarpTokens], typename Shape::Element* q_data,
+                                  const typename Shape::KTile& k_tile, const typename Shape::VTile& v_tile,
+                                  int32_t keys, float scale_log2, bool negative, int lane) {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   float scores[kCount][8][4];
@@ -306,9 +305,11 @@ __device__ inline void write_token(const SelectedForwardParams& p, const UnionTi
   }
 }
 
+// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
-    union_forward(const __grid_constant__ UnionForwardParams params) {
+    selected_forward_sm90(const __grid_constant__ SelectedForwardSm90Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
@@ -385,8 +386,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
         if (turn >= 2) {
           wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
         }
-        const int32_t steps =
-            merge_lists(lists + (turn & 1) * most_steps, p, union_tile(p, index, params.tiles), lane);
+        const int32_t steps = merge_lists(lists + (turn & 1) * most_steps, p, union_tile(p, index, params.tiles), lane);
         if (lane == 0) {
           barriers.steps[turn & 1] = steps;
           arrive(&barriers.list_full[turn & 1]);
@@ -477,6 +477,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       __syncwarp();
     }
   }
+#endif
 }
 
 }  // namespace nsa
