@@ -1,13 +1,15 @@
-// Selected attention's Hopper kernel against a plain float32 one, and its time beside the sm_80 kernel's. No torch:
+// Selected attention's Hopper kernel against a plain float64 one, and its time beside the sm_80 kernel's. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/selected_forward_sm90.cu -o selected_forward_sm90
 //   ./selected_forward_sm90 [check | time]
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "selected/launch_sm80.cuh"
@@ -63,7 +65,7 @@ __global__ void fill_normal(Element* to, int64_t count, uint64_t seed) {
 // One block of threads per (sampled query of the batch, head).
 template <typename Element>
 __global__ void plain_forward(SelectedForwardParams p, const int32_t* sample, float* out, float* lse) {
-  extern __shared__ float scores[];
+  extern __shared__ double scores[];
   const int heads = p.sequences.heads_kv * p.sequences.group;
   const int64_t token = sample[blockIdx.x / heads];
   const int head = static_cast<int>(blockIdx.x % heads);
@@ -81,37 +83,37 @@ __global__ void plain_forward(SelectedForwardParams p, const int32_t* sample, fl
   const Element* q = p.q.row<Element>(place.batch, place.q_begin + at.index, head);
   for (int i = threadIdx.x; i < keys; i += blockDim.x) {
     const int64_t key = key_of(i);
-    float score = kMinusInfinity;
+    double score = kMinusInfinity;
     if (key >= 0) {
       const Element* k = p.k.row<Element>(place.batch, place.k_begin + key, head_kv);
-      score = 0.f;
+      score = 0;
       for (int d = 0; d < p.q.width; ++d) {
-        score += to_float(q[d]) * to_float(k[d]);
+        score += double{to_float(q[d])} * to_float(k[d]);
       }
       score *= p.scale;
     }
     scores[i] = score;
   }
   __syncthreads();
-  float highest = kMinusInfinity;
+  double highest = kMinusInfinity;
   for (int i = 0; i < keys; ++i) {
-    highest = fmaxf(highest, scores[i]);
+    highest = fmax(highest, scores[i]);
   }
-  float total = 0.f;
+  double total = 0;
   for (int i = 0; i < keys; ++i) {
-    total += scores[i] == kMinusInfinity ? 0.f : expf(scores[i] - highest);
+    total += scores[i] == kMinusInfinity ? 0.0 : exp(scores[i] - highest);
   }
   for (int d = threadIdx.x; d < p.v.width; d += blockDim.x) {
-    float sum = 0.f;
+    double sum = 0;
     for (int i = 0; i < keys; ++i) {
       if (scores[i] != kMinusInfinity) {
-        sum += expf(scores[i] - highest) * to_float(p.v.row<Element>(place.batch, place.k_begin + key_of(i), head_kv)[d]);
+        sum += exp(scores[i] - highest) * to_float(p.v.row<Element>(place.batch, place.k_begin + key_of(i), head_kv)[d]);
       }
     }
-    out[blockIdx.x * int64_t{p.v.width} + d] = total > 0.f ? sum / total : 0.f;
+    out[blockIdx.x * int64_t{p.v.width} + d] = total > 0.f ? static_cast<float>(sum / total) : 0.f;
   }
   if (threadIdx.x == 0) {
-    lse[blockIdx.x] = total > 0.f ? highest + logf(total) : kMinusInfinity;
+    lse[blockIdx.x] = total > 0.f ? static_cast<float>(highest + log(total)) : kMinusInfinity;
   }
 }
 
@@ -317,7 +319,7 @@ bool check(const Case& c, int samples) {
   device_sample.set(sample);
   Device<float> out(sample.size() * x.heads * c.dv);
   Device<float> lse(sample.size() * x.heads);
-  plain_forward<Element><<<static_cast<unsigned>(sample.size() * x.heads), 128, c.n * 64 * 4>>>(
+  plain_forward<Element><<<static_cast<unsigned>(sample.size() * x.heads), 128, c.n * 64 * 8>>>(
       x.p, device_sample.data, out.data, lse.data);
   check_cuda(cudaDeviceSynchronize(), "plain");
   const std::vector<float> true_out = out.get();
@@ -343,6 +345,45 @@ bool check(const Case& c, int samples) {
   }
   std::printf("\n");
   std::fflush(stdout);
+  return good;
+}
+
+// A launch that was captured in a graph does the same when the graph runs.
+bool check_graph() {
+  Problem<BFloat16> x({"graph", 2, 1000, 1000, 2, 16, 128, 128, 16});
+  const char* const name = "graph";
+  x.launch90();
+  const std::vector<BFloat16> direct = x.out.get();
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  check_cuda(cudaStreamCreate(&stream), name);
+  check_cuda(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), name);
+  x.launch90(stream);
+  check_cuda(cudaStreamEndCapture(stream, &graph), name);
+  check_cuda(cudaGraphInstantiate(&executable, graph, 0), name);
+  check_cuda(cudaMemset(x.out.data, 0xff, x.out.size * 2), name);
+  check_cuda(cudaGraphLaunch(executable, stream), name);
+  check_cuda(cudaStreamSynchronize(stream), name);
+  const std::vector<BFloat16> replayed = x.out.get();
+  const bool good = std::memcmp(direct.data(), replayed.data(), direct.size() * 2) == 0;
+  std::printf("%-28s %s\n", name, good ? "ok" : "BAD");
+  return good;
+}
+
+// What the kernel does not take.
+bool check_fallback() {
+  Problem<BFloat16> x({"fallback", 1, 100, 100, 2, 16, 128, 128, 16});
+  const auto taken = [&](auto&& change) {
+    SelectedForwardParams p = x.p;
+    change(p);
+    return selected_forward_fits_sm90(p);
+  };
+  const bool good = taken([](auto&) {}) && !taken([](auto& p) { p.select_size = 32; }) &&
+                    !taken([](auto& p) { p.num_selected = 65; }) && !taken([](auto& p) { p.k.token_stride = 260; }) &&
+                    !taken([](auto& p) { p.v.head_stride = 0; }) && !taken([](auto& p) { p.q.width = 256; }) &&
+                    !taken([](auto& p) { p.sequences.length_k = 0; });
+  std::printf("%-28s %s\n", "fallback", good ? "ok" : "BAD");
   return good;
 }
 
@@ -385,7 +426,15 @@ int main(int argc, char** argv) {
   const Choice correlated = Choice::kCorrelated;
   const Choice hostile = Choice::kHostile;
   bool good = true;
+  std::thread([] {
+    std::this_thread::sleep_for(std::chrono::seconds(60));
+    std::printf("out of time\n");
+    std::fflush(stdout);
+    std::_Exit(2);
+  }).detach();
   if (what != "time") {
+    good &= check_graph();
+    good &= check_fallback();
     good &= check<BFloat16>({"dense 2 x 2000", 2, 2000, 2000, 2, 16, 128, 128, 16}, 4000);
     good &= check<BFloat16>({"correlated", 1, 3000, 3000, 2, 16, 128, 128, 16, correlated}, 3000);
     for (int length : {1, 15, 16, 17, 63, 64, 65, 127, 129, 257}) {
@@ -408,6 +457,8 @@ int main(int argc, char** argv) {
     good &= check<BFloat16>({"d 192 / 128, n 64", 1, 5000, 5000, 2, 16, 192, 128, 64, correlated}, 1000);
     good &= check<BFloat16>({"d 80", 2, 1000, 1000, 2, 16, 80, 80, 16, correlated}, 1000);
     good &= check<Half>({"fp16", 2, 1500, 1500, 2, 16, 128, 128, 16, correlated}, 1000);
+    good &= check<Half>({"fp16 G 8", 2, 1021, 1021, 2, 8, 128, 128, 16}, 1000);
+    good &= check<Half>({"fp16 G 4, d 64", 2, 509, 509, 2, 4, 64, 64, 16}, 1000);
     good &= check<Half>({"fp16 d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16}, 1000);
     const std::vector<int32_t> ends = {0, 0, 1, 64, 193, 781, 781, 2048};
     good &= check<BFloat16>({"packed", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, ends, ends}, 3000);
@@ -419,6 +470,8 @@ int main(int argc, char** argv) {
     std::printf(good ? "all ok\n" : "SOME BAD\n");
   }
   if (what != "check") {
+    time<BFloat16>({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
+    time<BFloat16>({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
     time<BFloat16>({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16});
     time<BFloat16>({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated});
     time<BFloat16>({"16k random", 1, 16384, 16384, 4, 16, 128, 128, 16});
