@@ -2,20 +2,9 @@
 #pragma once
 
 #include "attention/forward_sm90.cuh"
-#include "common/launch.cuh"
-#include "common/tensor_map.h"
+#include "common/launch_sm90.cuh"
 
 namespace nsa {
-
-template <typename Element>
-constexpr ElementType kElementType = __is_same(Element, Half) ? ElementType::kFloat16 : ElementType::kBFloat16;
-
-// Whether the copy engine can read a tensor: addresses in units of 16 bytes, and none read twice.
-inline bool copies_by_map(const TensorView& x, int64_t batch, int64_t length, int64_t heads) {
-  const auto fits = [](int64_t stride, int64_t size) { return size <= 1 || (stride > 0 && stride % 8 == 0); };
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.width % 8 == 0 && fits(x.batch_stride, batch) &&
-         fits(x.token_stride, length) && fits(x.head_stride, heads);
-}
 
 // Rows of a warpgroup that whole queries fill.
 constexpr int32_t consumer_rows(int32_t group) { return 64 / group * group; }

@@ -1,6 +1,7 @@
 // Which instantiation runs.
 #include "selected/launch.h"
 #include "selected/launch_sm80.cuh"
+#include "selected/launch_sm90.cuh"
 
 namespace nsa {
 
@@ -21,13 +22,33 @@ extern template void launch_selected_backward_sm80<BFloat16, 64, 64>(const Selec
 extern template void launch_selected_backward_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<Half, 128, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<Half, 192, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<BFloat16, 64, 64>(const SelectedForwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<BFloat16, 128, 128>(const SelectedForwardParams&, cudaStream_t);
+extern template bool try_selected_forward_sm90<BFloat16, 192, 128>(const SelectedForwardParams&, cudaStream_t);
+
+namespace {
+
+template <typename Element, int kDimK, int kDimV>
+void launch_selected_forward_of(const SelectedForwardParams& params, cudaStream_t stream) {
+  if constexpr (kDimK <= 192) {
+    if (try_selected_forward_sm90<Element, kDimK, kDimV>(params, stream)) {
+      return;
+    }
+  }
+  launch_selected_forward_sm80<Element, kDimK, kDimV>(params, stream);
+}
+
+}  // namespace
 
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream) {
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
     if (type == ElementType::kFloat16) {
-      launch_selected_forward_sm80<Half, k, v>(params, stream);
+      launch_selected_forward_of<Half, k, v>(params, stream);
     } else {
-      launch_selected_forward_sm80<BFloat16, k, v>(params, stream);
+      launch_selected_forward_of<BFloat16, k, v>(params, stream);
     }
   });
 }

@@ -7,8 +7,8 @@
 
 namespace nsa {
 
-// float16 or bfloat16 on tensor cores, sm_80 and later. Rows of every tensor start at multiples of 16 bytes, and widths
-// are multiples of 8, at most 256.
+// float16 or bfloat16 on tensor cores, sm_80 and later; the forward has a kernel of its own for sm_90a. Rows of every
+// tensor start at multiples of 16 bytes, and widths are multiples of 8, at most 256.
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream);
 // What params.partials of the latter must hold.
