@@ -44,17 +44,4 @@ inline bool portable_kernels_only() {
   return result;
 }
 
-// Whether this GPU runs sm_90a code, and the library was built for it: elsewhere the kernel is empty, and needs next to
-// no registers.
-template <typename Params>
-bool runs_on_this_device(void (*kernel)(Params), const char* name) {
-  constexpr int kMoreThanEmpty = 64;
-  if (portable_kernels_only()) {
-    return false;
-  }
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
-  return attributes.numRegs > kMoreThanEmpty;
-}
-
 }  // namespace nsa

@@ -22,6 +22,9 @@ inline bool copies_by_map(const TensorView& x, int64_t batch, int64_t length, in
 template <typename Params>
 bool runs_on_this_device(void (*kernel)(Params), const char* name) {
   constexpr int kMoreThanEmpty = 64;
+  if (portable_kernels_only()) {
+    return false;
+  }
   cudaFuncAttributes attributes{};
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), name);
   return attributes.numRegs > kMoreThanEmpty;
