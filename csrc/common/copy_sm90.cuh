@@ -9,8 +9,8 @@
 
 namespace nsa {
 
-// A barrier in shared memory. Its phases are counted from 0; `parity` is the phase's lowest bit. A waiter may lag behind
-// the current phase by one, no more.
+// A barrier in shared memory. Its phases are counted from 0; `parity` is the phase's lowest bit. A waiter may lag
+// behind the current phase by one, no more.
 using Barrier = uint64_t;
 
 __device__ inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
