@@ -1,6 +1,8 @@
 // Launches of the kernels for Hopper, which calls they take, and the tile sizes they run with.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/forward_sm90.cuh"
 #include "common/launch_sm90.cuh"
 
@@ -48,14 +50,15 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
          stream, kName, params);
 }
 
-// Two warpgroups with many keys a step where rows see many keys; three with fewer, whose tiles' begins and ends overlap
-// better, where they see few.
+// Three warpgroups with as many keys a step as their registers hold are the fastest, but for wide heads where rows see
+// few keys: docs/hopper_kernels.md.
 template <typename Element, int kDimK, int kDimV>
-using LongForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 128, 2>;
+using LongForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2>;
 template <typename Element, int kDimK, int kDimV>
-using ShortForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, 80, 2>;
+using ShortForwardSm90Shape = std::conditional_t<(kDimK <= 128), LongForwardSm90Shape<Element, kDimK, kDimV>,
+                                                 RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 112, 2>>;
 
-// The most keys that a row of a call for the short shape sees.
+// The most keys that a row sees in a call for the short shape.
 constexpr int64_t kMostKeysOfShort = 1024;
 
 // Whether it ran: it does not where the GPU, the build or the tensors do not suit it.

@@ -1,7 +1,8 @@
 // The Hopper kernel of attention over a range against a plain float32 one, and its time beside the sm_80 kernel's. No
 // torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
-//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu -o range_forward_sm90
+//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu -o
+//     range_forward_sm90
 //   ./range_forward_sm90 [check | dispatch | time]
 // `dispatch` alone also runs where it is built for 8.0 only, with the sm_80 kernels.
 #include <algorithm>
@@ -158,8 +159,9 @@ struct Case {
   int heads_kv, group, dim_k, dim_v;
   int stride, first_seen, window;  // window 0: none
   std::vector<int32_t> cu_q{}, cu_k{};
-  bool poison = false;  // NaN in k and v of every other packed sequence, whose rows are not compared, and of unused keys
-  int padding = 0;      // elements between heads
+  bool poison =
+      false;        // NaN in k and v of every other packed sequence, whose rows are not compared, and of unused keys
+  int padding = 0;  // elements between heads
   std::vector<int32_t> used{};
 };
 
@@ -217,8 +219,10 @@ struct Problem {
       const std::vector<int32_t>& cu = c.stride == 1 ? c.cu_k : cmp;
       const auto spoil = [&](int64_t begin, int64_t end) {
         const int64_t count = (end - begin) * c.heads_kv;
-        fill_value<<<64, 256>>>(k.data + begin * c.heads_kv * (c.dim_k + c.padding), count * (c.dim_k + c.padding), nan);
-        fill_value<<<64, 256>>>(v.data + begin * c.heads_kv * (c.dim_v + c.padding), count * (c.dim_v + c.padding), nan);
+        fill_value<<<64, 256>>>(k.data + begin * c.heads_kv * (c.dim_k + c.padding), count * (c.dim_k + c.padding),
+                                nan);
+        fill_value<<<64, 256>>>(v.data + begin * c.heads_kv * (c.dim_v + c.padding), count * (c.dim_v + c.padding),
+                                nan);
       };
       for (size_t i = 0; i + 1 < cu.size(); ++i) {
         if (i % 2 == 1) {
@@ -315,7 +319,8 @@ void check(Problem<Element>& problem, const char* kernel, Launch launch_kernel, 
   const int64_t rows = problem.c.batch * problem.c.tokens_q * problem.c.heads_kv * problem.c.group;
   const int64_t step = std::max<int64_t>(1, rows / rows_at_most) | 1;
   const float tolerance = sizeof(Element) == 2 && __is_same(Element, Half) ? 4e-3f : 3e-2f;
-  compare_rows<Element><<<static_cast<unsigned>((rows + step - 1) / step), 128>>>(p, problem.c.poison, step, tolerance, errors.data);
+  compare_rows<Element>
+      <<<static_cast<unsigned>((rows + step - 1) / step), 128>>>(p, problem.c.poison, step, tolerance, errors.data);
   Errors e{};
   check_cuda(cudaMemcpy(&e, errors.data, sizeof(e), cudaMemcpyDeviceToHost), "compare");
   if (e.first_wrong == ~0ull) {
