@@ -33,8 +33,8 @@ struct RangeForwardSm90Shape {
   static constexpr int kKeys = kKeys_;
   static constexpr int kStages = kStages_;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
   using QTile = PanelTile<Element, 64, kDimK>;
   using KTile = PanelTile<Element, kKeys, kDimK>;
@@ -218,8 +218,8 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   const Sequences& s = range.sequences;
   const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
   const int lane = thread % 32;
-  const int row = thread / 32 * 16 + lane / 4;  // of the consumer's, and the eighth after it
-  const int first_row = consumer * params.consumer_rows;
+  const int own_row = thread / 32 * 16 + lane / 4;  // of the consumer's, and the eighth after it
+  const int row = consumer * params.consumer_rows + own_row;
 
   const auto release = [&](Barrier* barrier) {
     if (lane == 0) {
@@ -287,7 +287,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
         if (key < all_begin || key + kKeys > all_end) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int32_t position = offset + row_at(s, 0, tile.first_row + first_row + row + 8 * half).query;
+            const int32_t position = offset + row_at(s, 0, tile.first_row + row + 8 * half).query;
             const int32_t low = range.visibility.begin(position) - key;
             const int32_t high = min(range.visibility.end(position), tile.keys.length) - key;
             keep_range(scores, half, low, high, lane);
@@ -360,10 +360,10 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t at_row = tile.first_row + first_row + row + 8 * half;
+      const int32_t at_row = tile.first_row + row + 8 * half;
       const SoftmaxResult result = softmax.finish(0, half, scale_log2);
       Element* to = nullptr;
-      if (row + 8 * half < params.consumer_rows && at_row <= tile.last_row) {
+      if (own_row + 8 * half < params.consumer_rows && at_row <= tile.last_row) {
         const Row at = row_at(s, tile.head_kv, at_row);
         to = range.out.row<Element>(tile.place.batch, tile.place.q_begin + at.query, at.head);
         if (lane % 4 == 0) {

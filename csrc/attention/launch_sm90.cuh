@@ -53,7 +53,7 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
 template <typename Element, int kDimK, int kDimV>
 using LongForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 128, 2>;
 template <typename Element, int kDimK, int kDimV>
-using ShortForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2>;
+using ShortForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, 80, 2>;
 
 // The most keys that a row of a call for the short shape sees.
 constexpr int64_t kMostKeysOfShort = 1024;

@@ -69,7 +69,10 @@ KernelChoice choose_cuda_kernel(const KernelQuery& query) {
                                      " fills the rows of an instruction: " + std::to_string(ceil_div(group, 16)) +
                                      " of 16"
                                : "rows are queries times the " + heads;
-  return {name + "sm80_" + query.dtype, "tensor cores by mma.sync; " + rows};
+  const std::string products =
+      name == "range_" ? "tensor cores by mma.sync; forward, on compute capability 9.0, by wgmma where tensors suit it; "
+                       : "tensor cores by mma.sync; ";
+  return {name + "sm80_" + query.dtype, products + rows};
 #else
   if (query.op == "nsa_attention") {
     return choose_cpu_kernel(query);

@@ -332,29 +332,39 @@ void check(Problem<Element>& problem, const char* kernel, Launch launch_kernel, 
   std::fflush(stdout);
 }
 
+// In turns, so that a GPU that slows down as it warms up slows all of them.
 template <typename Element>
-float time_kernel(Problem<Element>& problem, const char* kernel, Launch launch_kernel, int repeats = 20) {
+void time_kernels(Problem<Element>& problem, const std::vector<std::pair<const char*, Launch>>& kernels) {
+  constexpr int kWarmUps = 3;
+  constexpr int kRepeats = 20;
   cudaEvent_t begin, end;
   cudaEventCreate(&begin);
   cudaEventCreate(&end);
-  std::vector<float> times;
-  for (int i = 0; i < repeats + 3; ++i) {
-    cudaEventRecord(begin);
-    launch_kernel(problem.params, nullptr);
-    cudaEventRecord(end);
-    check_cuda(cudaEventSynchronize(end), problem.c.name);
-    float ms = 0.f;
-    cudaEventElapsedTime(&ms, begin, end);
-    if (i >= 3) {
-      times.push_back(ms);
+  std::vector<std::vector<float>> times(kernels.size());
+  for (int i = 0; i < kRepeats + kWarmUps; ++i) {
+    for (size_t kernel = 0; kernel < kernels.size(); ++kernel) {
+      cudaEventRecord(begin);
+      kernels[kernel].second(problem.params, nullptr);
+      cudaEventRecord(end);
+      check_cuda(cudaEventSynchronize(end), problem.c.name);
+      float ms = 0.f;
+      cudaEventElapsedTime(&ms, begin, end);
+      if (i >= kWarmUps) {
+        times[kernel].push_back(ms);
+      }
     }
   }
-  std::sort(times.begin(), times.end());
-  const float ms = times[times.size() / 2];
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
   const double flops = 2.0 * (problem.c.dim_k + problem.c.dim_v) * problem.pairs();
-  std::printf("  %s %.3f (%.0f)", kernel, ms, flops / ms * 1e-9);
+  std::printf("%s:", problem.c.name);
+  for (size_t kernel = 0; kernel < kernels.size(); ++kernel) {
+    std::sort(times[kernel].begin(), times[kernel].end());
+    const float ms = times[kernel][times[kernel].size() / 2];
+    std::printf("  %s %.3f (%.0f)", kernels[kernel].first, ms, flops / ms * 1e-9);
+  }
+  std::printf("\n");
   std::fflush(stdout);
-  return ms;
 }
 
 // Through the dispatch, which must take it.
