@@ -26,6 +26,7 @@ struct SelectedForwardSm90Shape {
   static constexpr int kDimV = kDimV_;
   static constexpr int kStages = kStages_;
   static constexpr int kKeys = 64;
+  static constexpr int kPartKeys = 32;  // that a warp takes at once: more need more registers than there are
   static constexpr int kTokens = 16;
   static constexpr int kWarpTokens = 2;
   static constexpr int kHeads = 16;
@@ -149,7 +150,8 @@ struct TokenSums {
 
   // Turns scores into exp(scale (score - maximum)). The maximum follows the scores only when one is more than kSlack
   // (of an exponent to base 2) above it, which is rare after the first blocks: most steps leave `out` as it is.
-  __device__ void step(float (&scores)[8][4], float scale_log2) {
+  template <int kTiles>
+  __device__ void step(float (&scores)[kTiles][4], float scale_log2) {
     constexpr float kSlack = 8.f;
     float highest[2];
     bool higher = false;
@@ -157,7 +159,7 @@ struct TokenSums {
     for (int half = 0; half < 2; ++half) {
       highest[half] = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
 #pragma unroll
-      for (int i = 1; i < 8; ++i) {
+      for (int i = 1; i < kTiles; ++i) {
         highest[half] = fmaxf(highest[half], fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
       }
       highest[half] = fmaxf(row_max(highest[half]), maximum[half]);
@@ -182,7 +184,7 @@ struct TokenSums {
       const float offset = maximum[half] == kMinusInfinity ? 0.f : maximum[half] * scale_log2;
       float total = 0.f;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float& score = scores[i][2 * half + j];
@@ -213,64 +215,94 @@ __device__ inline void union_step(TokenSums<Shape::kDimV> (&sums)[Shape::kWarpTo
                                   int32_t keys, float scale_log2, bool negative, int lane) {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
-  float scores[kCount][8][4];
-#pragma unroll
-  for (int t = 0; t < kCount; ++t) {
-    clear(scores[t]);
-  }
-#pragma unroll
-  for (int column = 0; column < Shape::kDimK; column += 16) {
-    uint32_t a[kCount][4];
+  constexpr int kPart = Shape::kPartKeys;
+#pragma unroll 1
+  for (int part = 0; part < (kMasked ? min(keys, Shape::kKeys) : Shape::kKeys); part += kPart) {
+    const typename Shape::KTile k_part{k_tile.begin + part * 128};
+    const typename Shape::VTile v_part{v_tile.begin + part * 128};
+    float scores[kCount][kPart / 8][4];
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
-      QTile{q_data + (kFirst + t) * QTile::kSize}.load_left(a[t], 0, column, lane);
+      clear(scores[t]);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      uint32_t b[4];
-      k_tile.load_right_transposed(b, 16 * i, column, lane);
+    for (int column = 0; column < Shape::kDimK; column += 16) {
+      uint32_t a[kCount][4];
 #pragma unroll
       for (int t = 0; t < kCount; ++t) {
-        multiply_add<Element>(scores[t][2 * i], a[t], b[0], b[1]);
-        multiply_add<Element>(scores[t][2 * i + 1], a[t], b[2], b[3]);
+        QTile{q_data + (kFirst + t) * QTile::kSize}.load_left(a[t], 0, column, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kPart / 16; ++i) {
+        uint32_t b[4];
+        k_part.load_right_transposed(b, 16 * i, column, lane);
+#pragma unroll
+        for (int t = 0; t < kCount; ++t) {
+          multiply_add<Element>(scores[t][2 * i], a[t], b[0], b[1]);
+          multiply_add<Element>(scores[t][2 * i + 1], a[t], b[2], b[3]);
+        }
       }
     }
-  }
-#pragma unroll
-  for (int t = 0; t < kCount; ++t) {
-    if (negative) {
-      negate(scores[t]);
-    }
-    if constexpr (kMasked) {
-      keep_range(scores[t], 0, 0, keys, lane);
-      keep_range(scores[t], 1, 0, keys, lane);
-    }
-    sums[kFirst + t].step(scores[t], scale_log2);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (kMasked && 16 * i >= keys) {
-      break;
-    }
-    uint32_t a[kCount][4];
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
-      as_left<Element>(a[t], scores[t], i);
-    }
-#pragma unroll
-    for (int column = 0; column < Shape::kDimV; column += 16) {
-      uint32_t b[4];
-      v_tile.load_right(b, 16 * i, column, lane);
+      if (negative) {
+        negate(scores[t]);
+      }
       if constexpr (kMasked) {
-        clear_rows(b, 16 * i, keys, lane);
+        keep_range(scores[t], 0, 0, keys - part, lane);
+        keep_range(scores[t], 1, 0, keys - part, lane);
       }
+      sums[kFirst + t].step(scores[t], scale_log2);
+    }
+#pragma unroll
+    for (int i = 0; i < kPart / 16; ++i) {
+      if (kMasked && part + 16 * i >= keys) {
+        break;
+      }
+      uint32_t a[kCount][4];
 #pragma unroll
       for (int t = 0; t < kCount; ++t) {
-        multiply_add<Element>(sums[kFirst + t].out[column / 8], a[t], b[0], b[1]);
-        multiply_add<Element>(sums[kFirst + t].out[column / 8 + 1], a[t], b[2], b[3]);
+        as_left<Element>(a[t], scores[t], i);
+      }
+#pragma unroll
+      for (int column = 0; column < Shape::kDimV; column += 16) {
+        uint32_t b[4];
+        v_part.load_right(b, 16 * i, column, lane);
+        if constexpr (kMasked) {
+          clear_rows(b, 16 * i, keys - part, lane);
+        }
+#pragma unroll
+        for (int t = 0; t < kCount; ++t) {
+          multiply_add<Element>(sums[kFirst + t].out[column / 8], a[t], b[0], b[1]);
+          multiply_add<Element>(sums[kFirst + t].out[column / 8 + 1], a[t], b[2], b[3]);
+        }
       }
     }
   }
+}
+
+// The same number, of which the compiler knows nothing: what is computed from it is not kept in registers meanwhile.
+__device__ inline int64_t forget(int64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
+
+// Starts to copy the Q of a warp's tokens.
+template <typename Shape>
+__device__ inline void read_queries(const SelectedForwardParams& p, const UnionTile& tile, int warp,
+                                    typename Shape::Element* q_data, int lane) {
+  using Element = typename Shape::Element;
+  using QTile = typename Shape::QTile;
+#pragma unroll 1
+  for (int t = 0; t < Shape::kWarpTokens; ++t) {
+    const int32_t query = tile.first_query + warp * Shape::kWarpTokens + t;
+    QTile{q_data + t * QTile::kSize}.copy_rows(p.q.width, p.q.data, lane, 32, [&](int row) -> const Element* {
+      return row < tile.heads && query < tile.place.q_length
+                 ? p.q.row<Element>(tile.place.batch, tile.place.q_begin + query, tile.first_head + row)
+                 : nullptr;
+    });
+  }
+  commit_copies();
 }
 
 // Writes a token's output, by way of the shared memory where its Q was, and its lse.
@@ -404,21 +436,20 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     uint32_t turn = 0;
     uint32_t issued = 0;
     for (int64_t index = blockIdx.x; index < params.tiles; index += gridDim.x, ++turn) {
-      const UnionTile tile = union_tile(p, index, params.tiles);
       int32_t limits[Shape::kWarpTokens];
+      {
+        const UnionTile tile = union_tile(p, index, params.tiles);
+        read_queries<Shape>(p, tile, warp, q_data, lane);
+#pragma unroll
+        for (int t = 0; t < Shape::kWarpTokens; ++t) {
+          limits[t] = tile.limit(warp * Shape::kWarpTokens + t);
+        }
+      }
       TokenSums<Shape::kDimV> sums[Shape::kWarpTokens];
 #pragma unroll
       for (int t = 0; t < Shape::kWarpTokens; ++t) {
-        const int32_t query = tile.first_query + warp * Shape::kWarpTokens + t;
-        limits[t] = tile.limit(warp * Shape::kWarpTokens + t);
         sums[t].reset();
-        QTile{q_data + t * QTile::kSize}.copy_rows(p.q.width, p.q.data, lane, 32, [&](int row) -> const Element* {
-          return row < tile.heads && query < tile.place.q_length
-                     ? p.q.row<Element>(tile.place.batch, tile.place.q_begin + query, tile.first_head + row)
-                     : nullptr;
-        });
       }
-      commit_copies();
       wait(&barriers.list_full[turn & 1], turn / 2 & 1);
       const int32_t steps = barriers.steps[turn & 1];
       const uint32_t* const list = lists + (turn & 1) * most_steps;
@@ -467,11 +498,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       if (lane == 0) {
         arrive(&barriers.list_empty[turn & 1]);
       }
+      const UnionTile tile = union_tile(p, forget(index), params.tiles);
 #pragma unroll
       for (int t = 0; t < Shape::kWarpTokens; ++t) {
-        if (tile.first_query + warp * Shape::kWarpTokens + t < tile.place.q_length) {
-          write_token<Shape>(p, tile, warp * Shape::kWarpTokens + t, q_data + t * QTile::kSize, sums[t], scale_log2,
-                             lane);
+        const int token = warp * Shape::kWarpTokens + t;
+        if (tile.first_query + token < tile.place.q_length) {
+          write_token<Shape>(p, tile, token, q_data + t * QTile::kSize, sums[t], scale_log2, lane);
         }
       }
       __syncwarp();
