@@ -15,6 +15,7 @@ Run as a program, it trains a small model on the text of this file, saves, loads
 from __future__ import annotations
 
 import argparse
+import inspect
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -32,6 +33,9 @@ from hf_padding import ATTENTION, RESTARTS, Padding
 from nsa_torch import NSAAttention, NSACache
 from nsa_torch.block_compression import BlockCompression
 from nsa_torch.cache import NSALayerCache
+
+# The argument that carries the cache: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 @strict
@@ -61,9 +65,10 @@ class NSALlamaConfig(LlamaConfig):
 
 
 class NSALlamaCache(Cache):
-    """The `past_key_values` of these models: an `NSACache` for all layers, made when the first tokens arrive.
+    """The cache of these models: an `NSACache` for all layers, made when the first tokens arrive.
 
-    Its length counts columns of the padded batch; padding itself is not stored.
+    Models take it as `cache`, and as `past_key_values`, its name before transformers 5.24. Its length counts columns of
+    the padded batch; padding itself is not stored.
 
     Args:
         config: of the model.
@@ -138,6 +143,7 @@ class NSALlamaAttention(NSAAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Padding | str | None = None,
         past_key_values: NSALlamaCache | None = None,
+        cache: NSALlamaCache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         **kwargs: Any,
@@ -148,27 +154,28 @@ class NSALlamaAttention(NSAAttention):
             raise ValueError(f"attention_mask must be (B, T) ones and zeros, got a mask of shape {shape}")
         if attention_mask == RESTARTS and cu_seq_lens_q is None:
             raise ValueError(f"cu_seq_lens_q must be given when {RESTARTS}")
-        cache = None if past_key_values is None else self._cache(past_key_values, hidden_states)
+        layer_cache = self._layer_cache(past_key_values if cache is None else cache, hidden_states)
         if not isinstance(attention_mask, Padding):
-            options: dict[str, Any] = {"position_embeddings": position_embeddings, "cache": cache}
+            options: dict[str, Any] = {"position_embeddings": position_embeddings, "cache": layer_cache}
             options |= {"cu_seqlens": cu_seq_lens_q, "max_seqlen": max_length_q}
             return super().forward(hidden_states, **options), None
-        padding = attention_mask if cache is None else attention_mask.without_padding()
+        padding = attention_mask if layer_cache is None else attention_mask.without_padding()
         cos, sin = position_embeddings
         out = super().forward(
             padding.take(hidden_states),
             position_embeddings=(padding.take(cos), padding.take(sin)),
             cu_seqlens=padding.cu_seqlens,
             max_seqlen=hidden_states.size(1),
-            cache=cache,
+            cache=layer_cache,
         )
         return padding.put_back(out), None
 
-    def _cache(self, past_key_values: Cache, hidden_states: Tensor) -> NSALayerCache:
-        if not isinstance(past_key_values, NSALlamaCache):
-            kind = type(past_key_values).__name__
-            raise TypeError(f"past_key_values must be an NSALlamaCache, got {kind}")
-        return past_key_values.layer(self.layer_idx, hidden_states)
+    def _layer_cache(self, cache: Cache | None, hidden_states: Tensor) -> NSALayerCache | None:
+        if cache is None:
+            return None
+        if not isinstance(cache, NSALlamaCache):
+            raise TypeError(f"{CACHE} must be an NSALlamaCache, got {type(cache).__name__}")
+        return cache.layer(self.layer_idx, hidden_states)
 
 
 class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -206,14 +213,16 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         past_key_values: NSALlamaCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: NSALlamaCache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As LlamaModel; a cache is made when asked for (or by the configuration's use_cache) and gradients are off."""
-        if past_key_values is None:
+        cache = past_key_values if cache is None else cache
+        if cache is None:
             use_cache = (self.config.use_cache if use_cache is None else use_cache) and not torch.is_grad_enabled()
-            past_key_values = NSALlamaCache(self.config) if use_cache else None
+            cache = NSALlamaCache(self.config) if use_cache else None
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        kwargs |= {CACHE: cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         return super().forward(**kwargs)
 
 
@@ -230,8 +239,8 @@ class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):
     ) -> None:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation must be None, got {generation_config.cache_implementation!r}")
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = NSALlamaCache(self.config, max_cache_length)
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = NSALlamaCache(self.config, max_cache_length)
 
 
 AutoConfig.register(NSALlamaConfig.model_type, NSALlamaConfig)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import hf_llama
-from hf_llama import NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, use_nsa
+from hf_llama import CACHE, NSALlamaCache, NSALlamaConfig, NSALlamaForCausalLM, use_nsa
 
 # Large weights, so that attention and the choice of blocks matter in a model that has not been trained.
 LLAMA: dict[str, Any] = {
@@ -68,7 +68,7 @@ def test_padded_batch_equals_each_sequence_alone(model: NSALlamaForCausalLM, sid
     model.zero_grad()
     out = model(ids, attention_mask=mask, labels=labels)
     out.loss.backward()
-    assert out.past_key_values is None
+    assert getattr(out, CACHE) is None
     gradients = [weight.grad.clone() for weight in model.parameters()]
 
     model.zero_grad()
@@ -132,7 +132,7 @@ def test_cache_continues_a_right_padded_batch_in_chunks(model: NSALlamaForCausal
     first = [sequence[:length] for sequence, length in zip(sequences, (17, 5, 1), strict=True)]
     ids, mask = pad(first, "right")
     out = model(ids, attention_mask=mask, use_cache=True)
-    cache = out.past_key_values
+    cache = getattr(out, CACHE)
     assert isinstance(cache, NSALlamaCache) and cache.get_seq_length() == 17 and cache.get_max_length() == -1
     assert cache.nsa is not None and cache.nsa.lengths.tolist() == [17, 5, 1]
 
@@ -140,7 +140,7 @@ def test_cache_continues_a_right_padded_batch_in_chunks(model: NSALlamaForCausal
     rest_ids, rest_mask = pad(rest, "right")
     positions = mask.sum(1, keepdim=True) + torch.arange(rest_ids.size(1))
     masks = torch.cat((mask, rest_mask), dim=1)
-    out = model(rest_ids, attention_mask=masks, position_ids=positions, past_key_values=cache)
+    out = model(rest_ids, attention_mask=masks, position_ids=positions, **{CACHE: cache})
     assert cache.nsa.lengths.tolist() == [40, 23, 31]
     for sequence, part, row in zip(sequences, rest, out.logits, strict=True):
         full = model(sequence[None], use_cache=False).logits[0, -len(part) :]
@@ -148,7 +148,7 @@ def test_cache_continues_a_right_padded_batch_in_chunks(model: NSALlamaForCausal
 
     cache.reset()
     assert cache.get_seq_length() == 0
-    again = model(ids, attention_mask=mask, past_key_values=cache).logits
+    again = model(ids, attention_mask=mask, **{CACHE: cache}).logits
     torch.testing.assert_close(again[0], model(first[0][None]).logits[0], **close)
 
 
@@ -229,8 +229,8 @@ def test_unsupported_calls_are_refused(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\)"):
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
-    with pytest.raises(TypeError, match="past_key_values must be an NSALlamaCache, got DynamicCache"), torch.no_grad():
-        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match=f"{CACHE} must be an NSALlamaCache, got DynamicCache"), torch.no_grad():
+        model(ids, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match="cache_implementation must be None, got 'static'"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
     with pytest.raises(ValueError, match="attn_implementation must be 'nsa', got 'eager'"):
