@@ -193,6 +193,21 @@ def report(row: Row) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row]) -> str:
+    """Milliseconds of each row, and how much of it lies within attention, within products, outside of both, and idle."""
+    lines = []
+    for row in rows:
+        sums = {name: sum(part.values()) for name, part in row["groups"].items()}
+        outside = sum(ms for name, ms in sums.items() if name in OUTSIDE)
+        attention = sum(ms for name, ms in sums.items() if name not in (*OUTSIDE, "projections", "compress"))
+        products = sums.get("projections", 0.0) + sums.get("compress", 0.0)
+        parts = {"attention": attention, "products": products, "outside": outside, "gaps": row["gaps"]}
+        shares = ", ".join(f"{name} {ms / row['profiled_ms']:.1%}" for name, ms in parts.items())
+        peers = "".join(f", {name} {ms:.2f}" for name, ms in row["peers"].items())
+        lines.append(f"{row['op']}, {row['dtype']}: {row['ms']:.2f} ms{peers}; {shares}")
+    return "\n".join(lines)
+
+
 def report_outside(row: Row, most: int) -> str:
     return "\n".join(
         f"    {ms:7.3f} ms {count:3}x {group}, {direction}: {op}, {kernel}"
@@ -235,9 +250,9 @@ def main() -> None:
     for mode in options.modes:
         for precision in options.precisions:
             rows += measure(device, options, precision, mode == "compiled", head)
-            print(report_outside(rows[-1], options.outside), flush=True)
+            print(report(rows[-1]), report_outside(rows[-1], options.outside), sep="\n", flush=True)
             write(output, same, rows)
-    print("\n".join(report(row) for row in rows) + f"\nwrote {output}")
+    print(f"\n{summary(rows)}\nwrote {output}")
 
 
 if __name__ == "__main__":
