@@ -5,8 +5,8 @@
     python benchmarks/table.py --check README.md    # fail if one differs from its file
 
 In a page, a table stands between `<!-- table: benchmarks/results/NAME.json -->` and `<!-- end of table -->`; after the
-name, fields choose among the rows: `op=nsa_attention seqlen=8192,65536`. A row of a
-file is one op in one direction on one problem: benchmarks/speed.py says what its fields mean. Files of other machines
+name, fields choose among the rows: `op=nsa_attention seqlen=8192,65536`; `view=parts` shows them by one of
+benchmarks/views.py. A row of a file is one op in one direction on one problem: benchmarks/speed.py says what its fields mean. Files of other machines
 have the same fields; rows that differ only in direction share a line.
 """
 
@@ -18,6 +18,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from views import VIEWS
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- table: (\S+)((?: \w+=\S+)*) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -92,8 +94,11 @@ def fill(page: str) -> str:
     """The page with every table made anew."""
 
     def made(match: re.Match[str]) -> str:
-        rows = chosen(json.loads((ROOT / match[2]).read_text())["rows"], match[3].split())
-        return match[1] + table(rows) + match[4]
+        file = json.loads((ROOT / match[2]).read_text())
+        fields = match[3].split()
+        wanted = [field.removeprefix("view=") for field in fields if field.startswith("view=")]
+        rows = chosen(file["rows"], [field for field in fields if not field.startswith("view=")])
+        return match[1] + (VIEWS[wanted[0]](file, rows) if wanted else table(rows)) + match[4]
 
     return TABLE.sub(made, page)
 

@@ -13,6 +13,9 @@ TORCH_LIBRARY(nsa, m) {
       "int block_size, int block_stride, Tensor? cu_seqlens_k, SymInt? max_seqlen_k) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
+  // Rotary position embedding; transposed: its gradient.
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor");
+
   m.def(
       "compressed_attention(Tensor q, Tensor k_cmp, Tensor v_cmp, *, SymInt? seqlen_k=None, int block_size=32, "
       "int block_stride=16, float? scale=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "

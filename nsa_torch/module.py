@@ -251,15 +251,23 @@ class NSAAttention(nn.Module):
 
     def _project(self, x: Tensor, tables: Tables | None) -> _Inputs:
         """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated."""
+        x, tables = self._in_autocast_dtype(x), for_heads(tables)
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.v_head_dim))
-        k_slc, k_win = rotate(k.narrow(-3, 1, 2), for_heads(tables, 2)).unbind(-3)
+        k_cmp, k_slc, k_win = k.unbind(-3)
         v_cmp, v_slc, v_win = v.unbind(-3)
         logits = self.gate_proj(x).unflatten(-1, (self.num_heads, 3))
         gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        q = rotate(q, for_heads(tables))
-        return _Inputs(q, k.select(-3, 0), v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        q, k_slc, k_win = (rotate(t, tables) for t in (q, k_slc, k_win))
+        return _Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+
+    def _in_autocast_dtype(self, x: Tensor) -> Tensor:
+        """Cast once: autocast would for each of the four projections, and cast back and add each one's gradient."""
+        kind = x.device.type
+        if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+            return x
+        return x.to(torch.get_autocast_dtype(kind))
 
     def _inputs(
         self,

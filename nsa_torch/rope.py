@@ -29,23 +29,30 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.d
 def rotate(x: Tensor, tables: Tables | None) -> Tensor:
     """Turn every head by its token's angles; None turns nothing.
 
-    x (..., T, heads, D), tables broadcastable to it (see `for_heads`). The arithmetic is in the
-    wider dtype of the two, the result in the dtype of x.
+    x (..., T, heads, D), tables (..., T, 1, D) broadcastable to it (see `for_heads`). The arithmetic is
+    in the wider dtype of the two, on CUDA in float32, the result in the dtype of x.
     """
     if tables is None:
         return x
-    (cos_a, cos_b), (sin_a, sin_b) = (table.chunk(2, dim=-1) for table in tables)
+    cos, sin = tables
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return _rotate_with_gradients_of_tables(x, cos, sin)
+    return torch.ops.nsa.rotate(x, cos, sin)
+
+
+def _rotate_with_gradients_of_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """What the op computes, differentiable in everything."""
+    (cos_a, cos_b), (sin_a, sin_b) = (table.chunk(2, dim=-1) for table in (cos, sin))
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos_a - b * sin_a, b * cos_b + a * sin_b), dim=-1).to(x.dtype)
 
 
-def for_heads(tables: Tables | None, dims: int = 1) -> Tables | None:
-    """Insert `dims` dimensions of size 1 before the channels, to broadcast tokens over heads."""
+def for_heads(tables: Tables | None) -> Tables | None:
+    """Insert a dimension of size 1 before the channels, to broadcast tokens over heads."""
     if tables is None:
         return None
     cos, sin = tables
-    shape = (*cos.shape[:-1], *(1,) * dims, cos.shape[-1])
-    return cos.view(shape), sin.view(shape)
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
 
 
 def take_rows(tables: Tables | None, rows: Tensor) -> Tables | None:
