@@ -183,11 +183,12 @@ def other_group(piece: Piece) -> str:
     return "elementwise"
 
 
-def idle_ms(pieces: list[Piece]) -> tuple[float, float]:
-    """From the first piece's begin to the last one's end: all, and what no piece covers."""
-    covered, end, start = 0.0, float("-inf"), pieces[0].begin
+def idle(pieces: list[Piece]) -> tuple[float, list[tuple[float, str, str]]]:
+    """From the first piece's begin to the last one's end: all, and each time that no piece covers, between which two."""
+    gaps, last, end = [], pieces[0], pieces[0].begin
     for piece in pieces:
-        begin = max(piece.begin, end)
-        end = max(end, piece.begin + piece.ms)
-        covered += max(end - begin, 0.0)
-    return end - start, end - start - covered
+        if piece.begin > end:
+            gaps.append((piece.begin - end, last.name, piece.name))
+        if piece.begin + piece.ms > end:
+            last, end = piece, piece.begin + piece.ms
+    return end - pieces[0].begin, sorted(gaps, reverse=True)

@@ -8,7 +8,7 @@ Forward and backward of one layer, hidden 2048, 32 query heads, 2 KV heads, d 12
 with parameters and tokens in bf16, and with float32 ones under autocast; eager, and by torch.compile. A row is one of
 these: `ms` is the median by events without the profiler, `peers` the same layer with torch's dense attention
 (`peak_bytes` likewise). `groups` divides one profiled step (benchmarks/step_trace.py): milliseconds of the device,
-forward and backward, for each part; `gaps` is when it did nothing between the first kernel and the last; `outside`
+forward and backward, for each part; `gaps` is when it did nothing between the first kernel and the last (`longest_gaps`: between which); `outside`
 lists the kernels of the last four groups, the longest first.
 """
 
@@ -32,7 +32,7 @@ from gpu import commit_of, length, slug, write
 from nsa_torch import NSAAttention, module, rope
 from peers import BACKENDS, sdpa
 from speed import ROOT, cpu_model
-from step_trace import GROUPS, groups_of, idle_ms, pieces_of
+from step_trace import GROUPS, groups_of, idle, pieces_of
 from timing import Device, bytes_of
 
 OUTSIDE = ("rotary", "copies and casts", "fills", "elementwise")
@@ -146,11 +146,12 @@ def grouped(trace: dict[str, Any]) -> Row:
         sums[group][direction] += piece.ms
         if group in OUTSIDE:
             outside[group, direction, piece.ops[-1] if piece.ops else "", piece.name[:90]].append(piece.ms)
-    total, gaps = idle_ms(pieces)
+    total, gaps = idle(pieces)
     longest = sorted(outside.items(), key=lambda item: -sum(item[1]))[:24]
     return {
         "profiled_ms": round(total, 3),
-        "gaps": round(gaps, 3),
+        "gaps": round(sum(ms for ms, _, _ in gaps), 3),
+        "longest_gaps": [[round(ms, 3), after[:60], before[:60]] for ms, after, before in gaps[:5]],
         "groups": {name: {d: round(ms, 3) for d, ms in sum_.items()} for name, sum_ in sums.items() if any(sum_.values())},
         "outside": [[*key, len(times), round(sum(times), 3)] for key, times in longest],
     }
@@ -209,10 +210,12 @@ def summary(rows: list[Row]) -> str:
 
 
 def report_outside(row: Row, most: int) -> str:
-    return "\n".join(
+    lines = [
         f"    {ms:7.3f} ms {count:3}x {group}, {direction}: {op}, {kernel}"
         for group, direction, op, kernel, count, ms in row["outside"][:most]
-    )
+    ]
+    lines += [f"    {ms:7.3f} ms idle after {after}, before {before}" for ms, after, before in row["longest_gaps"]]
+    return "\n".join(lines)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -47,6 +47,15 @@ def test_compress_with_fewer_weights(present: str, device: str) -> None:
     _opcheck("compress", leaves, inputs.options)
 
 
+@dtypes
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rotate(transposed: bool, dtype: torch.dtype, device: str) -> None:
+    dtype = torch.float32 if device == "cuda" and dtype == torch.float64 else dtype
+    x = torch.randn(2, 11, 3, 8, device=device, dtype=dtype).requires_grad_()
+    cos, sin = (torch.randn(11, 1, 8, device=device) for _ in range(2))
+    _opcheck("rotate", {"x": x, "cos": cos, "sin": sin, "transposed": transposed}, {})
+
+
 @packed
 @dtypes
 def test_compress_backward(packed: bool, dtype: torch.dtype, device: str) -> None:
@@ -114,7 +123,7 @@ def test_every_op_of_the_library_is_here() -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("nsa::")
     }
-    assert registered == forwards | backwards | {"nsa_attention_forward"}
+    assert registered == forwards | backwards | {"nsa_attention_forward", "rotate"}
 
 
 _PACKING: dict[str, Any] = {
@@ -136,10 +145,10 @@ def _inputs(op: str, packed: bool, device: str, dtype: torch.dtype) -> Inputs:
     return inputs
 
 
-def _opcheck(op: str, tensors: dict[str, Tensor | None], options: dict[str, Any]) -> None:
+def _opcheck(op: str, tensors: dict[str, Any], options: dict[str, Any]) -> None:
     """All of opcheck's tests: schema, autograd registration, fake tensors, aot with dynamic shapes.
 
-    Tensors go by position, as the schema has them, and options by name.
+    Tensors, and what else the schema has with them, go by position, and options by name.
     """
     overload = getattr(torch.ops.nsa, op).default
     names = [argument.name for argument in overload._schema.arguments if not argument.kwarg_only]
@@ -149,5 +158,5 @@ def _opcheck(op: str, tensors: dict[str, Tensor | None], options: dict[str, Any]
     torch.library.opcheck(overload, args, options, **tolerance)
 
 
-def _is_16_bit(tensors: dict[str, Tensor | None]) -> bool:
-    return any(t is not None and t.dtype == torch.bfloat16 for t in tensors.values())
+def _is_16_bit(tensors: dict[str, Any]) -> bool:
+    return any(isinstance(t, Tensor) and t.dtype == torch.bfloat16 for t in tensors.values())
