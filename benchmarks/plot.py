@@ -1,6 +1,6 @@
 """PNG charts of a file that benchmarks/gpu.py has measured: times, and memory, over the length.
 
-python benchmarks/plot.py benchmarks/results/NAME.json          # NAME-forward.png, NAME-backward.png, NAME-memory.png
+python benchmarks/plot.py benchmarks/results/NAME.json          # NAME-forward.png, -backward, -both, -memory
 """
 
 from __future__ import annotations
@@ -62,6 +62,21 @@ def draw(lines: Lines, label: str, title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def both(rows: list[Row]) -> list[Row]:
+    """Forward and backward of the whole together, and of its peers."""
+    pairs: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        if row["op"] == "nsa_attention":
+            pairs.setdefault((row["seqlen"], row["data"]), []).append(row)
+    return [
+        pair[0]
+        | {"ms": sum(row["ms"] for row in pair)}
+        | {"peers": {name: sum(row["peers"][name] for row in pair) for name in pair[-1]["peers"]}}
+        for pair in pairs.values()
+        if len(pair) == 2
+    ]
+
+
 def draw_all(path: Path, folder: Path) -> list[Path]:
     """The charts of one file of rows; rows of the most common heads only."""
     rows: list[Row] = json.loads(path.read_text())["rows"]
@@ -77,6 +92,8 @@ def draw_all(path: Path, folder: Path) -> list[Path]:
         )
         made.append(folder / f"{path.stem}-{direction}.png")
         draw(lines, "ms", f"{direction}: {problem}", made[-1])
+    made.append(folder / f"{path.stem}-both.png")
+    draw(lines_of(both(rows), lambda row: row["ms"], lambda row: row["peers"]), "ms", f"both: {problem}", made[-1])
     whole = [row for row in rows if row["op"] == "nsa_attention" and row["direction"] == "backward"]
 
     def gigabytes(row: Row) -> float | None:

@@ -86,6 +86,15 @@ inline at::Tensor compress(const at::Tensor& x, const CompressionWeights& weight
                  options.block_stride, sequences.cu_seqlens_k, detail::to_symint(sequences.max_seqlen_k));
 }
 
+// Rotary positions of x (B, T, H, D) or packed (sum T, H, D), in Llama's half-split convention: the halves (a, b) of a
+// head become (cos_a a - sin_a b, cos_b b + sin_b a), transposed (cos_a a + sin_b b, cos_b b - sin_a a). cos and sin are
+// (B, T, 1, D) or what broadcasts to it, and have no gradient.
+inline at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool transposed = false) {
+  static const auto op =
+      detail::find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>("nsa::rotate");
+  return op.call(x, cos, sin, transposed);
+}
+
 // Attention of q (B, Tq, Hq, Dk) over compressed tokens k_cmp (B, M, Hkv, Dk), v_cmp (B, M, Hkv, Dv) -> out, lse.
 // seqlen_k is Tk, the number of uncompressed keys: needed for dense tensors, unused for packed ones.
 inline std::tuple<at::Tensor, at::Tensor> compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp,

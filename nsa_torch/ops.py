@@ -98,6 +98,27 @@ def compress(
     return torch.ops.nsa.compress(x, pe, w1, b1, w2, b2, **options)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
+    """Rotary positions, in Llama's half-split convention: channel c of a head and channel c + D / 2 turn as a pair.
+
+    (a, b) becomes (cos_a a - sin_a b, cos_b b + sin_b a), where a and b are the halves of a head, and cos_a and cos_b
+    those of a row of angles. On CUDA one kernel, in float32; the gradient is the transposed rotation.
+
+    Args:
+        x: (B, T, H, D), or packed (sum T, H, D); D is even.
+        cos, sin: (B, T, 1, D) or what broadcasts to it, such as (T, 1, D). They have no gradient.
+        transposed: (cos_a a + sin_b b, cos_b b - sin_a a) instead.
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        ValueError: sizes that do not fit. TypeError: dtypes that are not floating, devices that differ.
+    """
+    _check_types(x=x, cos=cos, sin=sin)
+    return torch.ops.nsa.rotate(x, cos, sin, transposed)
+
+
 def compressed_attention(
     q: Tensor,
     k_cmp: Tensor,

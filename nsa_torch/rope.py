@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
+
 Tables = tuple[Tensor, Tensor]
 
 
@@ -37,7 +39,7 @@ def rotate(x: Tensor, tables: Tables | None) -> Tensor:
     cos, sin = tables
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return _rotate_with_gradients_of_tables(x, cos, sin)
-    return torch.ops.nsa.rotate(x, cos, sin)
+    return ops.rotate(x, cos, sin)
 
 
 def _rotate_with_gradients_of_tables(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
