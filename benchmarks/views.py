@@ -3,6 +3,7 @@
 parts: every op, forward and backward, with its rate and its share of the GPU's limit. `limit_ms` of a row is the larger
 of two times, of its operations in large matrix products and of its bytes in a copy; the rate shown is of that one.
 sums: the whole against a peer: forward, backward, and both together; and memory.
+targets: what was set out to be reached on an H100, beside what is: how many times as fast as the peer; and milliseconds.
 step: where a training step's time goes.
 """
 
@@ -23,6 +24,25 @@ PARTS = {
     "nsa_attention": "the whole",
 }
 PEER = "cudnn"
+
+# (least, aim): how many times as fast as the peer, by data, direction and tokens.
+RATIO_TARGETS = {
+    ("random", "forward"): {8192: (1.0, 1.3), 16384: (1.6, 2.1), 32768: (2.5, 3.2), 65536: (4.0, 5.2)},
+    ("correlated", "forward"): {8192: (1.1, 1.3), 16384: (1.9, 2.4), 32768: (3.0, 3.8), 65536: (5.0, 6.5)},
+    ("random", "backward"): {8192: (1.0, 1.5), 16384: (1.8, 2.6), 32768: (3.2, 4.4), 65536: (5.4, 7.5)},
+    ("correlated", "backward"): {65536: (5.8, 8.0)},
+    ("random", "both"): {65536: (4.9, 6.5)},
+}
+# Milliseconds of each part at 64k on random data: (at most, aim).
+PART_TARGETS = {
+    ("compressed_attention", "forward"): (8.5, 7.0),
+    ("select_blocks", "forward"): (6.0, 4.5),
+    ("selected_attention", "forward"): (13.0, 11.0),
+    ("window_attention", "forward"): (3.0, 2.2),
+    ("compressed_attention", "backward"): (None, 20.0),
+    ("selected_attention", "backward"): (None, 18.0),
+    ("window_attention", "backward"): (None, 6.0),
+}
 
 
 def markdown(lines: Lines) -> str:
@@ -88,10 +108,8 @@ def sums(file: File, rows: list[Row]) -> str:
     for (seqlen, data), directions in by_problem(rows, "seqlen", "data").items():
         if set(directions) != {"forward", "backward"} or PEER not in directions["backward"]["peers"]:
             continue
-        pairs = [(directions[d]["ms"], directions[d]["peers"][PEER]) for d in ("forward", "backward")]
-        pairs.append((pairs[0][0] + pairs[1][0], pairs[0][1] + pairs[1][1]))
         line = [f"{seqlen:,}", data]
-        for own, peer in pairs:
+        for own, peer in with_both(directions).values():
             line += [f"{own:,.1f}", f"{peer:,.1f}", f"{peer / own:.2f}"]
         line += memory(directions["backward"])
         lines.append(line)
@@ -103,6 +121,40 @@ def memory(row: Row) -> list[str]:
     if own is None or peer is None:
         return ["", "", ""]
     return [f"{own / 1e9:,.2f}", f"{peer / 1e9:,.2f}", f"{(own - own_keys_bytes(row)) / peer:.2f}"]
+
+
+def with_both(directions: dict[str, Row]) -> dict[str, tuple[float, float]]:
+    """Milliseconds of this and of the peer: of each direction, and of both together where there are both."""
+    found = {d: (row["ms"], row["peers"][PEER]) for d, row in directions.items() if PEER in row["peers"]}
+    if len(found) == 2:
+        found["both"] = found["forward"][0] + found["backward"][0], found["forward"][1] + found["backward"][1]
+    return found
+
+
+def verdict(least_reached: bool, aim_reached: bool) -> str:
+    return "aim reached" if aim_reached else "reached" if least_reached else "**missed**"
+
+
+def targets(file: File, rows: list[Row]) -> str:
+    del file
+    lines = [["tokens", "data", "what", "measured", "at least", "aim", ""]]
+    whole = [row for row in rows if row["op"] == "nsa_attention"]
+    for (seqlen, data), directions in by_problem(whole, "seqlen", "data").items():
+        for direction, (own, peer) in with_both(directions).items():
+            least, aim = RATIO_TARGETS.get((data, direction), {}).get(seqlen, (None, None))
+            if least is not None and aim is not None:
+                ratio = peer / own
+                said = verdict(ratio >= least, ratio >= aim)
+                what = f"{PEER} / this, {'forward and backward' if direction == 'both' else direction}"
+                lines.append([f"{seqlen:,}", data, what, f"{ratio:.2f}", f"{least:.1f}", f"{aim:.1f}", said])
+    for row in rows:
+        most, aim = PART_TARGETS.get((row["op"], row["direction"]), (None, None))
+        if aim is not None and row["seqlen"] == 65536 and row["data"] == "random":
+            said = verdict(most is None or row["ms"] <= most, row["ms"] <= aim)
+            said = "" if most is None and row["ms"] > aim else said
+            cells = [f"{row['ms']:.2f} ms", "" if most is None else f"{most:.1f} ms", f"{aim:.1f} ms", said]
+            lines.append([f"{row['seqlen']:,}", row["data"], f"{PARTS[row['op']]}, {row['direction']}", *cells])
+    return f"{machine(rows)}:\n\n{markdown(lines)}"
 
 
 def step(file: File, rows: list[Row]) -> str:
@@ -125,4 +177,4 @@ def step(file: File, rows: list[Row]) -> str:
     return f"hidden {first['hidden']}, {first['seqlen']:,} tokens, {machine(rows)}:\n\n{markdown(lines)}"
 
 
-VIEWS = {"parts": parts, "sums": sums, "step": step}
+VIEWS = {"parts": parts, "sums": sums, "targets": targets, "step": step}

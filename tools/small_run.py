@@ -50,6 +50,8 @@ def run(dtype: torch.dtype, heads: int, kv_heads: int, dk: int, dv: int, lengths
     q = normal(*rows, heads, dk, dtype=dtype)
     k, v = normal(*rows, kv_heads, dk, dtype=dtype), normal(*rows, kv_heads, dv, dtype=dtype)
     gates = torch.rand(*rows, heads, 3, device="cuda", requires_grad=True)
+    cos, sin = (torch.randn(tokens, 1, dk, device="cuda") for _ in range(2))
+    turned = nsa_torch.rotate(q, cos, sin)
     size, stride = BLOCKS["block_size"], BLOCKS["block_stride"]
     weight, second = normal(8, size * dk, dtype=dtype), normal(dk, 8, dtype=dtype)
     blocks = {"block_size": size, "block_stride": stride}
@@ -58,8 +60,8 @@ def run(dtype: torch.dtype, heads: int, kv_heads: int, dk: int, dv: int, lengths
     v_cmp = nsa_torch.compress(v, **blocks, **packing)
     if packed:
         packing["cu_seqlens_q"] = packing["cu_seqlens_k"]
-    out = nsa_torch.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates, **BLOCKS, **packing)
-    windowed, lse = nsa_torch.window_attention(q, k, v, window=BLOCKS["window"], **packing)
+    out = nsa_torch.nsa_attention(turned, k_cmp, v_cmp, k, v, k, v, gates, **BLOCKS, **packing)
+    windowed, lse = nsa_torch.window_attention(turned, k, v, window=BLOCKS["window"], **packing)
     (out.sum() + windowed.sum() + lse.sum()).backward()
     torch.cuda.synchronize()
     for tensor in (q, k, v, gates, *weights.values()):
