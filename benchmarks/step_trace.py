@@ -17,6 +17,7 @@ Event = dict[str, Any]
 ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 LAUNCHES = {"cuda_runtime", "cuda_driver"}
 BACKWARD = "autograd::engine::evaluate_function"
+STEP = "training step"  # the annotation around each step
 
 PRODUCTS = re.compile(r"gemm|cutlass|nvjet|xmma|splitk|cublas|aten::(addmm|mm|bmm|addbmm|baddbmm)$", re.IGNORECASE)
 COPIES = re.compile(r"memcpy|copy_|copy_kernel|catarray|aten::(cat|clone|stack|_to_copy)$", re.IGNORECASE)
@@ -53,6 +54,7 @@ class Piece(NamedTuple):
     ops: tuple[str, ...]  # around the launch, outermost first
     annotation: str | None  # of the program, around the op or around its forward
     backward: bool
+    step: int  # the number of steps that had begun, on the host, when it was launched
 
 
 def pieces_of(trace: Event) -> list[Piece]:
@@ -64,22 +66,31 @@ def pieces_of(trace: Event) -> list[Piece]:
     if on_device:
         calls = [(launches.get(e["args"].get("correlation")), e) for e in on_device]
         found = enclosing(host, [call for call, _ in calls if call is not None])
-        around = [(e, e["dur"], found.get(id(call), [])) for call, e in calls]
+        around = [(e, (call or e)["ts"], e["dur"], found.get(id(call), [])) for call, e in calls]
     else:
-        around = list(with_own_time(host))
+        around = [(e, e["ts"], duration, outer) for e, duration, outer in with_own_time(host)]
+    steps = [event["ts"] for event in host if event["name"] == STEP]
     annotations = annotations_by_sequence(host)
-    pieces = [make_piece(event, duration, outer, annotations) for event, duration, outer in around]
+    pieces = [
+        make_piece(event, duration, outer, annotations)._replace(step=sum(begin <= called for begin in steps))
+        for event, called, duration, outer in around
+    ]
     return sorted(pieces, key=lambda piece: piece.begin)
+
+
+def annotation_in(events: list[Event]) -> list[str]:
+    names = [e["name"] for e in events if e["cat"] == "user_annotation"]
+    return [name for name in names if name != STEP and not name.startswith("ProfilerStep")]
 
 
 def make_piece(event: Event, duration: float, outer: list[Event], annotations: dict[int, str]) -> Piece:
     ops = tuple(e["name"] for e in outer if e["cat"] == "cpu_op")
-    said = [e["name"] for e in outer if e["cat"] == "user_annotation" and not e["name"].startswith("ProfilerStep")]
+    said = annotation_in(outer)
     backward = any(name.startswith(BACKWARD) for name in ops)
     if backward:
         numbers = [e["args"].get("Sequence number") for e in outer if e["name"].startswith(BACKWARD)]
         said = [annotations[n] for n in numbers if n in annotations]
-    return Piece(event["name"], event["ts"] / 1e3, duration / 1e3, ops, said[-1] if said else None, backward)
+    return Piece(event["name"], event["ts"] / 1e3, duration / 1e3, ops, said[-1] if said else None, backward, 0)
 
 
 def by_thread(events: Iterable[Event]) -> dict[Any, list[Event]]:
@@ -133,10 +144,10 @@ def annotations_by_sequence(host: list[Event]) -> dict[int, str]:
         for event in sorted(theirs, key=lambda e: (e["ts"], -e["dur"])):
             while open_events and open_events[-1]["ts"] + open_events[-1]["dur"] <= event["ts"]:
                 open_events.pop()
-            said = [e["name"] for e in open_events if e["cat"] == "user_annotation"]
+            said = annotation_in(open_events)
             number = event["args"].get("Sequence number") if event["cat"] == "cpu_op" else None
             inside_backward = any(e["name"].startswith(BACKWARD) for e in (*open_events, event))
-            if number is not None and said and not inside_backward and not said[-1].startswith("ProfilerStep"):
+            if number is not None and said and not inside_backward:
                 found[number] = said[-1]
             open_events.append(event)
     return found
@@ -184,7 +195,7 @@ def other_group(piece: Piece) -> str:
 
 
 def idle(pieces: list[Piece]) -> tuple[float, list[tuple[float, str, str]]]:
-    """From the first piece's begin to the last one's end: all, and each time that no piece covers, between which two."""
+    """From the first piece's begin to the last one's end: all, and each time without a piece, between which two."""
     gaps, last, end = [], pieces[0], pieces[0].begin
     for piece in pieces:
         if piece.begin > end:

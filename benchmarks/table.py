@@ -6,8 +6,8 @@
 
 In a page, a table stands between `<!-- table: benchmarks/results/NAME.json -->` and `<!-- end of table -->`; after the
 name, fields choose among the rows: `op=nsa_attention seqlen=8192,65536`; `view=parts` shows them by one of
-benchmarks/views.py. A row of a file is one op in one direction on one problem: benchmarks/speed.py says what its fields mean. Files of other machines
-have the same fields; rows that differ only in direction share a line.
+benchmarks/views.py. A row of a file is one op in one direction on one problem: benchmarks/speed.py says what its fields
+mean. Files of other machines have the same fields; rows that differ only in direction share a line.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
 """Where a training step of NSAAttention spends its time, against the same layer with dense attention.
 
-    python benchmarks/training_step.py                     # 32k tokens, into benchmarks/results/training-step-<gpu>.json
-    python benchmarks/training_step.py --quick             # bf16, eager only
+    python benchmarks/training_step.py            # 32k tokens, into benchmarks/results/training-step-<gpu>.json
+    python benchmarks/training_step.py --quick    # bf16, eager only
     python benchmarks/training_step.py --length 1024 --hidden 64 --heads 4 --kv-heads 2 --dim 16   # something small
 
 Forward and backward of one layer, hidden 2048, 32 query heads, 2 KV heads, d 128, one sequence, the optimizer aside:
 with parameters and tokens in bf16, and with float32 ones under autocast; eager, and by torch.compile. A row is one of
-these: `ms` is the median by events without the profiler, `peers` the same layer with torch's dense attention
-(`peak_bytes` likewise). `groups` divides one profiled step (benchmarks/step_trace.py): milliseconds of the device,
-forward and backward, for each part; `gaps` is when it did nothing between the first kernel and the last (`longest_gaps`: between which); `outside`
-lists the kernels of the last four groups, the longest first.
+these: `ms` is the median by events without the profiler, of steps that follow each other as in training, where the host
+runs ahead of the device; `peers` the same layer with torch's dense attention (`peak_bytes` likewise). `groups` divides
+profiled steps (benchmarks/step_trace.py): milliseconds of the device, forward and backward, for each part of a step;
+`gaps` is when it did nothing (`longest_gaps`: between which kernels); `outside` lists the kernels of the last four
+groups, the longest first.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import functools
 import json
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,12 @@ from gpu import commit_of, length, slug, write
 from nsa_torch import NSAAttention, module, rope
 from peers import BACKENDS, sdpa
 from speed import ROOT, cpu_model
-from step_trace import GROUPS, groups_of, idle, pieces_of
+from step_trace import GROUPS, STEP, groups_of, idle, pieces_of
 from timing import Device, bytes_of
 
 OUTSIDE = ("rotary", "copies and casts", "fills", "elementwise")
 PRECISIONS = ("bf16", "autocast")
+STEPS = 3  # that follow each other
 Row = dict[str, Any]
 
 
@@ -92,7 +94,9 @@ def annotated() -> Iterator[None]:
             setattr(*place, function)
 
 
-def make_step(options: argparse.Namespace, method: str, precision: str, compiled: bool) -> tuple[Callable[[], None], int]:
+def make_step(
+    options: argparse.Namespace, method: str, precision: str, compiled: bool
+) -> tuple[Callable[[], None], int]:
     """A training step, and the bytes of its inputs and parameters."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -118,17 +122,17 @@ def make_step(options: argparse.Namespace, method: str, precision: str, compiled
 
 
 def traced(device: Device, step: Callable[[], None], compiled: bool) -> Row:
-    """The groups of one profiled step, after one that warms the profiler up."""
+    """The groups of profiled steps, after some that warm the profiler up."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.is_cuda:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with contextlib.nullcontext() if compiled else annotated():
-        with torch.profiler.profile(activities=activities):
-            step()
-            device.synchronize()
-        with torch.profiler.profile(activities=activities) as profiler:
-            step()
-            device.synchronize()
+        for _ in range(2):
+            with torch.profiler.profile(activities=activities) as profiler:
+                for _ in range(STEPS):
+                    with torch.profiler.record_function(STEP):
+                        step()
+                device.synchronize()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
@@ -137,23 +141,30 @@ def traced(device: Device, step: Callable[[], None], compiled: bool) -> Row:
 
 
 def grouped(trace: dict[str, Any]) -> Row:
+    """Of a step in the middle of others: the mean of all but the first."""
     pieces = pieces_of(trace)
-    groups = groups_of(pieces)
+    groups = dict(zip(pieces, groups_of(pieces), strict=True))
+    before = [piece for piece in pieces if piece.step <= 1][-1]
+    pieces = [piece for piece in pieces if piece.step > 1]
     sums: dict[str, dict[str, float]] = {name: {"forward": 0.0, "backward": 0.0} for name in GROUPS}
     outside: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
-    for piece, group in zip(pieces, groups, strict=True):
+    for piece in pieces:
+        group = groups[piece]
         direction = "backward" if piece.backward else "forward"
-        sums[group][direction] += piece.ms
+        ms = piece.ms / (STEPS - 1)
+        sums[group][direction] += ms
         if group in OUTSIDE:
-            outside[group, direction, piece.ops[-1] if piece.ops else "", piece.name[:90]].append(piece.ms)
-    total, gaps = idle(pieces)
+            outside[group, direction, piece.ops[-1] if piece.ops else "", piece.name[:90]].append(ms)
+    total, gaps = idle([before, *pieces])
     longest = sorted(outside.items(), key=lambda item: -sum(item[1]))[:24]
     return {
-        "profiled_ms": round(total, 3),
-        "gaps": round(sum(ms for ms, _, _ in gaps), 3),
+        "profiled_ms": round((total - before.ms) / (STEPS - 1), 3),
+        "gaps": round(sum(ms for ms, _, _ in gaps) / (STEPS - 1), 3),
         "longest_gaps": [[round(ms, 3), after[:60], before[:60]] for ms, after, before in gaps[:5]],
-        "groups": {name: {d: round(ms, 3) for d, ms in sum_.items()} for name, sum_ in sums.items() if any(sum_.values())},
-        "outside": [[*key, len(times), round(sum(times), 3)] for key, times in longest],
+        "groups": {
+            name: {d: round(ms, 3) for d, ms in sum_.items()} for name, sum_ in sums.items() if any(sum_.values())
+        },
+        "outside": [[*key, len(times) // (STEPS - 1), round(sum(times), 3)] for key, times in longest],
     }
 
 
@@ -161,13 +172,15 @@ def measure(device: Device, options: argparse.Namespace, precision: str, compile
     """One row: NSA, with dense attention as its peer."""
     found: dict[str, Row] = {}
     for method in options.methods:
+        if method == "dense" and compiled and not options.dense_compiled:
+            continue
         with device.cleared():
             step, held = make_step(options, method, precision, compiled)
             begun = time.perf_counter()
             step()
             device.synchronize()
             first = time.perf_counter() - begun
-            ms = device.median(step, options.budget)
+            ms = device.median(lambda step=step: [step() for _ in range(STEPS)], options.budget) / STEPS
             peak = device.peak(step)
             found[method] = {"ms": round(ms, 3), "peak_bytes": None if peak is None else peak + held}
             found[method] |= {"first_s": round(first, 1)} | traced(device, step, compiled)
@@ -195,7 +208,7 @@ def report(row: Row) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    """Milliseconds of each row, and how much of it lies within attention, within products, outside of both, and idle."""
+    """Milliseconds of each row, and how much of it is attention, products, outside of both, and idle."""
     lines = []
     for row in rows:
         sums = {name: sum(part.values()) for name, part in row["groups"].items()}
@@ -228,6 +241,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--methods", nargs="+", choices=["nsa", "dense"], default=["nsa", "dense"])
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager", "compiled"])
+    parser.add_argument("--dense-compiled", action="store_true", help="compile the dense layer, too: it takes longer")
     parser.add_argument("--quick", action="store_true", help="bf16, eager only")
     parser.add_argument("--outside", type=int, default=10, help="kernels outside of attention and products to print")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -3,7 +3,7 @@
 parts: every op, forward and backward, with its rate and its share of the GPU's limit. `limit_ms` of a row is the larger
 of two times, of its operations in large matrix products and of its bytes in a copy; the rate shown is of that one.
 sums: the whole against a peer: forward, backward, and both together; and memory.
-targets: what was set out to be reached on an H100, beside what is: how many times as fast as the peer; and milliseconds.
+targets: what was to be reached on an H100, beside what is: how many times as fast as the peer; and milliseconds.
 step: where a training step's time goes.
 """
 
@@ -160,7 +160,9 @@ def targets(file: File, rows: list[Row]) -> str:
 def step(file: File, rows: list[Row]) -> str:
     """A column for each row of the file, milliseconds forward + backward."""
     del file
-    lines = [["ms, forward + backward", *(f"{row['op'].removeprefix('training step, ')}, {row['dtype']}" for row in rows)]]
+    lines = [
+        ["ms, forward + backward", *(f"{row['op'].removeprefix('training step, ')}, {row['dtype']}" for row in rows)]
+    ]
     groups = list(dict.fromkeys(name for row in rows for name in row["groups"]))
     for name in groups:
         cells = [row["groups"].get(name, {"forward": 0.0, "backward": 0.0}) for row in rows]
@@ -169,7 +171,12 @@ def step(file: File, rows: list[Row]) -> str:
     lines.append(["the step, profiled", *(f"{row['profiled_ms']:.2f}" for row in rows)])
     lines.append(["the step, median without the profiler", *(f"**{row['ms']:.2f}**" for row in rows)])
     for peer in dict.fromkeys(name for row in rows for name in row["peers"]):
-        lines.append([f"the same layer, {peer} attention", *(f"{row['peers'].get(peer, 0):.2f}" for row in rows)])
+        lines.append(
+            [
+                f"the same layer, {peer} attention",
+                *(f"{row['peers'][peer]:.2f}" if peer in row["peers"] else "" for row in rows),
+            ]
+        )
         memories = [(row["peak_bytes"], row["peer_peak_bytes"].get(peer)) for row in rows]
         shown = ["" if None in pair else " / ".join(f"{n / 1e9:.2f}" for n in pair) for pair in memories]
         lines.append([f"peak GB, this / {peer}", *shown])

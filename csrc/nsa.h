@@ -87,8 +87,8 @@ inline at::Tensor compress(const at::Tensor& x, const CompressionWeights& weight
 }
 
 // Rotary positions of x (B, T, H, D) or packed (sum T, H, D), in Llama's half-split convention: the halves (a, b) of a
-// head become (cos_a a - sin_a b, cos_b b + sin_b a), transposed (cos_a a + sin_b b, cos_b b - sin_a a). cos and sin are
-// (B, T, 1, D) or what broadcasts to it, and have no gradient.
+// head become (cos_a a - sin_a b, cos_b b + sin_b a), transposed (cos_a a + sin_b b, cos_b b - sin_a a). cos and sin
+// are (B, T, 1, D) or what broadcasts to it, and have no gradient.
 inline at::Tensor rotate(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin, bool transposed = false) {
   static const auto op =
       detail::find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, bool)>("nsa::rotate");

@@ -9,7 +9,17 @@ from torch import Tensor
 import nsa_torch
 from nsa_torch.rope import for_heads, rotary_tables, rotate
 
-SIZES = [(7, 1, 2), (13, 3, 6), (33, 4, 20), (5, 33, 64), (50, 32, 128), (17, 2, 256), (3, 70, 192), (0, 2, 8), (2, 1, 600)]
+SIZES = [
+    (7, 1, 2),
+    (13, 3, 6),
+    (33, 4, 20),
+    (5, 33, 64),
+    (50, 32, 128),
+    (17, 2, 256),
+    (3, 70, 192),
+    (0, 2, 8),
+    (2, 1, 600),
+]
 LAYOUTS = ["dense", "packed", "batch_of_tables", "view"]
 
 

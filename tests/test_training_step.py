@@ -19,7 +19,16 @@ ENGINE = "autograd::engine::evaluate_function: "
 
 
 def event(name: str, begin: float, duration: float, category: str = "cpu_op", thread: int = 1, **args: Any) -> Any:
-    return {"ph": "X", "cat": category, "name": name, "ts": begin, "dur": duration, "pid": 1, "tid": thread, "args": args}
+    return {
+        "ph": "X",
+        "cat": category,
+        "name": name,
+        "ts": begin,
+        "dur": duration,
+        "pid": 1,
+        "tid": thread,
+        "args": args,
+    }
 
 
 def launched(kernel: str, called: float, begin: float, duration: float, thread: int = 1) -> list[Any]:
@@ -34,6 +43,7 @@ def made_up_trace() -> dict[str, Any]:
     return {
         "traceEvents": [
             {"ph": "M", "name": "process_name", "pid": 1},
+            event(step_trace.STEP, -1, 161, "user_annotation"),
             event("aten::linear", 0, 10),
             event("aten::mm", 2, 6, **{"Sequence number": 1}),
             *launched("nvjet_hsh_128x256", 4, 100, 1000),
@@ -65,7 +75,9 @@ def made_up_trace() -> dict[str, Any]:
 
 def test_a_trace_is_divided_into_parts() -> None:
     pieces = step_trace.pieces_of(made_up_trace())
-    found = [(g, "backward" if p.backward else "forward") for g, p in zip(step_trace.groups_of(pieces), pieces, strict=True)]
+    found = [
+        (g, "backward" if p.backward else "forward") for g, p in zip(step_trace.groups_of(pieces), pieces, strict=True)
+    ]
     assert found == [
         ("projections", "forward"),
         ("rotary", "forward"),
@@ -80,6 +92,7 @@ def test_a_trace_is_divided_into_parts() -> None:
         ("rotary", "backward"),
         ("fills", "backward"),
     ]
+    assert {piece.step for piece in pieces} == {1}
     total, gaps = step_trace.idle(pieces)
     assert total == pytest.approx(8.62)
     assert [round(ms, 6) for ms, _, _ in gaps] == [0.1, 0.1]
@@ -99,10 +112,10 @@ def test_training_step_writes_rows_of_which_views_make_a_table(quick: bool, tmp_
     for row in file["rows"]:
         assert {*table.MACHINE, *table.PROBLEM, "direction", "ms", "peers", "peak_bytes", "error"} <= set(row)
         assert row["ms"] > 0 and row["peers"]["dense"] > 0
-        for name in ("compressed attention", "choice of blocks", "selected attention", "window attention", "projections"):
-            assert row["groups"][name]["forward"] > 0, name
+        parts = row["groups"]
         for name in ("compressed attention", "selected attention", "window attention", "projections"):
-            assert row["groups"][name]["backward"] > 0, name
+            assert parts[name]["forward"] > 0 and parts[name]["backward"] > 0, name
+        assert parts["choice of blocks"]["forward"] > 0
         assert row["peer_parts"]["dense"]["groups"]["dense attention"]["forward"] > 0
     page = views.step(file, file["rows"])
     assert "| selected attention |" in page
