@@ -89,7 +89,7 @@ def make_piece(event: Event, duration: float, outer: list[Event], annotations: d
     backward = any(name.startswith(BACKWARD) for name in ops)
     if backward:
         numbers = [e["args"].get("Sequence number") for e in outer if e["name"].startswith(BACKWARD)]
-        said = [annotations[n] for n in numbers if n in annotations]
+        said = [annotations[n] for n in numbers if annotations.get(n)]
     return Piece(event["name"], event["ts"] / 1e3, duration / 1e3, ops, said[-1] if said else None, backward, 0)
 
 
@@ -137,7 +137,7 @@ def with_own_time(host: list[Event]) -> Iterator[tuple[Event, float, list[Event]
 
 
 def annotations_by_sequence(host: list[Event]) -> dict[int, str]:
-    """The program's annotation around the forward op of each sequence number."""
+    """The program's annotation around the forward op of each sequence number, "" where there is none."""
     found: dict[int, str] = {}
     for theirs in by_thread(host).values():
         open_events: list[Event] = []
@@ -147,8 +147,9 @@ def annotations_by_sequence(host: list[Event]) -> dict[int, str]:
             said = annotation_in(open_events)
             number = event["args"].get("Sequence number") if event["cat"] == "cpu_op" else None
             inside_backward = any(e["name"].startswith(BACKWARD) for e in (*open_events, event))
-            if number is not None and said and not inside_backward:
-                found[number] = said[-1]
+            if number is not None and not inside_backward:
+                # Ops that have no gradient show the number of the next that has one: the last to show it counts.
+                found[number] = said[-1] if said else ""
             open_events.append(event)
     return found
 
