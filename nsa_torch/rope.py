@@ -68,8 +68,8 @@ def take_rows(tables: Tables | None, rows: Tensor) -> Tables | None:
 def check_tables(tables: Tables, shape: tuple[int, ...]) -> Tables:
     """Tables given by the user as position_embeddings, for tokens of `shape` (B, T, D) or (T, D).
 
-    cos and sin may have a batch dimension of B or 1, or none; it is removed for tokens without.
-    ValueError for any other shape.
+    cos and sin may have a batch dimension of B or 1, or none; it is removed for tokens without. They
+    become float32 if they are less, once for all that is rotated. ValueError for any other shape.
     """
     if len(tables) != 2:
         raise ValueError(f"position_embeddings must be (cos, sin), got {len(tables)} entries")
@@ -82,5 +82,5 @@ def check_tables(tables: Tables, shape: tuple[int, ...]) -> Tables:
             allowed = f"{allowed} or {shape[-2:]}"
             raise ValueError(f"position_embeddings must hold tensors of shape {allowed}, got {got}")
     cos, sin = (t[0] if len(shape) == 2 and t.dim() == 3 else t for t in tables)
-    cos, sin = torch.broadcast_tensors(cos, sin)
+    cos, sin = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in torch.broadcast_tensors(cos, sin))
     return cos, sin
