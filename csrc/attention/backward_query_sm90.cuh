@@ -15,17 +15,6 @@ namespace nsa {
 
 namespace grad_q {
 
-// To the L2 cache: a box of a tensor, a line.
-__device__ inline void prefetch_box(const CUtensorMap* map, int32_t column, int32_t head, int32_t token,
-                                    int32_t batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(column),
-               "r"(head), "r"(token), "r"(batch)
-               : "memory");
-}
-__device__ inline void prefetch_line(const void* address) {
-  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address) : "memory");
-}
-
 // Copies K and V of all tiles, in the order in which consumers want them.
 template <typename Shape>
 __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
@@ -34,15 +23,16 @@ __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, 
   prefetch_map(&params.v);
   Place<Shape::kKStages> k_place;
   Place<Shape::kVStages> v_place;
-  for_each_row_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RowTile& tile) {
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
     const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
                                           uint32_t parity, int32_t key) {
       wait(empty, parity ^ 1);
       arrive_expecting(full, Panel::kSize * sizeof(Element));
 #pragma unroll
       for (int panel = 0; panel < Panel::kPanels; ++panel) {
-        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv,
-                 static_cast<int32_t>(tile.keys.begin) + key, static_cast<int32_t>(tile.place.batch), kEvictLast);
+        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv, tile.first_key + key, tile.batch,
+                 kEvictLast);
       }
     };
     for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
@@ -53,97 +43,82 @@ __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, 
            &shared.v_empty[v_place.stage], v_place.parity, key);
       v_place.advance();
     }
-  });
+  }
 }
 
-// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile. What else a consumer reads of its
-// rows comes to the L2 cache meanwhile. By a warp.
+// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile.
 template <typename Shape>
 __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
+  prefetch_map(&params.q);
+  prefetch_map(&params.grad_out);
   Place<Shape::kRowSlots> slot;
-  const RangeBackwardParams& range = params.range;
-  const Sequences& s = range.sequences;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for_each_row_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RowTile& tile) {
+  const Sequences& s = params.range.sequences;
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
     if (tile.begin >= tile.end) {
-      return;
+      continue;
     }
-    const int32_t batch = static_cast<int32_t>(tile.place.batch);
     for (int i = 0; i < Shape::kConsumers; ++i) {
-      const int32_t first_row = tile.first_row + params.consumer_rows * i;
-      const int32_t token = static_cast<int32_t>(tile.place.q_begin) + row_at(s, 0, first_row).query;
+      const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
       Barrier* const full = &shared.rows_full[slot.stage];
+      const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
+#pragma unroll
+        for (int panel = 0; panel < Panel::kPanels; ++panel) {
+          copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
+                   tile.first_token + query, tile.batch, kEvictFirst);
+        }
+      };
       wait(&shared.rows_empty[slot.stage], slot.parity ^ 1);
-      if (lane == 0) {
-        const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
-#pragma unroll
-          for (int panel = 0; panel < Panel::kPanels; ++panel) {
-            copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group, token, batch,
-                     kEvictFirst);
-          }
-        };
-        arrive_expecting(full, params.consumer_bytes);
-        copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
-        copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
-        if ((Shape::kPrefetch & 1) != 0 && range.add_to_grad_q) {
-#pragma unroll
-          for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
-            prefetch_box(&params.grad_q, 64 * panel, tile.head_kv * s.group, token, batch);
-          }
-        }
-      }
-      if ((Shape::kPrefetch & 2) != 0) {
-        for (int row = first_row + lane; row < first_row + params.consumer_rows && row <= tile.last_row; row += 32) {
-          const Row at = row_at(s, tile.head_kv, row);
-          const int64_t of_token = tile.place.q_begin + at.query;
-          prefetch_line(&range.lse.at(batch, at.head, of_token));
-          prefetch_line(&range.delta.at(batch, at.head, of_token));
-        }
-      }
+      arrive_expecting(full, params.consumer_bytes);
+      copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
+      copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
       slot.advance();
     }
-  });
+  }
 }
 
 // Sets columns outside [low, high) of one of the lane's two rows to 0.
 template <int kTiles>
 __device__ inline void clear_outside(float (&c)[kTiles][4], int half, int32_t low, int32_t high, int lane) {
+  low -= 2 * (lane % 4);
+  high -= 2 * (lane % 4);
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const int32_t column = 8 * i + 2 * (lane % 4) + j;
-      if (column < low || column >= high) {
+      if (8 * i + j < low || 8 * i + j >= high) {
         c[i][2 * half + j] = 0.f;
       }
     }
   }
 }
 
-// Rows leave in chunks of 16 bytes, every fourth of them by the same of a row's four lanes.
-__device__ inline int column_of_chunk(int i, int lane) { return 8 * (4 * i + lane % 4); }
-
-template <typename Element, int kChunks>
-__device__ inline void read_row(uint4 (&chunks)[kChunks], const Element* from, int32_t width, int lane) {
-#pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
-    const int column = column_of_chunk(i, lane);
-    chunks[i] = column < width ? *reinterpret_cast<const uint4*>(from + column) : uint4{};
+// Adds eight elements to those at `to`, each sum rounded, as add_chunks does, but in the L2 cache.
+template <typename Element>
+__device__ inline void add_to_memory(Element* to, const uint32_t (&words)[4]) {
+  if constexpr (__is_same(Element, Half)) {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]),
+                 "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
   }
 }
 
-// Writes one of the lane's two rows of an accumulator, times `factor`, plus `before` if `add`: lanes trade their pairs
-// of columns for chunks. `to` may be null: then nothing is written.
-template <typename Element, int kChunks>
-__device__ inline void write_row_sum(Element* to, int32_t width, const float (&c)[4 * kChunks][4], int half,
-                                     float factor, bool add, const uint4 (&before)[kChunks], int lane) {
+// Writes one of the lane's two rows of an accumulator, times `factor`, or adds it to what is there: the four lanes of a
+// row trade their pairs of columns for chunks of 16 bytes. `to` may be null: then nothing is written.
+template <typename Element, int kTiles>
+__device__ inline void write_gradient(Element* to, int32_t width, const float (&c)[kTiles][4], int half, float factor,
+                                      bool add, int lane) {
 #pragma unroll
-  for (int i = 0; i < kChunks; ++i) {
+  for (int i = 0; i < kTiles; i += 4) {
     uint32_t words[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      words[j] = pack<Element>(c[4 * i + j][2 * half] * factor, c[4 * i + j][2 * half + 1] * factor);
+      words[j] = pack<Element>(c[i + j][2 * half] * factor, c[i + j][2 * half + 1] * factor);
     }
 #pragma unroll
     for (int bit = 1; bit <= 2; bit *= 2) {
@@ -156,13 +131,13 @@ __device__ inline void write_row_sum(Element* to, int32_t width, const float (&c
         }
       }
     }
-    uint4 chunk = make_uint4(words[0], words[1], words[2], words[3]);
-    if (add) {
-      chunk = add_chunks<Element>(chunk, before[i]);
-    }
-    const int column = column_of_chunk(i, lane);
+    const int column = 8 * (i + lane % 4);
     if (to != nullptr && column < width) {
-      *reinterpret_cast<uint4*>(to + column) = chunk;
+      if (add) {
+        add_to_memory(to + column, words);
+      } else {
+        *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
+      }
     }
   }
 }
@@ -182,17 +157,17 @@ __device__ inline void start_product(float (&c)[kTiles][4], uint64_t a, uint64_t
   commit_products();
 }
 
-// c += a b for as many columns as c has: a product takes 128 of them, or 64.
+// c = a b, or c += a b, for as many columns as c has: a product takes 128 of them, or 64.
 template <typename Element, int kPanelBytes, int kTiles>
-__device__ inline void multiply_columns(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b) {
+__device__ inline void multiply_columns(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   constexpr int kWide = kTiles / 16;
 #pragma unroll
   for (int i = 0; i < kWide; ++i) {
-    multiply_async<Element>(reinterpret_cast<float (&)[16][4]>(c[16 * i]), a, advance(b, 2 * kPanelBytes * i), true);
+    multiply_async<Element>(reinterpret_cast<float (&)[16][4]>(c[16 * i]), a, advance(b, 2 * kPanelBytes * i), add);
   }
   if constexpr (kTiles % 16 != 0) {
     multiply_async<Element>(reinterpret_cast<float (&)[8][4]>(c[16 * kWide]), a, advance(b, 2 * kPanelBytes * kWide),
-                            true);
+                            add);
   }
 }
 
@@ -209,10 +184,10 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   constexpr int kPanelBytes = KTile::kPanelSize * kBytes;
   const RangeBackwardParams& range = params.range;
   const Sequences& s = range.sequences;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int lane = thread % 32;
-  const int own_row = thread / 32 * 16 + lane / 4;  // of the consumer's, and the eighth after it
-  const int row = consumer * params.consumer_rows + own_row;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // The lane's first row of the consumer's 64; its second is the eighth after it.
+  const auto own_row = [] { return fresh_thread() % kWarpgroup / 32 * 16 + fresh_thread() % 32 / 4; };
+  const auto row_in_tile = [&] { return consumer * params.consumer_rows + own_row(); };
 
   const auto release = [&](Barrier* barrier) {
     if (lane == 0) {
@@ -220,16 +195,8 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     }
   };
   // Warpgroup 0 produces. Named barrier i is the turn of warpgroup i; the next ones are for a consumer's own threads.
-  const auto await_turn = [&] {
-    if constexpr (Shape::kTurns) {
-      sync_threads(fresh_thread() / kWarpgroup, 2 * kWarpgroup);
-    }
-  };
-  const auto pass_turn = [&] {
-    if constexpr (Shape::kTurns) {
-      arrive_threads(fresh_thread() / kWarpgroup % Shape::kConsumers + 1, 2 * kWarpgroup);
-    }
-  };
+  const auto await_turn = [&] { sync_threads(fresh_thread() / kWarpgroup, 2 * kWarpgroup); };
+  const auto pass_turn = [&] { arrive_threads(fresh_thread() / kWarpgroup % Shape::kConsumers + 1, 2 * kWarpgroup); };
   if (consumer == Shape::kConsumers - 1) {
     pass_turn();
   }
@@ -239,182 +206,157 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   const uint64_t grad_out_at = tile_descriptor(shared_address(shared.grad_out), 0);
   const uint64_t k_at = tile_descriptor(shared_address(shared.k), kPanelBytes);
   const uint64_t v_at = tile_descriptor(shared_address(shared.v), 0);
-  Place<Shape::kKStages> k_place;  // of the sums' K: the scores' is one further, but in a tile's first step
+  Place<Shape::kKStages> k_place;  // of the sums' K; that of the scores is one further
   Place<Shape::kVStages> v_place;
   Place<Shape::kRowSlots> slot;
   for (int i = 0; i < consumer; ++i) {
     slot.advance();
   }
 
-  for_each_row_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RowTile& tile) {
-    const int32_t first_row = tile.first_row + row;
-    const auto place_of_row = [&](int half) {
-      return row_at(s, tile.head_kv, min(first_row + 8 * half, tile.last_row));
-    };
-    const int32_t batch = static_cast<int32_t>(tile.place.batch);
-    const int32_t q_begin = static_cast<int32_t>(tile.place.q_begin);
-    const auto number_of_row = [&](const RowView& numbers, int half) {
-      const Row at = place_of_row(half);
-      return numbers.at(batch, at.head, int64_t{q_begin} + at.query);
-    };
-
-    const auto row_of_gradient = [&](int half) -> Element* {
-      if (own_row + 8 * half >= params.consumer_rows || first_row + 8 * half > tile.last_row) {
-        return nullptr;
+  TileWalk walk;
+  RowTile tile{};
+  const auto number_of_row = [&](const RowView& numbers, int half) {
+    const Row at = row_at(s, tile.head_kv, min(tile.first_row + row_in_tile() + 8 * half, tile.last_row));
+    return numbers.at(tile.batch, at.head, int64_t{tile.first_token} + at.query);
+  };
+  // Where the gradient of one of the lane's rows begins, in chunks of 16 bytes; kNowhere where the tile lacks the row.
+  constexpr uint32_t kNowhere = 0xffffffff;
+  const auto gradient_of_row = [&](int half) -> uint32_t {
+    const int32_t at_row = tile.first_row + row_in_tile() + 8 * half;
+    if (own_row() + 8 * half >= params.consumer_rows || at_row > tile.last_row) {
+      return kNowhere;
+    }
+    const TensorView& to = range.grad_q;
+    const Row at = row_at(s, tile.head_kv, at_row);
+    return static_cast<uint32_t>((tile.batch * to.batch_stride +
+                                  (int64_t{tile.first_token} + at.query) * to.token_stride + at.head * to.head_stride) /
+                                 8);
+  };
+  const auto address_of = [&](uint32_t chunks) {
+    return chunks == kNowhere ? nullptr : static_cast<Element*>(range.grad_q.data) + int64_t{chunks} * 8;
+  };
+  // The next tile whose rows see keys; the gradients of those between are 0.
+  const auto find_tile_with_keys = [&] {
+    while (walk.next(tile, params, Shape::kConsumers * params.consumer_rows)) {
+      if (tile.begin < tile.end) {
+        return true;
       }
-      const Row at = place_of_row(half);
-      return range.grad_q.row<Element>(batch, int64_t{q_begin} + at.query, at.head);
-    };
-    if (tile.begin >= tile.end) {
-      if (!range.add_to_grad_q) {
-        for (int half = 0; half < 2; ++half) {
-          Element* const to = row_of_gradient(half);
-          for (int column = column_of_chunk(0, lane); to != nullptr && column < range.grad_q.width; column += 32) {
-            *reinterpret_cast<uint4*>(to + column) = uint4{};
-          }
+      for (int half = 0; half < 2 && !range.add_to_grad_q; ++half) {
+        Element* const to = address_of(gradient_of_row(half));
+        for (int column = 8 * (lane % 4); to != nullptr && column < range.grad_q.width; column += 32) {
+          *reinterpret_cast<uint4*>(to + column) = uint4{};
         }
       }
-      return;
     }
+    return false;
+  };
 
-    float lse[2];
-    float delta[2];
+  float lse[2];
+  float delta[2];
+  int32_t all_begin;  // keys in [all_begin, all_end) are seen by every row
+  int32_t all_end;
+  const auto open_tile = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       lse[half] = number_of_row(range.lse, half) * kLog2E;
       delta[half] = number_of_row(range.delta, half);
     }
-    const int32_t offset = tile.place.offset;
-    // Keys in [all_begin, all_end) are seen by every row.
-    const int32_t all_begin = range.visibility.begin(offset + row_at(s, 0, tile.last_row).query);
-    const int32_t all_end = min(range.visibility.end(offset + row_at(s, 0, tile.first_row).query), tile.keys.length);
-    // Stands for a probability of 1, whose score has no gradient but that of lse.
-    constexpr float kWhole = -1.f;
-    const float whole = range.grad_lse.data == nullptr ? 0.f : kWhole;
-    float grad_q[Shape::kDimK / 8][4];
-    clear(grad_q);
-    float scores[kKeys / 8][4];
-    float grads[kKeys / 8][4];
-    uint32_t weights[kKeys / 16][4];
+    const int32_t offset = tile.offset;
+    all_begin = range.visibility.begin(offset + row_at(s, 0, tile.last_row).query);
+    all_end = min(range.visibility.end(offset + row_at(s, 0, tile.first_row).query), tile.num_keys);
+  };
 
-    const auto start_scores = [&](const Place<Shape::kKStages>& place) {
-      start_product<QTile, KTile>(scores, advance(q_at, slot.stage * QTile::kSize * kBytes),
-                                  advance(k_at, place.stage * KTile::kSize * kBytes));
-    };
-    const auto start_grads = [&] {
-      start_product<GradOutTile, VTile>(grads, advance(grad_out_at, slot.stage * GradOutTile::kSize * kBytes),
-                                        advance(v_at, v_place.stage * VTile::kSize * kBytes));
-    };
-    const auto start_sums = [&] {
-      const uint64_t k = advance(k_at, k_place.stage * KTile::kSize * kBytes);
-      hold(grad_q);
-      fence_products();
+  // Stands for a probability of 1, whose score has no gradient but that of lse.
+  constexpr float kWhole = -1.f;
+  const float whole = range.grad_lse.data == nullptr ? 0.f : kWhole;
+  float grad_q[Shape::kDimK / 8][4];
+  float scores[kKeys / 8][4];
+  float grads[kKeys / 8][4];
+  uint32_t weights[kKeys / 16][4];
+
+  const auto start_scores = [&](const Place<Shape::kKStages>& place) {
+    start_product<QTile, KTile>(scores, advance(q_at, slot.stage * QTile::kSize * kBytes),
+                                advance(k_at, place.stage * KTile::kSize * kBytes));
+  };
+  const auto start_grads = [&] {
+    wait(&shared.v_full[v_place.stage], v_place.parity);
+    start_product<GradOutTile, VTile>(grads, advance(grad_out_at, slot.stage * GradOutTile::kSize * kBytes),
+                                      advance(v_at, v_place.stage * VTile::kSize * kBytes));
+  };
+  const auto start_sums = [&](bool add) {
+    const uint64_t k = advance(k_at, k_place.stage * KTile::kSize * kBytes);
+    hold(grad_q);
+    fence_products();
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {
-        multiply_columns<Element, kPanelBytes>(grad_q, weights[i], advance(k, 2 * 64 * 16 * i));
+    for (int i = 0; i < kKeys / 16; ++i) {
+      multiply_columns<Element, kPanelBytes>(grad_q, weights[i], advance(k, 2 * 64 * 16 * i), add || i > 0);
+    }
+    commit_products();
+  };
+  const auto take_probabilities = [&] {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float probability = exp2_approx(fmaf(scores[i][j], scale_log2, -lse[j / 2]));
+        scores[i][j] = probability > kWholeProbability<Element> ? whole : probability;
       }
-      commit_products();
-    };
-    const auto take_probabilities = [&] {
+    }
+  };
+  const auto take_weights = [&](int32_t key) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+    for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float probability = exp2_approx(fmaf(scores[i][j], scale_log2, -lse[j / 2]));
-          scores[i][j] = probability > kWholeProbability<Element> ? whole : probability;
-        }
+      for (int j = 0; j < 4; ++j) {
+        grads[i][j] = scores[i][j] * (grads[i][j] - delta[j / 2]);
       }
-    };
-    const auto take_weights = [&](int32_t key) {
+    }
+    if (range.grad_lse.data != nullptr) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        const float grad_lse = number_of_row(range.grad_lse, half);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          grads[i][j] = scores[i][j] * (grads[i][j] - delta[j / 2]);
-        }
-      }
-      if (range.grad_lse.data != nullptr) {
+        for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float grad_lse = number_of_row(range.grad_lse, half);
-#pragma unroll
-          for (int i = 0; i < kKeys / 8; ++i) {
-#pragma unroll
-            for (int j = 2 * half; j < 2 * half + 2; ++j) {
-              grads[i][j] = scores[i][j] == kWhole ? grad_lse : grads[i][j];
-            }
+          for (int j = 2 * half; j < 2 * half + 2; ++j) {
+            grads[i][j] = scores[i][j] == kWhole ? grad_lse : grads[i][j];
           }
         }
       }
-      if (key < all_begin || key + kKeys > all_end) {
+    }
+    if (key < all_begin || key + kKeys > all_end) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int32_t position = offset + row_at(s, 0, first_row + 8 * half).query;
-          const int32_t low = range.visibility.begin(position) - key;
-          const int32_t high = min(range.visibility.end(position), tile.keys.length) - key;
-          clear_outside(grads, half, low, high, lane);
-        }
+      for (int half = 0; half < 2; ++half) {
+        const int32_t position = tile.offset + row_at(s, 0, tile.first_row + row_in_tile() + 8 * half).query;
+        const int32_t low = range.visibility.begin(position) - key;
+        const int32_t high = min(range.visibility.end(position), tile.num_keys) - key;
+        clear_outside(grads, half, low, high, lane);
       }
+    }
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {
-        as_left<Element>(weights[i], grads, i);
-      }
-    };
-    const auto release_k = [&] {
-      release(&shared.k_empty[k_place.stage]);
-      k_place.advance();
-    };
-    const auto release_v = [&](bool last) {
-      release(&shared.v_empty[v_place.stage]);
-      v_place.advance();
-      if (last) {
-        release(&shared.rows_empty[slot.stage]);
-      }
-    };
-    const auto await_k = [&](const Place<Shape::kKStages>& place) { wait(&shared.k_full[place.stage], place.parity); };
-    const auto await_v = [&] { wait(&shared.v_full[v_place.stage], v_place.parity); };
-
-    wait(&shared.rows_full[slot.stage], slot.parity);
-    await_k(k_place);
-    start_scores(k_place);
-    await_v();
-    start_grads();
+    for (int i = 0; i < kKeys / 16; ++i) {
+      as_left<Element>(weights[i], grads, i);
+    }
+  };
+  const auto finish_step = [&](int32_t key) {
     wait_products<1>();
     hold(scores);
     take_probabilities();
     wait_products<0>();
     hold(grads);
-    release_v(tile.begin + kKeys >= tile.end);
-    take_weights(tile.begin);
-
-#pragma unroll 1
-    for (int32_t key = tile.begin + kKeys; key < tile.end; key += kKeys) {
-      Place<Shape::kKStages> next = k_place;
-      next.advance();
-      await_k(next);
-      await_turn();
-      start_sums();
-      start_scores(next);
-      wait_products<1>();
-      hold(grad_q);
-      release_k();
-      await_v();
-      start_grads();
-      pass_turn();
-      wait_products<1>();
-      hold(scores);
-      take_probabilities();
-      wait_products<0>();
-      hold(grads);
-      release_v(key + kKeys >= tile.end);
-      take_weights(key);
+    release(&shared.v_empty[v_place.stage]);
+    v_place.advance();
+    if (key + kKeys >= tile.end) {
+      release(&shared.rows_empty[slot.stage]);
     }
-
-    // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
-    const int32_t beyond = (tile.end - tile.begin - 1) % kKeys + 1;
-    if (beyond < kKeys) {
+    take_weights(key);
+  };
+  // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
+  const auto clear_unused_keys = [&] {
+    const int32_t used = (tile.end - tile.begin - 1) % kKeys + 1;
+    if (used < kKeys) {
 #pragma unroll 1
-      for (int i = 8 * beyond + thread; i < 8 * kKeys; i += kWarpgroup) {
+      for (int i = 8 * used + fresh_thread() % kWarpgroup; i < 8 * kKeys; i += kWarpgroup) {
 #pragma unroll
         for (int panel = 0; panel < KTile::kPanels; ++panel) {
           Element* chunk = shared.k[k_place.stage] + panel * KTile::kPanelSize + 8 * i;
@@ -424,31 +366,71 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
       fence_shared_writes();
       sync_threads(Shape::kConsumers + 1 + consumer, kWarpgroup);
     }
-    start_sums();
+  };
 
-    // Under the last product.
-    constexpr int kChunks = Shape::kDimK / 32;
-    Element* to[2];
-    float factors[2];
-    uint4 before[2][kChunks];
+  if (!find_tile_with_keys()) {
+    return;
+  }
+  open_tile();
+  wait(&shared.rows_full[slot.stage], slot.parity);
+  wait(&shared.k_full[k_place.stage], k_place.parity);
+  start_scores(k_place);
+  start_grads();
+  finish_step(tile.begin);
+  bool add = false;  // to this tile's sums
+  uint32_t to[2];
+  float factors[2];
+  const auto write = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      to[half] = row_of_gradient(half);
-      factors[half] = range.scale * (range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half));
-      read_row(before[half], to[half], range.add_to_grad_q && to[half] != nullptr ? range.grad_q.width : 0, lane);
+      write_gradient(address_of(to[half]), range.grad_q.width, grad_q, half, factors[half], range.add_to_grad_q, lane);
     }
-    wait_products<0>();
+  };
+#pragma unroll 1
+  for (int32_t key = tile.begin + kKeys;; key += kKeys) {
+    Place<Shape::kKStages> next = k_place;
+    next.advance();
+    const bool ends_tile = key >= tile.end;
+    if (ends_tile) {
+      clear_unused_keys();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        to[half] = gradient_of_row(half);
+        factors[half] = range.scale * (range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half));
+      }
+#pragma unroll
+      for (int i = 0; i < Shape::kConsumers; ++i) {
+        slot.advance();
+      }
+      if (!find_tile_with_keys()) {
+        break;
+      }
+      key = tile.begin;
+      wait(&shared.rows_full[slot.stage], slot.parity);
+    }
+    wait(&shared.k_full[next.stage], next.parity);
+    await_turn();
+    start_sums(add);
+    start_scores(next);
+    wait_products<1>();
     hold(grad_q);
-    release_k();
-#pragma unroll
-    for (int i = 0; i < Shape::kConsumers; ++i) {
-      slot.advance();
+    release(&shared.k_empty[k_place.stage]);
+    k_place = next;
+    start_grads();
+    pass_turn();
+    if (ends_tile) {
+      open_tile();
+      write();
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      write_row_sum(to[half], range.grad_q.width, grad_q, half, factors[half], range.add_to_grad_q, before[half], lane);
-    }
-  });
+    add = !ends_tile;
+    finish_step(key);
+  }
+  await_turn();
+  start_sums(add);
+  wait_products<0>();
+  hold(grad_q);
+  pass_turn();
+  write();
 }
 
 }  // namespace grad_q
@@ -481,7 +463,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     shrink_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) {
       grad_q::produce_keys<Shape>(params, shared);
-    } else if (threadIdx.x / 32 == 1) {
+    } else if (threadIdx.x == 32) {
       grad_q::produce_rows<Shape>(params, shared);
     }
   } else {

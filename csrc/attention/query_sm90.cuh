@@ -15,13 +15,12 @@ struct RangeBackwardQuerySm90Params {
   int32_t consumer_bytes;  // that its copies of Q and dO write
   CUtensorMap q;           // boxes of 64 columns, G heads, 64 / G tokens
   CUtensorMap grad_out;
-  CUtensorMap grad_q;
   CUtensorMap k;  // boxes of 64 columns, one head, kKeys tokens
   CUtensorMap v;
 };
 
 template <typename Element_, int kDimK_, int kDimV_, int kConsumers_, int kKeys_, int kRowSlots_, int kKStages_,
-          int kVStages_, bool kTurns_, int kPrefetch_ = 3>
+          int kVStages_>
 struct RangeBackwardQuerySm90Shape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
@@ -31,8 +30,6 @@ struct RangeBackwardQuerySm90Shape {
   static constexpr int kRowSlots = kRowSlots_;  // for the rows of a warpgroup
   static constexpr int kKStages = kKStages_;
   static constexpr int kVStages = kVStages_;
-  static constexpr bool kTurns = kTurns_;
-  static constexpr int kPrefetch = kPrefetch_;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
@@ -71,15 +68,43 @@ struct Place {
   }
 };
 
+// Tokens and keys of all sequences are below 2^31: maps count them in 32 bits, too.
 struct RowTile {
-  SequencePlace place;
-  KeysPlace keys;
+  int32_t batch;
   int32_t head_kv;
+  int32_t first_token;  // of the sequence, in packed q
+  int32_t first_key;    // of the sequence, in packed k and v
+  int32_t num_keys;     // of the sequence
+  int32_t offset;       // query i stands at position offset + i
   int32_t first_row;
   int32_t last_row;  // before the first row where a slot holds no tile
   int32_t begin;     // keys that any row sees
   int32_t end;
 };
+
+// As find_tile (common/sequences.cuh), with divisions of 32 bits: here they stand between two tiles, and those of 64
+// bits take ten times as long. Rows and slots are below 2^31.
+__device__ inline Tile find_row_tile(const Sequences& s, uint32_t tile_rows, uint32_t slot) {
+  const auto group = static_cast<uint32_t>(s.group);
+  if (s.cumulative_q == nullptr) {
+    const uint32_t tiles = (static_cast<uint32_t>(s.length_q) * group + tile_rows - 1) / tile_rows;
+    return {static_cast<int32_t>(slot / tiles), static_cast<int32_t>(slot % tiles)};
+  }
+  const auto first_slot = [&](int32_t i) {
+    return static_cast<uint32_t>(s.cumulative_q[i]) * group / tile_rows + static_cast<uint32_t>(i);
+  };
+  int32_t low = 0;
+  int32_t high = s.batch - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (first_slot(middle) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, static_cast<int32_t>(slot - first_slot(low))};
+}
 
 // The latest queries see the most keys: they go first.
 __device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, int32_t tile_rows, int32_t number) {
@@ -89,32 +114,42 @@ __device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, i
   RowTile to;
   to.head_kv = number % s.heads_kv;
   const Tile tile =
-      find_tile(s, s.cumulative_q, s.group, s.length_q * s.group, tile_rows, slots - 1 - number / s.heads_kv);
-  to.place = place_of(s, tile.sequence);
-  to.keys = keys_of(to.place, seen, params.range.compressed);
+      find_row_tile(s, static_cast<uint32_t>(tile_rows), static_cast<uint32_t>(slots - 1 - number / s.heads_kv));
+  const SequencePlace place = place_of(s, tile.sequence);
+  const KeysPlace keys = keys_of(place, seen, params.range.compressed);
+  to.batch = static_cast<int32_t>(place.batch);
+  to.first_token = static_cast<int32_t>(place.q_begin);
+  to.first_key = static_cast<int32_t>(keys.begin);
+  to.num_keys = keys.length;
+  to.offset = place.offset;
   to.first_row = tile.index * tile_rows;
-  to.last_row = min(to.first_row + tile_rows, to.place.q_length * s.group) - 1;
-  to.begin = seen.begin(to.place.offset + row_at(s, 0, to.first_row).query);
-  to.end = min(seen.end(to.place.offset + row_at(s, 0, to.last_row).query), to.keys.length);
+  to.last_row = min(to.first_row + tile_rows, place.q_length * s.group) - 1;
+  to.begin = seen.begin(to.offset + row_at(s, 0, to.first_row).query);
+  to.end = min(seen.end(to.offset + row_at(s, 0, to.last_row).query), to.num_keys);
   return to;
 }
 
-// Calls with each tile of this block. Every other round runs backwards, so that no block gets the longest of each.
-template <typename Function>
-__device__ inline void for_each_row_tile(const RangeBackwardQuerySm90Params& params, int32_t tile_rows,
-                                         const Function& function) {
-  const int32_t blocks = static_cast<int32_t>(gridDim.x);
-  const int32_t block = static_cast<int32_t>(blockIdx.x);
-  for (int32_t round = 0; round * blocks < params.tiles; ++round) {
-    const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-    if (number < params.tiles) {
-      const RowTile tile = row_tile(params, tile_rows, number);
-      if (tile.first_row <= tile.last_row) {
-        function(tile);
+// The tiles of this block. Every other round runs backwards, so that no block gets the longest of each.
+struct TileWalk {
+  int32_t round = 0;
+
+  // Whether there is one more.
+  __device__ bool next(RowTile& tile, const RangeBackwardQuerySm90Params& params, int32_t tile_rows) {
+    const int32_t blocks = static_cast<int32_t>(gridDim.x);
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    for (; round * blocks < params.tiles; ++round) {
+      const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+      if (number < params.tiles) {
+        tile = row_tile(params, tile_rows, number);
+        if (tile.first_row <= tile.last_row) {
+          ++round;
+          return true;
+        }
       }
     }
+    return false;
   }
-}
+};
 
 }  // namespace grad_q
 }  // namespace nsa

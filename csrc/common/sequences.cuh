@@ -19,30 +19,25 @@ struct Tile {
   int32_t index;  // within the sequence; may lie past its end
 };
 
-// `scale`: things per entry of `cumulative` (the group, when rows are cut). Slots and things, of a dense sequence or of
-// all packed ones, are below 2^31: their division is one of 32 bits, which takes a tenth of the time of one of 64.
+// `scale`: things per entry of `cumulative` (the group, when rows are cut).
 __device__ inline Tile find_tile(const Sequences& s, const int32_t* cumulative, int64_t scale, int64_t length,
                                  int64_t per_tile, int64_t slot) {
-  const auto tile = static_cast<uint32_t>(per_tile);
-  const auto at = static_cast<uint32_t>(slot);
   if (cumulative == nullptr) {
-    const uint32_t tiles = (static_cast<uint32_t>(length) + tile - 1) / tile;
-    return {static_cast<int32_t>(at / tiles), static_cast<int32_t>(at % tiles)};
+    const int64_t tiles = ceil_div(length, per_tile);
+    return {static_cast<int32_t>(slot / tiles), static_cast<int32_t>(slot % tiles)};
   }
-  const auto first_slot = [&](int32_t i) {
-    return static_cast<uint32_t>(cumulative[i]) * static_cast<uint32_t>(scale) / tile + static_cast<uint32_t>(i);
-  };
-  int32_t low = 0;
-  int32_t high = s.batch - 1;
+  const auto first_slot = [&](int64_t i) { return cumulative[i] * scale / per_tile + i; };
+  int64_t low = 0;
+  int64_t high = s.batch - 1;
   while (low < high) {  // the last sequence that starts at or before the slot
-    const int32_t middle = (low + high + 1) / 2;
-    if (first_slot(middle) <= at) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (first_slot(middle) <= slot) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
-  return {low, static_cast<int32_t>(at - first_slot(low))};
+  return {static_cast<int32_t>(low), static_cast<int32_t>(slot - first_slot(low))};
 }
 
 // Which sequence query number `token` of the whole batch belongs to, and its place there.
