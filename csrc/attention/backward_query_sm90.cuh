@@ -187,7 +187,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // The lane's first row of the consumer's 64; its second is the eighth after it.
   const auto own_row = [] { return fresh_thread() % kWarpgroup / 32 * 16 + fresh_thread() % 32 / 4; };
-  const auto row_in_tile = [&] { return consumer * params.consumer_rows + own_row(); };
+  const auto row_in_tile = [&] { return (fresh_thread() / kWarpgroup - 1) * params.consumer_rows + own_row(); };
 
   const auto release = [&](Barrier* barrier) {
     if (lane == 0) {
@@ -219,21 +219,14 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     const Row at = row_at(s, tile.head_kv, min(tile.first_row + row_in_tile() + 8 * half, tile.last_row));
     return numbers.at(tile.batch, at.head, int64_t{tile.first_token} + at.query);
   };
-  // Where the gradient of one of the lane's rows begins, in chunks of 16 bytes; kNowhere where the tile lacks the row.
-  constexpr uint32_t kNowhere = 0xffffffff;
-  const auto gradient_of_row = [&](int half) -> uint32_t {
+  // Where the gradient of one of the lane's rows begins; null where the tile lacks the row.
+  const auto gradient_of_row = [&](int half) -> Element* {
     const int32_t at_row = tile.first_row + row_in_tile() + 8 * half;
     if (own_row() + 8 * half >= params.consumer_rows || at_row > tile.last_row) {
-      return kNowhere;
+      return nullptr;
     }
-    const TensorView& to = range.grad_q;
     const Row at = row_at(s, tile.head_kv, at_row);
-    return static_cast<uint32_t>((tile.batch * to.batch_stride +
-                                  (int64_t{tile.first_token} + at.query) * to.token_stride + at.head * to.head_stride) /
-                                 8);
-  };
-  const auto address_of = [&](uint32_t chunks) {
-    return chunks == kNowhere ? nullptr : static_cast<Element*>(range.grad_q.data) + int64_t{chunks} * 8;
+    return range.grad_q.row<Element>(tile.batch, int64_t{tile.first_token} + at.query, at.head);
   };
   // The next tile whose rows see keys; the gradients of those between are 0.
   const auto find_tile_with_keys = [&] {
@@ -242,8 +235,8 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
         return true;
       }
       for (int half = 0; half < 2 && !range.add_to_grad_q; ++half) {
-        Element* const to = address_of(gradient_of_row(half));
-        for (int column = 8 * (lane % 4); to != nullptr && column < range.grad_q.width; column += 32) {
+        Element* const to = gradient_of_row(half);
+        for (int column = 8 * (fresh_thread() % 4); to != nullptr && column < range.grad_q.width; column += 32) {
           *reinterpret_cast<uint4*>(to + column) = uint4{};
         }
       }
@@ -330,7 +323,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
         const int32_t position = tile.offset + row_at(s, 0, tile.first_row + row_in_tile() + 8 * half).query;
         const int32_t low = range.visibility.begin(position) - key;
         const int32_t high = min(range.visibility.end(position), tile.num_keys) - key;
-        clear_outside(grads, half, low, high, lane);
+        clear_outside(grads, half, low, high, fresh_thread() % 32);
       }
     }
 #pragma unroll
@@ -364,7 +357,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
         }
       }
       fence_shared_writes();
-      sync_threads(Shape::kConsumers + 1 + consumer, kWarpgroup);
+      sync_threads(Shape::kConsumers + fresh_thread() / kWarpgroup, kWarpgroup);
     }
   };
 
@@ -378,12 +371,13 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   start_grads();
   finish_step(tile.begin);
   bool add = false;  // to this tile's sums
-  uint32_t to[2];
+  Element* to[2];
   float factors[2];
   const auto write = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      write_gradient(address_of(to[half]), range.grad_q.width, grad_q, half, factors[half], range.add_to_grad_q, lane);
+      write_gradient(to[half], range.grad_q.width, grad_q, half, factors[half], range.add_to_grad_q,
+                     fresh_thread() % 32);
     }
   };
 #pragma unroll 1
