@@ -1,4 +1,4 @@
-// Shapes, shared memory and tiles of rows of Hopper's gradient of q over a range.
+// Hopper's gradient of q over a range: shapes, shared memory, tiles of rows, and what the producers copy.
 #pragma once
 
 #include "attention/keys.cuh"
@@ -150,6 +150,69 @@ struct TileWalk {
     return false;
   }
 };
+
+// Copies K and V of all tiles, in the order in which consumers want them.
+template <typename Shape>
+__device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  prefetch_map(&params.k);
+  prefetch_map(&params.v);
+  Place<Shape::kKStages> k_place;
+  Place<Shape::kVStages> v_place;
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
+    const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
+                                          uint32_t parity, int32_t key) {
+      wait(empty, parity ^ 1);
+      arrive_expecting(full, Panel::kSize * sizeof(Element));
+#pragma unroll
+      for (int panel = 0; panel < Panel::kPanels; ++panel) {
+        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv, tile.first_key + key, tile.batch,
+                 kEvictLast);
+      }
+    };
+    for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
+      copy(typename Shape::KTile(), params.k, shared.k[k_place.stage], &shared.k_full[k_place.stage],
+           &shared.k_empty[k_place.stage], k_place.parity, key);
+      k_place.advance();
+      copy(typename Shape::VTile(), params.v, shared.v[v_place.stage], &shared.v_full[v_place.stage],
+           &shared.v_empty[v_place.stage], v_place.parity, key);
+      v_place.advance();
+    }
+  }
+}
+
+// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile.
+template <typename Shape>
+__device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  prefetch_map(&params.q);
+  prefetch_map(&params.grad_out);
+  Place<Shape::kRowSlots> slot;
+  const Sequences& s = params.range.sequences;
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
+    if (tile.begin >= tile.end) {
+      continue;
+    }
+    for (int i = 0; i < Shape::kConsumers; ++i) {
+      const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
+      Barrier* const full = &shared.rows_full[slot.stage];
+      const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
+#pragma unroll
+        for (int panel = 0; panel < Panel::kPanels; ++panel) {
+          copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
+                   tile.first_token + query, tile.batch, kEvictFirst);
+        }
+      };
+      wait(&shared.rows_empty[slot.stage], slot.parity ^ 1);
+      arrive_expecting(full, params.consumer_bytes);
+      copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
+      copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
+      slot.advance();
+    }
+  }
+}
 
 }  // namespace grad_q
 }  // namespace nsa
