@@ -1,5 +1,6 @@
 // Which instantiation runs; how rows are split in the backward; where packed compressed keys lie.
 #include "attention/launch.h"
+#include "attention/launch_query_sm90.cuh"
 #include "attention/launch_sm80.cuh"
 #include "attention/launch_sm90.cuh"
 
@@ -14,20 +15,34 @@ extern template void launch_range_forward_sm80<BFloat16, 64, 64>(const RangeForw
 extern template void launch_range_forward_sm80<BFloat16, 128, 128>(const RangeForwardParams&, cudaStream_t);
 extern template void launch_range_forward_sm80<BFloat16, 192, 128>(const RangeForwardParams&, cudaStream_t);
 extern template void launch_range_forward_sm80<BFloat16, 256, 256>(const RangeForwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<Half, 192, 128>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<Half, 256, 256>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
-extern template void launch_range_backward_sm80<BFloat16, 256, 256>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<Half, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<Half, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<Half, 256, 256>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<Half, 256, 256>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_query_sm80<BFloat16, 256, 256>(const RangeBackwardParams&, cudaStream_t);
+extern template void launch_range_backward_keys_sm80<BFloat16, 256, 256>(const RangeBackwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<Half, 64, 64>(const RangeForwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<Half, 128, 128>(const RangeForwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<Half, 192, 128>(const RangeForwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<BFloat16, 64, 64>(const RangeForwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<BFloat16, 128, 128>(const RangeForwardParams&, cudaStream_t);
 extern template bool try_range_forward_sm90<BFloat16, 192, 128>(const RangeForwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<Half, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool try_range_backward_query_sm90<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
 
 namespace {
 
@@ -51,6 +66,16 @@ void launch_range_forward_of(const RangeForwardParams& params, cudaStream_t stre
   launch_range_forward_sm80<Element, kDimK, kDimV>(params, stream);
 }
 
+template <typename Element, int kDimK, int kDimV>
+void launch_range_backward_query_of(const RangeBackwardParams& params, cudaStream_t stream) {
+  if constexpr (kDimK <= 192) {
+    if (try_range_backward_query_sm90<Element, kDimK, kDimV>(params, stream)) {
+      return;
+    }
+  }
+  launch_range_backward_query_sm80<Element, kDimK, kDimV>(params, stream);
+}
+
 }  // namespace
 
 void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream) {
@@ -66,9 +91,11 @@ void launch_range_forward(const RangeForwardParams& params, ElementType type, cu
 void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream) {
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
     if (type == ElementType::kFloat16) {
-      launch_range_backward_sm80<Half, k, v>(params, stream);
+      launch_range_backward_query_of<Half, k, v>(params, stream);
+      launch_range_backward_keys_sm80<Half, k, v>(params, stream);
     } else {
-      launch_range_backward_sm80<BFloat16, k, v>(params, stream);
+      launch_range_backward_query_of<BFloat16, k, v>(params, stream);
+      launch_range_backward_keys_sm80<BFloat16, k, v>(params, stream);
     }
   });
 }

@@ -34,13 +34,18 @@ void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t st
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_backward_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
-  using QueryShape = BackwardQueryShapeFor<Element, kDimK, kDimV>;
+void launch_range_backward_query_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
+  using Shape = BackwardQueryShapeFor<Element, kDimK, kDimV>;
+  const Sequences& s = params.sequences;
+  launch(range_backward_query<Shape>, count_slots(s, s.length_q * s.group, Shape::kRows) * s.heads_kv, Shape::kThreads,
+         Shape::kSharedBytes, stream, "gradient of q over a range", params);
+}
+
+template <typename Element, int kDimK, int kDimV>
+void launch_range_backward_keys_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
   using KeyShape = KeyGradientsShapeFor<Element, kDimK, kDimV>;
   static_assert(KeyShape::kKeys == kKeysPerGradientTile);
   const Sequences& s = params.sequences;
-  launch(range_backward_query<QueryShape>, count_slots(s, s.length_q * s.group, QueryShape::kRows) * s.heads_kv,
-         QueryShape::kThreads, QueryShape::kSharedBytes, stream, "gradient of q over a range", params);
   const int64_t tiles = count_slots(s, params.num_keys, KeyShape::kKeys) * s.heads_kv;
   launch(range_backward_keys<KeyShape>, tiles * params.splits * KeyShape::kParts, KeyShape::kThreads,
          KeyShape::kSharedBytes, stream, "gradients of k and v over a range", params);

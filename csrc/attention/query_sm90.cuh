@@ -1,0 +1,218 @@
+// Hopper's gradient of q over a range: shapes, shared memory, tiles of rows, and what the producers copy.
+#pragma once
+
+#include "attention/keys.cuh"
+#include "attention/params.h"
+#include "common/hopper.cuh"
+#include "common/rows.cuh"
+
+namespace nsa {
+
+struct RangeBackwardQuerySm90Params {
+  RangeBackwardParams range;
+  int32_t tiles;           // of rows, times KV heads
+  int32_t consumer_rows;   // of a warpgroup: the G heads of as many queries as 64 rows hold
+  int32_t consumer_bytes;  // that its copies of Q and dO write
+  CUtensorMap q;           // boxes of 64 columns, G heads, 64 / G tokens
+  CUtensorMap grad_out;
+  CUtensorMap k;  // boxes of 64 columns, one head, kKeys tokens
+  CUtensorMap v;
+};
+
+template <typename Element_, int kDimK_, int kDimV_, int kConsumers_, int kKeys_, int kRowSlots_, int kKStages_,
+          int kVStages_>
+struct RangeBackwardQuerySm90Shape {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr int kDimV = kDimV_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups; one more produces
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kRowSlots = kRowSlots_;  // for the rows of a warpgroup
+  static constexpr int kKStages = kKStages_;
+  static constexpr int kVStages = kVStages_;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+
+  using QTile = PanelTile<Element, 64, kDimK>;
+  using GradOutTile = PanelTile<Element, 64, kDimV>;
+  using KTile = PanelTile<Element, kKeys, kDimK>;
+  using VTile = PanelTile<Element, kKeys, kDimV>;
+
+  struct Shared {
+    alignas(1024) Element q[kRowSlots][QTile::kSize];
+    alignas(1024) Element grad_out[kRowSlots][GradOutTile::kSize];
+    alignas(1024) Element k[kKStages][KTile::kSize];
+    alignas(1024) Element v[kVStages][VTile::kSize];
+    // Filled by the producers' copies, drained by the warps of one consumer (q, grad_out) or of all (k, v).
+    Barrier rows_full[kRowSlots], rows_empty[kRowSlots];
+    Barrier k_full[kKStages], k_empty[kKStages];
+    Barrier v_full[kVStages], v_empty[kVStages];
+  };
+  static_assert(sizeof(Shared) <= 232448);
+};
+
+namespace grad_q {
+
+// Where a ring of buffers stands. The parity is that of the fill to come.
+template <int kStages>
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Tokens and keys of all sequences are below 2^31: maps count them in 32 bits, too.
+struct RowTile {
+  int32_t batch;
+  int32_t head_kv;
+  int32_t first_token;  // of the sequence, in packed q
+  int32_t first_key;    // of the sequence, in packed k and v
+  int32_t num_keys;     // of the sequence
+  int32_t offset;       // query i stands at position offset + i
+  int32_t first_row;
+  int32_t last_row;  // before the first row where a slot holds no tile
+  int32_t begin;     // keys that any row sees
+  int32_t end;
+};
+
+// As find_tile (common/sequences.cuh), with divisions of 32 bits: here they stand between two tiles, and those of 64
+// bits take ten times as long. Rows and slots are below 2^31.
+__device__ inline Tile find_row_tile(const Sequences& s, uint32_t tile_rows, uint32_t slot) {
+  const auto group = static_cast<uint32_t>(s.group);
+  if (s.cumulative_q == nullptr) {
+    const uint32_t tiles = (static_cast<uint32_t>(s.length_q) * group + tile_rows - 1) / tile_rows;
+    return {static_cast<int32_t>(slot / tiles), static_cast<int32_t>(slot % tiles)};
+  }
+  const auto first_slot = [&](int32_t i) {
+    return static_cast<uint32_t>(s.cumulative_q[i]) * group / tile_rows + static_cast<uint32_t>(i);
+  };
+  int32_t low = 0;
+  int32_t high = s.batch - 1;
+  while (low < high) {
+    const int32_t middle = (low + high + 1) / 2;
+    if (first_slot(middle) <= slot) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, static_cast<int32_t>(slot - first_slot(low))};
+}
+
+// The latest queries see the most keys: they go first.
+__device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, int32_t tile_rows, int32_t number) {
+  const Sequences& s = params.range.sequences;
+  const Visibility& seen = params.range.visibility;
+  const int32_t slots = params.tiles / s.heads_kv;
+  RowTile to;
+  to.head_kv = number % s.heads_kv;
+  const Tile tile =
+      find_row_tile(s, static_cast<uint32_t>(tile_rows), static_cast<uint32_t>(slots - 1 - number / s.heads_kv));
+  const SequencePlace place = place_of(s, tile.sequence);
+  const KeysPlace keys = keys_of(place, seen, params.range.compressed);
+  to.batch = static_cast<int32_t>(place.batch);
+  to.first_token = static_cast<int32_t>(place.q_begin);
+  to.first_key = static_cast<int32_t>(keys.begin);
+  to.num_keys = keys.length;
+  to.offset = place.offset;
+  to.first_row = tile.index * tile_rows;
+  to.last_row = min(to.first_row + tile_rows, place.q_length * s.group) - 1;
+  to.begin = seen.begin(to.offset + row_at(s, 0, to.first_row).query);
+  to.end = min(seen.end(to.offset + row_at(s, 0, to.last_row).query), to.num_keys);
+  return to;
+}
+
+// The tiles of this block. Every other round runs backwards, so that no block gets the longest of each.
+struct TileWalk {
+  int32_t round = 0;
+
+  // Whether there is one more.
+  __device__ bool next(RowTile& tile, const RangeBackwardQuerySm90Params& params, int32_t tile_rows) {
+    const int32_t blocks = static_cast<int32_t>(gridDim.x);
+    const int32_t block = static_cast<int32_t>(blockIdx.x);
+    for (; round * blocks < params.tiles; ++round) {
+      const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+      if (number < params.tiles) {
+        tile = row_tile(params, tile_rows, number);
+        if (tile.first_row <= tile.last_row) {
+          ++round;
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+};
+
+// Copies K and V of all tiles, in the order in which consumers want them.
+template <typename Shape>
+__device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  prefetch_map(&params.k);
+  prefetch_map(&params.v);
+  Place<Shape::kKStages> k_place;
+  Place<Shape::kVStages> v_place;
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
+    const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
+                                          uint32_t parity, int32_t key) {
+      wait(empty, parity ^ 1);
+      arrive_expecting(full, Panel::kSize * sizeof(Element));
+#pragma unroll
+      for (int panel = 0; panel < Panel::kPanels; ++panel) {
+        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv, tile.first_key + key, tile.batch,
+                 kEvictLast);
+      }
+    };
+    for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
+      copy(typename Shape::KTile(), params.k, shared.k[k_place.stage], &shared.k_full[k_place.stage],
+           &shared.k_empty[k_place.stage], k_place.parity, key);
+      k_place.advance();
+      copy(typename Shape::VTile(), params.v, shared.v[v_place.stage], &shared.v_full[v_place.stage],
+           &shared.v_empty[v_place.stage], v_place.parity, key);
+      v_place.advance();
+    }
+  }
+}
+
+// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile.
+template <typename Shape>
+__device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
+  using Element = typename Shape::Element;
+  prefetch_map(&params.q);
+  prefetch_map(&params.grad_out);
+  Place<Shape::kRowSlots> slot;
+  const Sequences& s = params.range.sequences;
+  RowTile tile{};
+  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
+    if (tile.begin >= tile.end) {
+      continue;
+    }
+    for (int i = 0; i < Shape::kConsumers; ++i) {
+      const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
+      Barrier* const full = &shared.rows_full[slot.stage];
+      const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
+#pragma unroll
+        for (int panel = 0; panel < Panel::kPanels; ++panel) {
+          copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
+                   tile.first_token + query, tile.batch, kEvictFirst);
+        }
+      };
+      wait(&shared.rows_empty[slot.stage], slot.parity ^ 1);
+      arrive_expecting(full, params.consumer_bytes);
+      copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
+      copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
+      slot.advance();
+    }
+  }
+}
+
+}  // namespace grad_q
+}  // namespace nsa
