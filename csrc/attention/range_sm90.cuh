@@ -51,20 +51,6 @@ struct RangeForwardSm90Shape {
 constexpr int kTurnBarrier = 1;
 constexpr int kConsumerBarrier = 5;
 
-// Where a ring of buffers stands. The parity is that of the fill to come.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 struct RangeTile {
   SequencePlace place;
   KeysPlace keys;

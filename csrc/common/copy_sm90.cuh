@@ -43,9 +43,10 @@ __device__ inline bool try_wait(Barrier* barrier, uint32_t parity) {
   return done != 0;
 }
 
-// What a wait that never ends does: nothing, or in programs that test kernels, an error instead of a hang.
+// What a wait that never ends does: nothing, or in programs that test kernels, it gives up, and results are wrong. (A
+// trap would be clearer, but ptxas then keeps to the registers that a thread has before it takes more.)
 #if defined(NSA_BOUNDED_WAITS)
-constexpr uint32_t kMostWaits = 1u << 26;
+constexpr uint32_t kMostWaits = 1u << 22;
 #else
 constexpr uint32_t kMostWaits = 0;
 #endif
@@ -56,10 +57,7 @@ __device__ inline void wait_until(const Done& done) {
     while (!done()) {
     }
   } else {
-    for (uint32_t i = 0; !done(); ++i) {
-      if (i == kMostWaits) {
-        __trap();
-      }
+    for (uint32_t i = 0; i != kMostWaits && !done(); ++i) {
     }
   }
 }
@@ -77,7 +75,22 @@ __device__ inline uint32_t observe(const uint32_t* from) {
   return value;
 }
 
+// Where a ring of buffers stands. The parity is that of the fill to come.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 // What the L2 cache does with the lines of a copy.
+constexpr uint64_t kEvictNormal = 0x1000000000000000;
 constexpr uint64_t kEvictFirst = 0x12f0000000000000;
 constexpr uint64_t kEvictLast = 0x14f0000000000000;
 

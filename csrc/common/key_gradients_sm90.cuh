@@ -1,0 +1,315 @@
+// The gradients of 64 keys and their values, from rows (queries of one head) that pass by in shared memory, by one
+// warpgroup of Hopper: what the backward of attention over a range and over listed blocks share.
+//   S^T = K Q^T        P^T = exp(scale S^T - lse)                   dV += (gate P^T) dO
+//   D^T = V dO^T       dS^T = gate P^T (D^T - delta)                dK += dS^T Q, times scale at the end
+// Keys are the rows of the transposed scores, so the accumulators of S^T and D^T, rounded, are left operands of the sums
+// as they stand in registers. All that a step reads from shared memory is K, V, its rows of Q and dO, each both along
+// and across, and three numbers a row.
+//
+// A step starts S^T and D^T while the sums of the step before still run, and its sums run under the next step's start.
+#pragma once
+
+#include "common/hopper_products.cuh"
+#include "common/params.h"
+#include "common/rows.cuh"
+#include "common/tile.cuh"
+
+namespace nsa {
+
+template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_, bool kAhead_>
+struct KeyGradientsSm90Shape {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr int kDimV = kDimV_;
+  static constexpr int kKeys = 64;  // of a warpgroup
+  static constexpr int kRows = kRows_;
+  static constexpr int kStages = kStages_;
+  static constexpr bool kAhead = kAhead_;  // a step's scores start before the last sums of the step before end
+  static constexpr int kProducerRegisters = kAhead && kRows * kDimK > 48 * 128 ? 24 : 40;
+  static constexpr int kConsumerRegisters = kAhead && kRows * kDimK > 48 * 128 ? 240 : 232;
+  using KTile = PanelTile<Element, kKeys, kDimK>;
+  using VTile = PanelTile<Element, kKeys, kDimV>;
+  using QTile = PanelTile<Element, kRows, kDimK>;
+  using GradOutTile = PanelTile<Element, kRows, kDimV>;
+  static constexpr int kRowBytes = (QTile::kSize + GradOutTile::kSize) * 2;  // of a step
+  static constexpr int kKeyBytes = (KTile::kSize + VTile::kSize) * 2;
+};
+
+// What a step needs to know of its rows. Rows that take no part have lse = inf, so that their probabilities are 0, and
+// the position of the last that does.
+template <int kRows>
+struct RowNumbers {
+  alignas(16) float2 weights[kRows];  // log2(e) lse, gate
+  alignas(8) float delta[kRows];
+  int32_t position[kRows];  // ascending
+};
+
+// The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by warps of consumers.
+template <typename Shape>
+struct RowRing {
+  alignas(1024) typename Shape::Element q[Shape::kStages][Shape::QTile::kSize];
+  alignas(1024) typename Shape::Element grad_out[Shape::kStages][Shape::GradOutTile::kSize];
+  RowNumbers<Shape::kRows> numbers[Shape::kStages];
+  Barrier full[Shape::kStages], empty[Shape::kStages];
+
+  __device__ void init_barriers(int consumers) {
+    for (int i = 0; i < Shape::kStages; ++i) {
+      init_barrier(&full[i], 2);
+      init_barrier(&empty[i], consumers * kWarpgroup / 32);
+    }
+  }
+};
+
+// A warpgroup's keys, and where rows lie.
+struct KeyGradientsPlace {
+  int32_t first_key;  // within its sequence
+  int32_t count;      // keys that exist, of 64
+  int32_t batch;      // of the rows
+  int32_t to_token;   // from a row's position to its token
+  int32_t first_head;
+};
+
+template <typename Shape>
+struct KeyGradientSums {
+  float k[Shape::kDimK / 8][4];
+  float v[Shape::kDimV / 8][4];
+};
+
+// Starts to = keys times rows, transposed. Both descriptors are of whole tiles.
+template <typename Keys, typename Rows, int kTiles>
+__device__ inline void start_scores(float (&to)[kTiles][4], uint64_t keys, uint64_t rows) {
+#pragma unroll
+  for (int column = 0; column < Keys::kColumns; column += 16) {
+    const int panel = column / 64;
+    const int inside = column % 64;
+    const uint64_t of_keys = advance(keys, 2 * (panel * Keys::kPanelSize + inside));
+    const uint64_t of_rows = advance(rows, 2 * (panel * Rows::kPanelSize + inside));
+    if (column == 0) {
+      multiply_first<typename Keys::Element>(to, of_keys, of_rows);
+    } else {
+      multiply_async<typename Keys::Element>(to, of_keys, of_rows, true);
+    }
+  }
+  commit_products();
+}
+
+// Starts to += left times rows.
+template <typename Element, int kTiles, int kSteps>
+__device__ inline void start_sums(float (&to)[kTiles][4], const uint32_t (&left)[kSteps][4], uint64_t rows) {
+  hold(to);
+  fence_products();
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    multiply_async<Element>(to, left[i], advance(rows, 2 * 64 * 16 * i), true);
+  }
+  commit_products();
+}
+
+// Sums over `steps` steps of the ring. K and V are whole in shared memory. Each warp releases what it has read.
+template <typename Shape>
+__device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
+                                         RingPlace<Shape::kStages>& ring_place, const typename Shape::Element* k_data,
+                                         const typename Shape::Element* v_data, const KeyGradientsPlace& place,
+                                         const Visibility& visibility, float scale, const Sequences& sequences,
+                                         const RowView& grad_lse, int32_t steps) {
+  using Element = typename Shape::Element;
+  using QTile = typename Shape::QTile;
+  using GradOutTile = typename Shape::GradOutTile;
+  constexpr int kRows = Shape::kRows;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  clear(sums.k);
+  clear(sums.v);
+  if (steps <= 0) {
+    return;
+  }
+
+  const uint64_t k_at = tile_descriptor(shared_address(k_data), 0);
+  const uint64_t v_at = tile_descriptor(shared_address(v_data), 0);
+  const uint64_t q_at = tile_descriptor(shared_address(ring.q), QTile::kPanelSize * sizeof(Element));
+  const uint64_t grad_out_at =
+      tile_descriptor(shared_address(ring.grad_out), GradOutTile::kPanelSize * sizeof(Element));
+  const float scale_log2 = scale * kLog2E;
+  // Positions that see all keys.
+  const int32_t all_first = visibility.first_position(place.first_key + place.count - 1);
+  const int32_t all_last = visibility.last_position(place.first_key);
+
+  float scores[kRows / 8][4];
+  float grads[kRows / 8][4];
+  uint32_t weights[kRows / 16][4];
+  uint32_t score_grads[kRows / 16][4];
+
+  const auto release = [&](int stage) {
+    if (lane == 0) {
+      arrive(&ring.empty[stage]);
+    }
+  };
+
+  [[maybe_unused]] int before = 0;  // the stage of the step before
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step) {
+    const int stage = ring_place.stage;
+    wait(&ring.full[stage], ring_place.parity);
+    const uint64_t q = advance(q_at, stage * QTile::kSize * 2);
+    const uint64_t grad_out = advance(grad_out_at, stage * GradOutTile::kSize * 2);
+    fence_products();
+    start_scores<typename Shape::KTile, QTile>(scores, k_at, q);
+    start_scores<typename Shape::VTile, GradOutTile>(grads, v_at, grad_out);
+
+    const RowNumbers<kRows>& numbers = ring.numbers[stage];
+    const bool all_seen = numbers.position[0] >= all_first && numbers.position[kRows - 1] <= all_last;
+    wait_products<1>();
+    hold(scores);
+    if (Shape::kAhead && step > 0) {
+      release(before);
+    }
+    if (!all_seen) {
+      const int first_key = place.first_key + fresh_thread() % kWarpgroup / 32 * 16 + lane / 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int32_t first = visibility.first_position(first_key + 8 * half);
+        const int32_t last = visibility.last_position(first_key + 8 * half);
+#pragma unroll
+        for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int32_t position = numbers.position[8 * i + 2 * (lane % 4) + j];
+            if (position < first || position > last) {
+              scores[i][2 * half + j] = scale > 0.f ? kMinusInfinity : -kMinusInfinity;
+            }
+          }
+        }
+      }
+    }
+
+    // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
+    float highest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float4 of_rows = reinterpret_cast<const float4*>(numbers.weights)[4 * i + lane % 4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float first = exp2_approx(fmaf(scores[i][2 * half], scale_log2, -of_rows.x));
+        const float second = exp2_approx(fmaf(scores[i][2 * half + 1], scale_log2, -of_rows.z));
+        highest = fmaxf(highest, fmaxf(first, second));
+        scores[i][2 * half] = first * of_rows.y;
+        scores[i][2 * half + 1] = second * of_rows.w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) {
+      as_left<Element>(weights[i], scores, i);
+    }
+    start_sums<Element>(sums.v, weights, grad_out);
+
+    uint32_t whole = 0;  // a bit for each score that has all of its row's probability
+    if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float all = kWholeProbability<Element> * fabsf(numbers.weights[8 * i + 2 * (lane % 4) + j % 2].y);
+          if (fabsf(scores[i][j]) > all) {
+            scores[i][j] = 0.f;
+            whole |= 1u << (4 * i + j);
+          }
+        }
+      }
+    }
+    wait_products<(Shape::kAhead ? 0 : 1)>();
+    hold(grads);
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane % 4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        grads[i][j] = scores[i][j] * (grads[i][j] - (j % 2 == 0 ? delta.x : delta.y));
+      }
+    }
+    if (whole != 0 && grad_lse.data != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if ((whole >> (4 * i + j) & 1) != 0) {
+            const int row = 8 * i + 2 * (lane % 4) + j % 2;
+            const int32_t head = row_at(sequences, 0, row).head;
+            grads[i][j] = grad_lse.at(place.batch, place.first_head + head, numbers.position[row] + place.to_token);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 16; ++i) {
+      as_left<Element>(score_grads[i], grads, i);
+    }
+    start_sums<Element>(sums.k, score_grads, q);
+    if constexpr (Shape::kAhead) {
+      before = stage;
+    } else {
+      wait_products<0>();
+      hold(sums.k);
+      hold(sums.v);
+      release(stage);
+    }
+    ring_place.advance();
+  }
+  if constexpr (Shape::kAhead) {
+    wait_products<0>();
+    hold(sums.k);
+    hold(sums.v);
+    release(before);
+  }
+}
+
+// Passes over steps in which the consumer has no part.
+template <typename Shape>
+__device__ inline void skip_steps(RowRing<Shape>& ring, RingPlace<Shape::kStages>& place, int32_t steps) {
+#pragma unroll 1
+  for (int32_t step = 0; step < steps; ++step) {
+    wait(&ring.full[place.stage], place.parity);
+    if (threadIdx.x % 32 == 0) {
+      arrive(&ring.empty[place.stage]);
+    }
+    place.advance();
+  }
+}
+
+// Calls store(key, column, first, second) with each pair of neighbouring columns of a warpgroup's sums.
+template <int kTiles, typename Store>
+__device__ inline void for_each_pair(const float (&sums)[kTiles][4], const Store& store) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int lane = thread % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = thread / 32 * 16 + lane / 4 + 8 * half;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      store(key, 8 * i + 2 * (lane % 4), sums[i][2 * half], sums[i][2 * half + 1]);
+    }
+  }
+}
+
+// Rounds the sums into the gradients of `count` keys; `to` is the first key's row.
+template <typename Element, int kTiles>
+__device__ inline void store_gradients(Element* to, int64_t stride, int32_t count, int32_t width,
+                                       const float (&sums)[kTiles][4], float factor) {
+  for_each_pair(sums, [&](int key, int column, float first, float second) {
+    if (key < count && column < width) {
+      *reinterpret_cast<uint32_t*>(to + key * stride + column) = pack<Element>(first * factor, second * factor);
+    }
+  });
+}
+
+// The same, unrounded, into a partial sum: (64 keys, kDimK + kDimV), that of the keys first.
+template <typename Shape>
+__device__ inline void store_partial_sums(float* to, const KeyGradientSums<Shape>& sums, float scale) {
+  constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
+  for_each_pair(sums.k, [&](int key, int column, float first, float second) {
+    *reinterpret_cast<float2*>(to + key * kRowSize + column) = make_float2(first * scale, second * scale);
+  });
+  for_each_pair(sums.v, [&](int key, int column, float first, float second) {
+    *reinterpret_cast<float2*>(to + key * kRowSize + Shape::kDimK + column) = make_float2(first, second);
+  });
+}
+
+}  // namespace nsa
