@@ -244,9 +244,9 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     return;
   }
   const int64_t key = item.tile.keys_begin + place.first_key;
-  store_gradients(range.grad_k.row<Element>(place.batch, key, item.head_kv), range.grad_k.token_stride, place.count,
+  store_gradients(range.grad_k.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_k.token_stride, place.count,
                   range.grad_k.width, sums.k, range.scale);
-  store_gradients(range.grad_v.row<Element>(place.batch, key, item.head_kv), range.grad_v.token_stride, place.count,
+  store_gradients(range.grad_v.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_v.token_stride, place.count,
                   range.grad_v.width, sums.v, 1.f);
 }
 
@@ -285,18 +285,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     init_barrier(&shared.keys_full, 1);
     fence_barrier_init();
   }
-  // Rows of a step that no query fills.
-  const int unfilled = params.step_queries * s.group;
-  for (int i = unfilled * 8 + thread; i < Shape::kRows * 8; i += 3 * kWarpgroup) {
-    for (int stage = 0; stage < Shape::kStages; ++stage) {
-      for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
-        reinterpret_cast<uint4*>(shared.ring.q[stage] + panel * Shape::QTile::kPanelSize)[i] = uint4{};
-      }
-      for (int panel = 0; panel < Shape::GradOutTile::kPanels; ++panel) {
-        reinterpret_cast<uint4*>(shared.ring.grad_out[stage] + panel * Shape::GradOutTile::kPanelSize)[i] = uint4{};
-      }
-    }
-  }
+  clear_rows(shared.ring, params.step_queries * s.group, thread, 3 * kWarpgroup);
   fence_shared_writes();
   __syncthreads();
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
@@ -316,7 +305,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
 
 // Adds the splits of 64 keys in their order, four columns a thread: one block for each 1024 columns.
 template <typename Shape>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 4)
     range_add_partials_sm90(const __grid_constant__ RangeBackwardKeysSm90Params params) {
   using Element = typename Shape::Element;
   constexpr unsigned kRowSize = Shape::kDimK + Shape::kDimV;

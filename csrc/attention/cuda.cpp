@@ -114,7 +114,7 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
                              .rows_per_split = 0,
                              .partials = nullptr};
   if (is_16_bit(type)) {
-    const RangeSplits splits = choose_range_splits(params, multiprocessors());
+    const RangeSplits splits = choose_range_splits(params, type, multiprocessors());
     const at::Tensor partials = at::empty({splits.partial_floats}, q.options().dtype(at::kFloat));
     params.splits = splits.splits;
     params.rows_per_split = splits.rows_per_split;

@@ -1,5 +1,6 @@
 // Which instantiation runs; how rows are split in the backward; where packed compressed keys lie.
 #include "attention/launch.h"
+#include "attention/launch_keys_sm90.cuh"
 #include "attention/launch_query_sm90.cuh"
 #include "attention/launch_sm80.cuh"
 #include "attention/launch_sm90.cuh"
@@ -43,6 +44,18 @@ extern template bool try_range_backward_query_sm90<Half, 192, 128>(const RangeBa
 extern template bool try_range_backward_query_sm90<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
 extern template bool try_range_backward_query_sm90<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
 extern template bool try_range_backward_query_sm90<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<Half, 64, 64>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<Half, 128, 128>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<Half, 192, 128>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<Half, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<BFloat16, 64, 64>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<BFloat16, 64, 64>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<BFloat16, 128, 128>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<BFloat16, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+extern template bool range_backward_keys_runs_sm90<BFloat16, 192, 128>(const RangeBackwardParams&);
+extern template void launch_range_backward_keys_sm90<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
 
 namespace {
 
@@ -76,31 +89,27 @@ void launch_range_backward_query_of(const RangeBackwardParams& params, cudaStrea
   launch_range_backward_query_sm80<Element, kDimK, kDimV>(params, stream);
 }
 
-}  // namespace
-
-void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream) {
-  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
-    if (type == ElementType::kFloat16) {
-      launch_range_forward_of<Half, k, v>(params, stream);
-    } else {
-      launch_range_forward_of<BFloat16, k, v>(params, stream);
-    }
-  });
+template <typename Element, int kDimK, int kDimV>
+bool keys_run_on_sm90(const RangeBackwardParams& params) {
+  if constexpr (kDimK <= 192) {
+    return range_backward_keys_runs_sm90<Element, kDimK, kDimV>(params);
+  }
+  return false;
 }
 
-void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream) {
-  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
-    if (type == ElementType::kFloat16) {
-      launch_range_backward_query_of<Half, k, v>(params, stream);
-      launch_range_backward_keys_sm80<Half, k, v>(params, stream);
-    } else {
-      launch_range_backward_query_of<BFloat16, k, v>(params, stream);
-      launch_range_backward_keys_sm80<BFloat16, k, v>(params, stream);
+template <typename Element, int kDimK, int kDimV>
+void launch_range_backward_keys_of(const RangeBackwardParams& params, cudaStream_t stream) {
+  if constexpr (kDimK <= 192) {
+    if (keys_run_on_sm90<Element, kDimK, kDimV>(params)) {
+      launch_range_backward_keys_sm90<Element, kDimK, kDimV>(params, stream);
+      return;
     }
-  });
+  }
+  launch_range_backward_keys_sm80<Element, kDimK, kDimV>(params, stream);
 }
 
-RangeSplits choose_range_splits(const RangeBackwardParams& params, int multiprocessors) {
+// Into how many splits the sm_80 kernel's rows are cut.
+RangeSplits choose_range_keys_splits_sm80(const RangeBackwardParams& params, int multiprocessors) {
   constexpr int64_t kWaves = 8;
   constexpr int64_t kBlocksPerMultiprocessor = 2;
   constexpr int64_t kLeastRows = 1024;  // fewer are not worth a partial sum
@@ -117,6 +126,40 @@ RangeSplits choose_range_splits(const RangeBackwardParams& params, int multiproc
   const int64_t splits = max_of(ceil_div(rows, rows_per_split), 1);
   return {static_cast<int32_t>(splits), static_cast<int32_t>(rows_per_split),
           splits > 1 ? tiles * splits * kKeysPerGradientTile * tile_row_size(params.q.width, params.v.width) : 0};
+}
+
+}  // namespace
+
+void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream) {
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    if (type == ElementType::kFloat16) {
+      launch_range_forward_of<Half, k, v>(params, stream);
+    } else {
+      launch_range_forward_of<BFloat16, k, v>(params, stream);
+    }
+  });
+}
+
+void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream) {
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    if (type == ElementType::kFloat16) {
+      launch_range_backward_query_of<Half, k, v>(params, stream);
+      launch_range_backward_keys_of<Half, k, v>(params, stream);
+    } else {
+      launch_range_backward_query_of<BFloat16, k, v>(params, stream);
+      launch_range_backward_keys_of<BFloat16, k, v>(params, stream);
+    }
+  });
+}
+
+RangeSplits choose_range_splits(const RangeBackwardParams& params, ElementType type, int multiprocessors) {
+  bool on_sm90 = false;
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    on_sm90 = type == ElementType::kFloat16 ? keys_run_on_sm90<Half, k, v>(params)
+                                            : keys_run_on_sm90<BFloat16, k, v>(params);
+  });
+  return on_sm90 ? choose_range_keys_splits_sm90(params, multiprocessors)
+                 : choose_range_keys_splits_sm80(params, multiprocessors);
 }
 
 void launch_cumulative_blocks(const Sequences& sequences, int32_t block_size, int32_t block_stride, int32_t* cumulative,

@@ -7,7 +7,7 @@
 
 namespace nsa {
 
-// float16 or bfloat16 on tensor cores, sm_80 and later; the forward has a kernel of its own for sm_90a. Rows of every
+// float16 or bfloat16 on tensor cores, sm_80 and later; with kernels of their own for sm_90a. Rows of every
 // tensor start at multiples of 16 bytes, and widths are multiples of 8, at most 256.
 void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream);
@@ -19,7 +19,7 @@ struct RangeSplits {
   int32_t rows_per_split;
   int64_t partial_floats;
 };
-RangeSplits choose_range_splits(const RangeBackwardParams& params, int multiprocessors);
+RangeSplits choose_range_splits(const RangeBackwardParams& params, ElementType type, int multiprocessors);
 
 // float32, without tensor cores: any head dimensions up to 256, any strides whose last is 1.
 void launch_range_forward_plain(const RangeForwardParams& params, cudaStream_t stream);

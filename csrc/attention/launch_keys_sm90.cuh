@@ -11,7 +11,7 @@
 namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
-using RangeKeysSm90Shape = KeyGradientsSm90Shape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 64 ? 6 : 4), false>;
+using RangeKeysSm90Shape = KeyGradientsSm90Shape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 64 ? 6 : 4)>;
 
 // Keys of a block of threads.
 constexpr int64_t kKeysPerRangeTileSm90 = 128;
@@ -34,8 +34,8 @@ inline bool range_backward_keys_fits_sm90(const RangeBackwardParams& params) {
 }
 
 // Into which splits to cut the queries that see a tile of keys. Of a few numbers of splits, the one whose last block is
-// expected to end first: blocks of equal length run in rounds, shorter ones fill gaps, and every partial sum is written
-// and read.
+// expected to end first: blocks of more than half the length run in rounds, shorter ones fill gaps, and every partial sum is
+// written and read.
 inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& params, int multiprocessors) {
   constexpr int64_t kMostSplits = 24;
   constexpr int64_t kSampledTiles = 32;
@@ -75,9 +75,9 @@ inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& para
       const int64_t first_split = first / split_queries;
       const int64_t count = max_of(ceil_div(queries, split_queries) - first_split, 1);
       items += count;
-      const bool starts_split = first % split_queries == 0;
-      whole += starts_split ? count : count - 1;
-      rest += starts_split ? 0 : (first_split + 1) * split_queries - first;
+      const int64_t of_first = (first_split + 1) * split_queries - first;
+      whole += 2 * of_first > split_queries ? count : count - 1;
+      rest += 2 * of_first > split_queries ? 0 : of_first;
     }
     const double scale = static_cast<double>(sample * s.heads_kv) * (s.packed() ? 1. : s.batch);
     const double rounds = std::ceil(static_cast<double>(whole) * scale / multiprocessors);
@@ -93,7 +93,7 @@ inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& para
 }
 
 template <typename Shape>
-void launch_range_backward_keys_sm90(const RangeBackwardParams& range, cudaStream_t stream) {
+void launch_range_backward_keys_shape(const RangeBackwardParams& range, cudaStream_t stream) {
   constexpr const char* kName = "gradients of k and v over a range";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
   const Sequences& s = range.sequences;
@@ -127,6 +127,11 @@ bool range_backward_keys_runs_sm90(const RangeBackwardParams& params) {
   return range_backward_keys_fits_sm90(params) && tensor_map_encoder() != nullptr &&
          runs_on_this_device(range_backward_keys_sm90<RangeKeysSm90Shape<Element, kDimK, kDimV>>,
                              "gradients of k and v over a range");
+}
+
+template <typename Element, int kDimK, int kDimV>
+void launch_range_backward_keys_sm90(const RangeBackwardParams& params, cudaStream_t stream) {
+  launch_range_backward_keys_shape<RangeKeysSm90Shape<Element, kDimK, kDimV>>(params, stream);
 }
 
 }  // namespace nsa

@@ -6,7 +6,8 @@
 // as they stand in registers. All that a step reads from shared memory is K, V, its rows of Q and dO, each both along
 // and across, and three numbers a row.
 //
-// A step starts S^T and D^T while the sums of the step before still run, and its sums run under the next step's start.
+// A step starts S^T and D^T together and takes P^T while D^T runs, and dS^T while dV runs. The products of one warpgroup
+// run under what another computes.
 #pragma once
 
 #include "common/hopper_products.cuh"
@@ -16,7 +17,7 @@
 
 namespace nsa {
 
-template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_, bool kAhead_>
+template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_>
 struct KeyGradientsSm90Shape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
@@ -24,9 +25,8 @@ struct KeyGradientsSm90Shape {
   static constexpr int kKeys = 64;  // of a warpgroup
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
-  static constexpr bool kAhead = kAhead_;  // a step's scores start before the last sums of the step before end
-  static constexpr int kProducerRegisters = kAhead && kRows * kDimK > 48 * 128 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kAhead && kRows * kDimK > 48 * 128 ? 240 : 232;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   using KTile = PanelTile<Element, kKeys, kDimK>;
   using VTile = PanelTile<Element, kKeys, kDimV>;
   using QTile = PanelTile<Element, kRows, kDimK>;
@@ -59,6 +59,21 @@ struct RowRing {
     }
   }
 };
+
+// Sets rows that no copy ever fills to 0.
+template <typename Shape>
+__device__ inline void clear_rows(RowRing<Shape>& ring, int first_row, int thread, int threads) {
+  for (int i = first_row * 8 + thread; i < Shape::kRows * 8; i += threads) {
+    for (int stage = 0; stage < Shape::kStages; ++stage) {
+      for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
+        reinterpret_cast<uint4*>(ring.q[stage] + panel * Shape::QTile::kPanelSize)[i] = uint4{};
+      }
+      for (int panel = 0; panel < Shape::GradOutTile::kPanels; ++panel) {
+        reinterpret_cast<uint4*>(ring.grad_out[stage] + panel * Shape::GradOutTile::kPanelSize)[i] = uint4{};
+      }
+    }
+  }
+}
 
 // A warpgroup's keys, and where rows lie.
 struct KeyGradientsPlace {
@@ -138,13 +153,6 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
   uint32_t weights[kRows / 16][4];
   uint32_t score_grads[kRows / 16][4];
 
-  const auto release = [&](int stage) {
-    if (lane == 0) {
-      arrive(&ring.empty[stage]);
-    }
-  };
-
-  [[maybe_unused]] int before = 0;  // the stage of the step before
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     const int stage = ring_place.stage;
@@ -159,9 +167,6 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     const bool all_seen = numbers.position[0] >= all_first && numbers.position[kRows - 1] <= all_last;
     wait_products<1>();
     hold(scores);
-    if (Shape::kAhead && step > 0) {
-      release(before);
-    }
     if (!all_seen) {
       const int first_key = place.first_key + fresh_thread() % kWarpgroup / 32 * 16 + lane / 4;
 #pragma unroll
@@ -201,21 +206,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     }
     start_sums<Element>(sums.v, weights, grad_out);
 
-    uint32_t whole = 0;  // a bit for each score that has all of its row's probability
-    if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float all = kWholeProbability<Element> * fabsf(numbers.weights[8 * i + 2 * (lane % 4) + j % 2].y);
-          if (fabsf(scores[i][j]) > all) {
-            scores[i][j] = 0.f;
-            whole |= 1u << (4 * i + j);
-          }
-        }
-      }
-    }
-    wait_products<(Shape::kAhead ? 0 : 1)>();
+    wait_products<1>();
     hold(grads);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
@@ -225,15 +216,18 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
         grads[i][j] = scores[i][j] * (grads[i][j] - (j % 2 == 0 ? delta.x : delta.y));
       }
     }
-    if (whole != 0 && grad_lse.data != nullptr) {
+    // A key with all of a row's probability: the gradient of its score is that of lse.
+    if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          if ((whole >> (4 * i + j) & 1) != 0) {
-            const int row = 8 * i + 2 * (lane % 4) + j % 2;
-            const int32_t head = row_at(sequences, 0, row).head;
-            grads[i][j] = grad_lse.at(place.batch, place.first_head + head, numbers.position[row] + place.to_token);
+          const int row = 8 * i + 2 * (lane % 4) + j % 2;
+          if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
+            grads[i][j] = grad_lse.data == nullptr
+                              ? 0.f
+                              : grad_lse.at(place.batch, place.first_head + row_at(sequences, 0, row).head,
+                                            numbers.position[row] + place.to_token);
           }
         }
       }
@@ -243,21 +237,13 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
       as_left<Element>(score_grads[i], grads, i);
     }
     start_sums<Element>(sums.k, score_grads, q);
-    if constexpr (Shape::kAhead) {
-      before = stage;
-    } else {
-      wait_products<0>();
-      hold(sums.k);
-      hold(sums.v);
-      release(stage);
-    }
-    ring_place.advance();
-  }
-  if constexpr (Shape::kAhead) {
     wait_products<0>();
     hold(sums.k);
     hold(sums.v);
-    release(before);
+    if (lane == 0) {
+      arrive(&ring.empty[stage]);
+    }
+    ring_place.advance();
   }
 }
 

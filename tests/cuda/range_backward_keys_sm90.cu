@@ -359,7 +359,7 @@ RangeSplits sm80_splits(const RangeBackwardParams& p, int processors) {
 // Splits of very few rows.
 RangeSplits many_splits(const RangeBackwardParams& p, int) {
   const Sequences& s = p.sequences;
-  const int64_t rows = 2 * 64 / s.group * s.group;
+  const int64_t rows = std::max<int64_t>(3 * 64 / s.group, s.length_q / 40) * s.group;
   const int64_t splits = ceil_div(s.length_q * s.group, rows);
   return {static_cast<int32_t>(splits), static_cast<int32_t>(rows),
           count_slots(s, p.num_keys, kKeysPerRangeTileSm90) * s.heads_kv * splits * kKeysPerRangeTileSm90 *
