@@ -32,13 +32,17 @@ void launch_selected_forward_sm80(const SelectedForwardParams& params, cudaStrea
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
+void launch_selected_backward_query_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
   using Shape = TokenShape<Element, kDimK, kDimV, 2>;
-  using KeyShape = SelectedKeysShapeFor<Element, kDimK, kDimV>;
-  static_assert(KeyShape::kKeys == kKeysPerGradientTile);
   launch_per_token(selected_backward_query<Shape>, Shape::kThreads,
                    selected_backward_query_shared_bytes<Shape>(params.num_selected), stream,
                    "gradient of q of selected attention", params);
+}
+
+template <typename Element, int kDimK, int kDimV>
+void launch_selected_backward_keys_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
+  using KeyShape = SelectedKeysShapeFor<Element, kDimK, kDimV>;
+  static_assert(KeyShape::kKeys == kKeysPerGradientTile);
   const int64_t tiles = ceil_div(params.select_size, KeyShape::kKeys);
   launch(selected_backward_keys<KeyShape>, params.chosen_by.max_segments * tiles * KeyShape::kParts, KeyShape::kThreads,
          KeyShape::kSharedBytes, stream, "gradients of k and v of selected attention", params);

@@ -37,14 +37,15 @@ const std::vector<Case> kCases = {
      {730, 100, 882, 200, 840}},
 };
 
-template <typename Element, int kDimK, int kDimV, int kRows, int kStages, bool kAhead>
-constexpr Kernel variant(const char* name, bool many = false) {
+template <typename Element, int kDimK, int kDimV>
+constexpr Kernel kernel(const char* name, bool many = false) {
   return {name, many ? many_splits : choose_range_keys_splits_sm90,
-          launch_range_backward_keys_sm90<KeyGradientsSm90Shape<Element, kDimK, kDimV, kRows, kStages, kAhead>>};
+          launch_range_backward_keys_sm90<Element, kDimK, kDimV>};
 }
 
 template <typename Element, int kDimK, int kDimV>
-void check_dims(const char* name, const std::vector<Kernel>& kernels) {
+void check_dims(const char* name) {
+  const std::vector<Kernel> kernels = {kernel<Element, kDimK, kDimV>("sm90"), kernel<Element, kDimK, kDimV>("many", true)};
   Device<float> partials(int64_t{96} << 20);
   for (Case c : kCases) {
     c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
@@ -62,10 +63,8 @@ void check_dims(const char* name, const std::vector<Kernel>& kernels) {
     Problem<Element> of_window({window.c_str(), 2, 377, 377, 2, group, kDimK, kDimV, 1, 0, 300}, kGate, true);
     Problem<Element> of_cmp({cmp.c_str(), 1, 2900, 2900, 1, group, kDimK, kDimV, 16, 31, 0, kFive, kFive}, kGate, true);
     for (const Kernel& kernel : kernels) {
-      if (group <= 48 || kernel.name[0] != '4') {
-        check(of_window, kernel, partials);
-        check(of_cmp, kernel, partials);
-      }
+      check(of_window, kernel, partials);
+      check(of_cmp, kernel, partials);
     }
   }
   std::printf("%s %d/%d checked: %d right, %d wrong; largest error of the right ones %.1e\n", name, kDimK, kDimV, right,
@@ -75,7 +74,8 @@ void check_dims(const char* name, const std::vector<Kernel>& kernels) {
 }
 
 template <typename Element, int kDimK, int kDimV>
-void time_dims(const char* name, std::vector<Kernel> kernels) {
+void time_dims(const char* name) {
+  std::vector<Kernel> kernels = {kernel<Element, kDimK, kDimV>("sm90")};
   std::printf("-- %s %d/%d, ms (TFLOP/s of visible pairs, distance from sm80)\n", name, kDimK, kDimV);
   kernels.push_back({"sm80", sm80_splits, launch_range_backward_keys_sm80<Element, kDimK, kDimV>});
   Device<float> partials(int64_t{80} << 20);
@@ -96,16 +96,17 @@ void time_dims(const char* name, std::vector<Kernel> kernels) {
 }
 
 void run_checks() {
-  check_dims<BFloat16, 128, 128>("bf16", {variant<BFloat16, 128, 128, 64, 4, false>("64"),
-                                          variant<BFloat16, 128, 128, 64, 4, false>("64 many", true),
-                                          variant<BFloat16, 128, 128, 48, 5, true>("48 ahead"),
-                                          variant<BFloat16, 128, 128, 48, 5, true>("48 many", true),
-                                          variant<BFloat16, 128, 128, 48, 5, false>("48")});
+  check_dims<BFloat16, 128, 128>("bf16");
+  check_dims<Half, 128, 128>("fp16");
+  check_dims<BFloat16, 64, 64>("bf16");
+  check_dims<Half, 64, 64>("fp16");
+  check_dims<BFloat16, 192, 128>("bf16");
+  check_dims<Half, 192, 128>("fp16");
 }
 
 void run_times() {
-  time_dims<BFloat16, 128, 128>("bf16", {variant<BFloat16, 128, 128, 64, 4, false>("64"),
-                                         variant<BFloat16, 128, 128, 48, 5, true>("48 ahead"),
-                                         variant<BFloat16, 128, 128, 48, 5, false>("48"),
-                                         variant<BFloat16, 128, 128, 32, 8, true>("32 ahead")});
+  time_dims<BFloat16, 128, 128>("bf16");
+  time_dims<Half, 128, 128>("fp16");
+  time_dims<BFloat16, 64, 64>("bf16");
+  time_dims<BFloat16, 192, 128>("bf16");
 }
