@@ -25,8 +25,8 @@ struct KeyGradientsSm90Shape {
   static constexpr int kKeys = 64;  // of a warpgroup
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  static constexpr int kProducerRegisters = kDimK <= 64 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kDimK <= 64 ? 224 : 232;
   using KTile = PanelTile<Element, kKeys, kDimK>;
   using VTile = PanelTile<Element, kKeys, kDimV>;
   using QTile = PanelTile<Element, kRows, kDimK>;
