@@ -2,7 +2,7 @@
 // kernel's. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/range_backward_keys_sm90.cu -o range_backward_keys_sm90
-//   ./range_backward_keys_sm90 [check | time]
+//   ./range_backward_keys_sm90 [check | time | profile]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,7 +19,7 @@ using namespace nsa;
 
 namespace {
 
-// lse and delta of a row by the definition, a warp a row; or, of many keys, lse as that of normal scores.
+// lse and delta of a row by the definition, a warp a row; or, of many keys, one that no score comes near.
 template <typename Element>
 __global__ void fill_rows(const __grid_constant__ RangeBackwardParams p, int64_t rows, bool exact) {
   const Sequences& s = p.sequences;
@@ -40,7 +40,7 @@ __global__ void fill_rows(const __grid_constant__ RangeBackwardParams p, int64_t
   const int64_t place_token = place.q_begin + at.index;
   if (!exact) {
     if (lane == 0) {
-      p.lse.at(place.batch, head, place_token) = end > begin ? logf(end - begin) + 0.5f : kMinusInfinity;
+      p.lse.at(place.batch, head, place_token) = end > begin ? logf(end - begin) + 4.f : kMinusInfinity;
       p.delta.at(place.batch, head, place_token) = 0.01f;
     }
     return;
@@ -405,6 +405,9 @@ int main(int argc, char** argv) {
   }
   if (what == "all" || what == "time") {
     run_times();
+  }
+  if (what == "profile") {
+    run_profile();
   }
   return 0;
 }

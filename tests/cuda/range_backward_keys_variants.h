@@ -110,3 +110,10 @@ void run_times() {
   time_dims<BFloat16, 64, 64>("bf16");
   time_dims<BFloat16, 192, 128>("bf16");
 }
+
+void run_profile() {
+  Device<float> partials(int64_t{80} << 20);
+  Problem<BFloat16> problem({"compressed 16k", 1, 16384, 16384, 4, 16, 128, 128, 16, 31, 0}, kGate, false);
+  run(problem, kernel<BFloat16, 128, 128>("sm90"), partials);
+  check_cuda(cudaDeviceSynchronize(), "profile");
+}

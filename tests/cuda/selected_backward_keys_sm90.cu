@@ -2,7 +2,7 @@
 // the sm_80 kernel's and that of turning the lists round. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/selected_backward_keys_sm90.cu csrc/selected/lists.cu -o selected_backward_keys_sm90
-//   ./selected_backward_keys_sm90 [check | time]
+//   ./selected_backward_keys_sm90 [check | time | profile]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -30,7 +30,7 @@ struct Random {
   bool chance(float p) { return (*this)() < p * 4294967296.0; }
 };
 
-// lse and delta of a row by the definition, a warp a row; or, of many keys, lse as that of normal scores.
+// lse and delta of a row by the definition, a warp a row; or, of many keys, one that no score comes near.
 template <typename Element>
 __global__ void fill_rows(const __grid_constant__ SelectedBackwardParams p, int64_t rows, bool exact) {
   const Sequences& s = p.sequences;
@@ -54,7 +54,7 @@ __global__ void fill_rows(const __grid_constant__ SelectedBackwardParams p, int6
   float product = 0.f;
   int seen = 0;
   for (int i = 0; i < p.num_selected; ++i) {
-    const int begin = list[i] * p.select_size;
+    const int begin = max(list[i], 0) * p.select_size;
     const int end = list[i] < 0 ? 0 : min(min(begin + p.select_size, position + 1), place.k_length);
     seen += max(end - begin, 0);
     for (int key = begin; exact && key < end; ++key) {
@@ -72,7 +72,7 @@ __global__ void fill_rows(const __grid_constant__ SelectedBackwardParams p, int6
   if (lane == 0) {
     const float grad_lse = p.grad_lse.data == nullptr ? 0.f : p.grad_lse.at(place.batch, head, place_token);
     float& lse = p.lse.at(place.batch, head, place_token);
-    lse = seen == 0 ? kMinusInfinity : exact ? maximum + logf(sum) : logf(seen) + 0.5f;
+    lse = seen == 0 ? kMinusInfinity : exact ? maximum + logf(sum) : logf(seen) + 4.f;
     p.delta.at(place.batch, head, place_token) = exact ? (sum > 0.f ? product / sum : 0.f) - grad_lse : 0.01f;
   }
 }
@@ -446,6 +446,9 @@ int main(int argc, char** argv) {
   }
   if (what == "all" || what == "time") {
     run_times();
+  }
+  if (what == "profile") {
+    run_profile();
   }
   return 0;
 }

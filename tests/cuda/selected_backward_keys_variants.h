@@ -65,3 +65,11 @@ void run_times() {
   time_dims<BFloat16, 128, 128>("bf16", {kernel<BFloat16, 128, 128>("48"), variant<BFloat16, 128, 128, 64, 2>("64"),
                                          variant<BFloat16, 128, 128, 32, 4>("32")});
 }
+
+void run_profile() {
+  Problem<BFloat16> problem({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16}, kGate, false);
+  Device<float> partials(problem.partial_floats());
+  problem.p.partials = partials.data;
+  kernel<BFloat16, 128, 128>("sm90").launch(problem.p, nullptr);
+  check_cuda(cudaDeviceSynchronize(), "profile");
+}
