@@ -1,6 +1,7 @@
 """Runs the tests with CUDA from a checkout with a built library; prints a table of the files, and writes JSON.
 
     python tools/gpu_suite.py --out suite.json
+    python tools/gpu_suite.py --jobs 4                      # files shared out to four processes
     python tools/gpu_suite.py tests/test_packed.py -- --maxfail=5
 
 Tests that need pip, a compiler or long training on a CPU are left out: they run in `make test`.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import json
 import os
 import subprocess
@@ -23,24 +25,56 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+NO_TESTS = 5  # pytest's exit status for a file in which -k leaves nothing
 LEFT_OUT = ("test_packaging.py", "test_cpp_example.py", "test_example_train.py")
 
 
-def run_tests(paths: list[str], more: list[str]) -> tuple[int, ElementTree.Element]:
+def files_of(paths: list[str]) -> list[str]:
+    """Test files, the largest first: they tend to take longest. A path that names no folder stands for itself."""
+    found: list[str] = []
+    for path in paths:
+        inside = sorted((ROOT / path).rglob("test_*.py"), key=lambda file: -file.stat().st_size)
+        found += [str(file.relative_to(ROOT)) for file in inside if file.name not in LEFT_OUT] or [path]
+    return found
+
+
+def run_tests(paths: list[str], more: list[str]) -> tuple[int, ElementTree.Element, str]:
+    """Exit status, report and output of one process of pytest."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         ignored = [f"--ignore=tests/{name}" for name in LEFT_OUT]
         command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *ignored, f"--junit-xml={report}", *more, *paths]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        return status, ElementTree.parse(report).getroot()
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if report.exists():
+            return result.returncode, ElementTree.parse(report).getroot(), result.stdout
+        died = ElementTree.Element("testcase", classname=" ".join(paths), name="the process")
+        ElementTree.SubElement(died, "failure", message=f"ended with status {result.returncode}, without a report")
+        nothing = ElementTree.Element("report")
+        nothing.append(died)
+        return result.returncode, nothing, result.stdout
 
 
-def summarize(root: ElementTree.Element) -> tuple[dict[str, collections.Counter[str]], list[str]]:
+def run_files(paths: list[str], more: list[str], jobs: int) -> tuple[int, list[ElementTree.Element]]:
+    """All tests, by `jobs` processes at a time when that is more than one, a file each."""
+    shares = [paths] if jobs == 1 else [[path] for path in files_of(paths)]
+    status, reports = 0, []
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run_tests, share, more) for share in shares]):
+            code, report, output = future.result()
+            print(output if code not in (0, NO_TESTS) else output.strip().rpartition("\n")[2], flush=True)
+            status = status if code in (0, NO_TESTS) else code
+            reports.append(report)
+    return status, reports
+
+
+def summarize(roots: list[ElementTree.Element]) -> tuple[dict[str, collections.Counter[str]], list[str]]:
     """Counts and seconds of each file; a line for each failure."""
     files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures = []
-    for case in root.iter("testcase"):
+    for case in (case for root in roots for case in root.iter("testcase")):
         name = case.get("classname", "").rpartition(".")[2]
         problem = next((child for child in case if child.tag in ("failure", "error")), None)
         skipped = case.find("skipped") is not None
@@ -62,6 +96,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", default=["tests"])
     parser.add_argument("--out", type=Path, help="where to write JSON")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--commit", help="what is tested, where the checkout is not under git")
     own = sys.argv[1:]
     more = own[own.index("--") + 1 :] if "--" in own else []
@@ -70,8 +105,8 @@ def main() -> int:
         print("gpu_suite: no GPU is visible to torch", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    status, report = run_tests(options.paths, more)
-    files, failures = summarize(report)
+    status, reports = run_files(options.paths, more, options.jobs)
+    files, failures = summarize(reports)
     total: collections.Counter[str] = collections.Counter()
     print(f"\n{'file':32} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for name, counts in [*sorted(files.items()), ("all", None)]:
