@@ -188,12 +188,18 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   const auto open_tile = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      lse[half] = number_of_row(range.lse, half) * kLog2E;
+      lse[half] = number_of_row(range.lse, half);
       delta[half] = number_of_row(range.delta, half);
     }
     const int32_t offset = tile.offset;
     all_begin = range.visibility.begin(offset + row_at(s, 0, tile.last_row).query);
     all_end = min(range.visibility.end(offset + row_at(s, 0, tile.first_row).query), tile.num_keys);
+  };
+
+  // Apart from open_tile, so that it doesn't wait for what is loaded there.
+  const auto scale_lse = [&] {
+    lse[0] *= kLog2E;
+    lse[1] *= kLog2E;
   };
 
   // Stands for a probability of 1, whose score has no gradient but that of lse.
@@ -281,9 +287,10 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     }
     take_weights(key);
   };
-  // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
-  const auto clear_unused_keys = [&] {
-    const int32_t used = (tile.end - tile.begin - 1) % kKeys + 1;
+  // Nobody's weight of a row past the end of the sequence is other than 0, but 0 times what lies there may be NaN.
+  // `key` is the first of the step.
+  const auto clear_unused_keys = [&](int32_t key) {
+    const int32_t used = tile.num_keys - key;
     if (used < kKeys) {
 #pragma unroll 1
       for (int i = 8 * used + fresh_thread() % kWarpgroup; i < 8 * kKeys; i += kWarpgroup) {
@@ -302,6 +309,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     return;
   }
   open_tile();
+  scale_lse();
   wait(&shared.rows_full[slot.stage], slot.parity);
   wait(&shared.k_full[k_place.stage], k_place.parity);
   start_scores(k_place);
@@ -309,11 +317,11 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   finish_step(tile.begin);
   bool add = false;  // to this tile's sums
   Element* to[2];
-  float factors[2];
+  float gates[2];
   const auto write = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      write_gradient(to[half], range.grad_q.width, grad_q, half, factors[half], range.add_to_grad_q,
+      write_gradient(to[half], range.grad_q.width, grad_q, half, range.scale * gates[half], range.add_to_grad_q,
                      fresh_thread() % 32);
     }
   };
@@ -323,11 +331,11 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     next.advance();
     const bool ends_tile = key >= tile.end;
     if (ends_tile) {
-      clear_unused_keys();
+      clear_unused_keys(key - kKeys);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         to[half] = gradient_of_row(half);
-        factors[half] = range.scale * (range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half));
+        gates[half] = range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half);
       }
 #pragma unroll
       for (int i = 0; i < Shape::kConsumers; ++i) {
@@ -352,6 +360,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     if (ends_tile) {
       open_tile();
       write();
+      scale_lse();
     }
     add = !ends_tile;
     finish_step(key);
@@ -394,7 +403,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     shrink_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) {
       grad_q::produce_keys<Shape>(params, shared);
-    } else if (threadIdx.x == 32) {
+    } else if (threadIdx.x / 32 == 1) {
       grad_q::produce_rows<Shape>(params, shared);
     }
   } else {

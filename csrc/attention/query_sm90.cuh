@@ -182,34 +182,80 @@ __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, 
   }
 }
 
-// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile.
+// Into the L2 cache: a box of a tensor; the line of an address.
+__device__ inline void fetch_box(const CUtensorMap* map, int32_t column, int32_t head, int32_t token, int32_t batch) {
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];\n" ::"l"(map), "r"(column),
+               "r"(head), "r"(token), "r"(batch)
+               : "memory");
+}
+__device__ inline void fetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(address) : "memory");
+}
+
+// Brings what consumers want of a tile's rows to the L2 cache. By a warp.
+template <typename Shape>
+__device__ inline void fetch_rows(const RangeBackwardQuerySm90Params& params, const RowTile& tile) {
+  const RangeBackwardParams& range = params.range;
+  const Sequences& s = range.sequences;
+  if (fresh_thread() % 32 < Shape::kConsumers) {
+    const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * (fresh_thread() % 32)).query;
+    const auto fetch = [&]<typename Panel>(Panel, const CUtensorMap& map) {
+#pragma unroll
+      for (int panel = 0; panel < Panel::kPanels; ++panel) {
+        fetch_box(&map, 64 * panel, tile.head_kv * s.group, tile.first_token + query, tile.batch);
+      }
+    };
+    fetch(typename Shape::QTile(), params.q);
+    fetch(typename Shape::GradOutTile(), params.grad_out);
+  }
+#pragma unroll 1
+  for (int32_t row = tile.first_row + fresh_thread() % 32; row <= tile.last_row; row += 32) {
+    const Row at = row_at(s, tile.head_kv, row);
+    const int64_t token = int64_t{tile.first_token} + at.query;
+    fetch_line(&range.lse.at(tile.batch, at.head, token));
+    fetch_line(&range.delta.at(tile.batch, at.head, token));
+    if (range.gate.data != nullptr) {
+      fetch_line(&range.gate.at(tile.batch, at.head, token));
+    }
+  }
+}
+
+// Copies Q and dO of all tiles: slots go round, one for each consumer of each tile. By a warp.
 template <typename Shape>
 __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
   using Element = typename Shape::Element;
-  prefetch_map(&params.q);
-  prefetch_map(&params.grad_out);
   Place<Shape::kRowSlots> slot;
   const Sequences& s = params.range.sequences;
+  const int32_t tile_rows = Shape::kConsumers * params.consumer_rows;
+  TileWalk walk;
   RowTile tile{};
-  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
-    if (tile.begin >= tile.end) {
-      continue;
-    }
-    for (int i = 0; i < Shape::kConsumers; ++i) {
-      const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-      Barrier* const full = &shared.rows_full[slot.stage];
-      const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
+  bool more = walk.next(tile, params, tile_rows);
+  while (more) {
+    if (tile.begin < tile.end) {
+#pragma unroll 1
+      for (int i = 0; i < Shape::kConsumers; ++i) {
+        wait(&shared.rows_empty[slot.stage], slot.parity ^ 1);
+        if (fresh_thread() % 32 == 0) {
+          const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
+          Barrier* const full = &shared.rows_full[slot.stage];
+          const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
 #pragma unroll
-        for (int panel = 0; panel < Panel::kPanels; ++panel) {
-          copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
-                   tile.first_token + query, tile.batch, kEvictFirst);
+            for (int panel = 0; panel < Panel::kPanels; ++panel) {
+              copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
+                       tile.first_token + query, tile.batch, kEvictFirst);
+            }
+          };
+          arrive_expecting(full, params.consumer_bytes);
+          copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
+          copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
         }
-      };
-      wait(&shared.rows_empty[slot.stage], slot.parity ^ 1);
-      arrive_expecting(full, params.consumer_bytes);
-      copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
-      copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
-      slot.advance();
+        __syncwarp();
+        slot.advance();
+      }
+    }
+    more = walk.next(tile, params, tile_rows);
+    if (more) {
+      fetch_rows<Shape>(params, tile);  // a tile ahead
     }
   }
 }
