@@ -167,7 +167,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   };
   // The next tile whose rows see keys; the gradients of those between are 0.
   const auto find_tile_with_keys = [&] {
-    while (walk.next(tile, params, Shape::kConsumers * params.consumer_rows)) {
+    while (walk.next(tile, params)) {
       if (tile.begin < tile.end) {
         return true;
       }

@@ -27,7 +27,9 @@ void launch_range_backward_query_shape(const RangeBackwardParams& range, cudaStr
   constexpr ElementType kType = kElementType<typename Shape::Element>;
   const Sequences& s = range.sequences;
   const int32_t rows = 64 / s.group * s.group;
-  const int64_t tiles = count_slots(s, s.length_q * s.group, int64_t{Shape::kConsumers} * rows) * s.heads_kv;
+  const int64_t tile_rows = int64_t{Shape::kConsumers} * rows;
+  const int64_t slots = count_slots(s, s.length_q * s.group, tile_rows);
+  const int64_t tiles = slots * s.heads_kv;
   if (tiles > 0x3fffffff) {
     throw std::runtime_error(std::string("nsa_torch: ") + kName + ": too many tiles for one launch");
   }
@@ -42,6 +44,10 @@ void launch_range_backward_query_shape(const RangeBackwardParams& range, cudaStr
   const RangeBackwardQuerySm90Params params{
       .range = range,
       .tiles = static_cast<int32_t>(tiles),
+      .slots = static_cast<int32_t>(slots),
+      .by_heads = Divisor(static_cast<uint32_t>(s.heads_kv)),
+      .by_slots = Divisor(static_cast<uint32_t>(ceil_div(s.length_q * s.group, tile_rows))),
+      .by_rows = Divisor(static_cast<uint32_t>(tile_rows)),
       .consumer_rows = rows,
       .consumer_bytes = rows * (Shape::kDimK + Shape::kDimV) * static_cast<int32_t>(sizeof(typename Shape::Element)),
       .q = map_of_rows(range.q),

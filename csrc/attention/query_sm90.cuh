@@ -11,6 +11,10 @@ namespace nsa {
 struct RangeBackwardQuerySm90Params {
   RangeBackwardParams range;
   int32_t tiles;           // of rows, times KV heads
+  int32_t slots;           // for tiles of one KV head: common/sequences.cuh
+  Divisor by_heads;        // by KV heads
+  Divisor by_slots;        // by the slots of a dense sequence
+  Divisor by_rows;         // by the rows of a tile
   int32_t consumer_rows;   // of a warpgroup: the G heads of as many queries as 64 rows hold
   int32_t consumer_bytes;  // that its copies of Q and dO write
   CUtensorMap q;           // boxes of 64 columns, G heads, 64 / G tokens
@@ -82,19 +86,21 @@ struct RowTile {
   int32_t end;
 };
 
-// As find_tile (common/sequences.cuh), with divisions of 32 bits: here they stand between two tiles, and those of 64
-// bits take ten times as long. Rows and slots are below 2^31.
-__device__ inline Tile find_row_tile(const Sequences& s, uint32_t tile_rows, uint32_t slot) {
-  const auto group = static_cast<uint32_t>(s.group);
+// As find_tile (common/sequences.cuh), with divisions by numbers known on the host: this stands between two tiles,
+// where even instructions come late to those who run them once a tile.
+__device__ inline Tile find_row_tile(const RangeBackwardQuerySm90Params& params, uint32_t slot) {
+  const Sequences& s = params.range.sequences;
   if (s.cumulative_q == nullptr) {
-    const uint32_t tiles = (static_cast<uint32_t>(s.length_q) * group + tile_rows - 1) / tile_rows;
-    return {static_cast<int32_t>(slot / tiles), static_cast<int32_t>(slot % tiles)};
+    const uint32_t sequence = params.by_slots.divide(slot);
+    return {static_cast<int32_t>(sequence), static_cast<int32_t>(slot - sequence * params.by_slots.divisor)};
   }
   const auto first_slot = [&](int32_t i) {
-    return static_cast<uint32_t>(s.cumulative_q[i]) * group / tile_rows + static_cast<uint32_t>(i);
+    return params.by_rows.divide(static_cast<uint32_t>(s.cumulative_q[i]) * static_cast<uint32_t>(s.group)) +
+           static_cast<uint32_t>(i);
   };
   int32_t low = 0;
   int32_t high = s.batch - 1;
+#pragma unroll 1
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
     if (first_slot(middle) <= slot) {
@@ -107,14 +113,14 @@ __device__ inline Tile find_row_tile(const Sequences& s, uint32_t tile_rows, uin
 }
 
 // The latest queries see the most keys: they go first.
-__device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, int32_t tile_rows, int32_t number) {
+__device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, int32_t number) {
   const Sequences& s = params.range.sequences;
   const Visibility& seen = params.range.visibility;
-  const int32_t slots = params.tiles / s.heads_kv;
+  const int32_t tile_rows = static_cast<int32_t>(params.by_rows.divisor);
+  const auto from_last = static_cast<int32_t>(params.by_heads.divide(static_cast<uint32_t>(number)));
   RowTile to;
-  to.head_kv = number % s.heads_kv;
-  const Tile tile =
-      find_row_tile(s, static_cast<uint32_t>(tile_rows), static_cast<uint32_t>(slots - 1 - number / s.heads_kv));
+  to.head_kv = number - from_last * s.heads_kv;
+  const Tile tile = find_row_tile(params, static_cast<uint32_t>(params.slots - 1 - from_last));
   const SequencePlace place = place_of(s, tile.sequence);
   const KeysPlace keys = keys_of(place, seen, params.range.compressed);
   to.batch = static_cast<int32_t>(place.batch);
@@ -134,13 +140,14 @@ struct TileWalk {
   int32_t round = 0;
 
   // Whether there is one more.
-  __device__ bool next(RowTile& tile, const RangeBackwardQuerySm90Params& params, int32_t tile_rows) {
+  __device__ bool next(RowTile& tile, const RangeBackwardQuerySm90Params& params) {
     const int32_t blocks = static_cast<int32_t>(gridDim.x);
     const int32_t block = static_cast<int32_t>(blockIdx.x);
+#pragma unroll 1
     for (; round * blocks < params.tiles; ++round) {
       const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
       if (number < params.tiles) {
-        tile = row_tile(params, tile_rows, number);
+        tile = row_tile(params, number);
         if (tile.first_row <= tile.last_row) {
           ++round;
           return true;
@@ -160,7 +167,7 @@ __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, 
   Place<Shape::kKStages> k_place;
   Place<Shape::kVStages> v_place;
   RowTile tile{};
-  for (TileWalk walk; walk.next(tile, params, Shape::kConsumers * params.consumer_rows);) {
+  for (TileWalk walk; walk.next(tile, params);) {
     const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
                                           uint32_t parity, int32_t key) {
       wait(empty, parity ^ 1);
@@ -226,10 +233,9 @@ __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, 
   using Element = typename Shape::Element;
   Place<Shape::kRowSlots> slot;
   const Sequences& s = params.range.sequences;
-  const int32_t tile_rows = Shape::kConsumers * params.consumer_rows;
   TileWalk walk;
   RowTile tile{};
-  bool more = walk.next(tile, params, tile_rows);
+  bool more = walk.next(tile, params);
   while (more) {
     if (tile.begin < tile.end) {
 #pragma unroll 1
@@ -253,7 +259,7 @@ __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, 
         slot.advance();
       }
     }
-    more = walk.next(tile, params, tile_rows);
+    more = walk.next(tile, params);
     if (more) {
       fetch_rows<Shape>(params, tile);  // a tile ahead
     }
