@@ -1,7 +1,7 @@
 // Attention over a range of keys, backward, for Hopper: the gradient of q. As backward_query_sm80.cuh:
 //   P = exp(scale Q K^T - lse),   dS = P (dO V^T - delta),   dQ = scale gate dS K
-// A producer warp feeds K and V to warpgroups of 64 rows each, which share them; one block of threads stays on each
-// multiprocessor and walks tiles of rows, the longest first (attention/query_sm90.cuh).
+// Two producer warps feed rows, and K and V, to warpgroups of 64 rows each, which share K and V; one block of threads
+// stays on each multiprocessor and walks tiles of rows, the longest first (attention/query_sm90.cuh).
 //
 // A warpgroup's step j starts dQ += dS_{j-1} K_{j-1}, S_j = Q K_j^T and dO V_j^T, one after the other, and turns S_j
 // into P while the last one runs. dS stays in registers, as the left operand; K is the right operand of two products,
@@ -12,7 +12,6 @@
 #include "common/tile.cuh"
 
 namespace nsa {
-
 namespace grad_q {
 
 // Sets columns outside [low, high) of one of the lane's two rows to 0.
@@ -26,54 +25,6 @@ __device__ inline void clear_outside(float (&c)[kTiles][4], int half, int32_t lo
     for (int j = 0; j < 2; ++j) {
       if (8 * i + j < low || 8 * i + j >= high) {
         c[i][2 * half + j] = 0.f;
-      }
-    }
-  }
-}
-
-// Adds eight elements to those at `to`, each sum rounded, as add_chunks does, but in the L2 cache.
-template <typename Element>
-__device__ inline void add_to_memory(Element* to, const uint32_t (&words)[4]) {
-  if constexpr (__is_same(Element, Half)) {
-    asm volatile("red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]),
-                 "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
-  } else {
-    asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(words[0]),
-                 "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
-  }
-}
-
-// Writes one of the lane's two rows of an accumulator, times `factor`, or adds it to what is there: the four lanes of a
-// row trade their pairs of columns for chunks of 16 bytes. `to` may be null: then nothing is written.
-template <typename Element, int kTiles>
-__device__ inline void write_gradient(Element* to, int32_t width, const float (&c)[kTiles][4], int half, float factor,
-                                      bool add, int lane) {
-#pragma unroll
-  for (int i = 0; i < kTiles; i += 4) {
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      words[j] = pack<Element>(c[i + j][2 * half] * factor, c[i + j][2 * half + 1] * factor);
-    }
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = (lane & bit) != 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if ((j & bit) == 0) {
-          const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[j] : words[j | bit], bit);
-          (upper ? words[j] : words[j | bit]) = got;
-        }
-      }
-    }
-    const int column = 8 * (i + lane % 4);
-    if (to != nullptr && column < width) {
-      if (add) {
-        add_to_memory(to + column, words);
-      } else {
-        *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
