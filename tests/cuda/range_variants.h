@@ -101,9 +101,9 @@ const std::vector<Case> kCases = {
      {730, 100, 882, 200, 840}},
 };
 
-template <typename Element, int kDimK, int kDimV, int kConsumers, int kKeys>
+template <typename Element, int kDimK, int kDimV, int kConsumers, int kKeys, int kStages, int kQStages>
 void shape(const RangeForwardParams& p, cudaStream_t s) {
-  launch_range_forward_shape<RangeForwardSm90Shape<Element, kDimK, kDimV, kConsumers, kKeys, 2>>(p, s);
+  launch_range_forward_shape<RangeForwardSm90Shape<Element, kDimK, kDimV, kConsumers, kKeys, kStages, kQStages>>(p, s);
 }
 
 template <typename Element, int kDimK, int kDimV>
@@ -117,6 +117,14 @@ void check_dims(const char* name) {
     Problem<Element> problem(c);
     check<Element>(problem, "long", launch_range_forward_shape<Long>);
     check<Element>(problem, "short", launch_range_forward_shape<Short>);
+    if (!Short::kSums) {
+      continue;
+    }
+    c.gated = true;
+    Problem<Element> gated(c);
+    check<Element>(gated, "gated", launch_range_forward_shape<Short>);
+    gated.params.out.data = nullptr;
+    check<Element>(gated, "sum alone", launch_range_forward_shape<Short>);
   }
   for (const int group : {1, 2, 3, 5, 7, 8, 11, 12, 13, 14, 24, 32, 33, 48, 64}) {
     const std::string window = "window G " + std::to_string(group);
@@ -171,41 +179,50 @@ void run_dispatch() {
   check_dispatch<Half, 256, 256>("fp16");
 }
 
+struct TimedCase {
+  const char* what;
+  int stride, first_seen, window;
+  int sequences;  // of the packed ones, or 0: dense
+  int group;
+  bool gated;
+};
+
 template <typename Element, int kDimK, int kDimV>
-void time_dims(const char* name, std::vector<std::pair<const char*, Launch>> shapes) {
+void time_dims(const char* name, std::vector<std::pair<const char*, Launch>> shapes, const std::vector<int>& kilos,
+               const std::vector<TimedCase>& cases) {
   std::printf("-- %s %d/%d, ms (TFLOP/s)\n", name, kDimK, kDimV);
-  shapes.push_back({"sm80", launch_range_forward_sm80<Element, kDimK, kDimV>});
-  const auto time_case = [&](const Case& c) {
-    Problem<Element> problem(c);
-    time_kernels<Element>(problem, shapes);
-    for (const auto& [kernel, launch_kernel] : shapes) {
-      check<Element>(problem, kernel, launch_kernel, 4096);
-    }
-  };
-  for (const int64_t kilo : {8, 32, 64, 128}) {
-    const std::string cmp = "compressed " + std::to_string(kilo) + "k";
-    const std::string window = "window " + std::to_string(kilo) + "k";
-    const int64_t tokens = kilo * 1024;
-    time_case({cmp.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 16, 31, 0});
-    if (kilo <= 64) {
-      time_case({window.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 1, 0, 512});
+  for (const int kilo : kilos) {
+    for (const TimedCase& t : cases) {
+      const std::string what = std::string(t.what) + " " + std::to_string(kilo) + "k";
+      const int tokens = kilo * 1024;
+      std::vector<int32_t> cu;
+      for (int i = 0; t.sequences > 0 && i <= t.sequences; ++i) {
+        cu.push_back(i * (tokens / t.sequences));
+      }
+      Problem<Element> problem({.name = what.c_str(), .batch = 1, .tokens_q = tokens, .tokens_k = tokens,
+                                .heads_kv = std::max(1, 64 / t.group), .group = t.group, .dim_k = kDimK, .dim_v = kDimV,
+                                .stride = t.stride, .first_seen = t.first_seen, .window = t.window, .cu_q = cu,
+                                .cu_k = cu, .gated = t.gated});
+      time_kernels<Element>(problem, shapes);
+      for (const auto& [kernel, launch_kernel] : shapes) {
+        check<Element>(problem, kernel, launch_kernel, 4096);
+      }
     }
   }
   print_tally("checked");
 }
 
+const std::vector<TimedCase> kDense = {{"compressed", 16, 31, 0, 0, 16, false},
+                                       {"window", 1, 0, 512, 0, 16, false},
+                                       {"window, gated", 1, 0, 512, 0, 16, true}};
+const std::vector<TimedCase> kPacked = {{"compressed, packed", 16, 31, 0, 1, 16, false},
+                                        {"window, packed", 1, 0, 512, 1, 16, false},
+                                        {"compressed, packed 8", 16, 31, 0, 8, 16, false},
+                                        {"window, packed 8", 1, 0, 512, 8, 16, false}};
+
 void run_times() {
-  time_dims<BFloat16, 128, 128>("bf16", {{"3x64", shape<BFloat16, 128, 128, 3, 64>},
-                                         {"3x80", shape<BFloat16, 128, 128, 3, 80>},
-                                         {"3x96", shape<BFloat16, 128, 128, 3, 96>},
-                                         {"2x128", shape<BFloat16, 128, 128, 2, 128>},
-                                         {"2x144", shape<BFloat16, 128, 128, 2, 144>}});
-  time_dims<Half, 128, 128>("fp16", {{"3x80", shape<Half, 128, 128, 3, 80>}, {"2x128", shape<Half, 128, 128, 2, 128>}});
-  time_dims<BFloat16, 64, 64>("bf16", {{"3x80", shape<BFloat16, 64, 64, 3, 80>},
-                                       {"3x96", shape<BFloat16, 64, 64, 3, 96>},
-                                       {"3x112", shape<BFloat16, 64, 64, 3, 112>},
-                                       {"2x176", shape<BFloat16, 64, 64, 2, 176>}});
-  time_dims<BFloat16, 192, 128>("bf16", {{"3x80", shape<BFloat16, 192, 128, 3, 80>},
-                                         {"2x96", shape<BFloat16, 192, 128, 2, 96>},
-                                         {"2x112", shape<BFloat16, 192, 128, 2, 112>}});
+  time_dims<BFloat16, 128, 128>("bf16", {{"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>},
+                                         {"1 Q", shape<BFloat16, 128, 128, 3, 80, 2, 1>},
+                                         {"3 stages", shape<BFloat16, 128, 128, 3, 80, 3, 1>}}, {8, 64}, kDense);
+  time_dims<BFloat16, 128, 128>("bf16", {{"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>}}, {64}, kPacked);
 }
