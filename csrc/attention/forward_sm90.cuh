@@ -13,8 +13,7 @@
 namespace nsa {
 
 template <typename Shape>
-__device__ inline void consume_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared,
-                                     int number) {
+__device__ inline void consume_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared, int number) {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
@@ -68,8 +67,8 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   };
   // `add` false: these are a tile's first, and what was in `out` before is lost.
   const auto start_sums = [&](bool add) {
-    const uint64_t v = tile_descriptor(shared_address(shared.v[stage_of<kStages>(steps - 1)]),
-                                       VTile::kPanelSize * kBytes);
+    const uint64_t v =
+        tile_descriptor(shared_address(shared.v[stage_of<kStages>(steps - 1)]), VTile::kPanelSize * kBytes);
     hold(out);
     fence_products();
 #pragma unroll

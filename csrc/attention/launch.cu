@@ -161,8 +161,8 @@ void launch_range_backward(const RangeBackwardParams& params, ElementType type, 
 RangeSplits choose_range_splits(const RangeBackwardParams& params, ElementType type, int multiprocessors) {
   bool on_sm90 = false;
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
-    on_sm90 = type == ElementType::kFloat16 ? keys_run_on_sm90<Half, k, v>(params)
-                                            : keys_run_on_sm90<BFloat16, k, v>(params);
+    on_sm90 =
+        type == ElementType::kFloat16 ? keys_run_on_sm90<Half, k, v>(params) : keys_run_on_sm90<BFloat16, k, v>(params);
   });
   return on_sm90 ? choose_range_keys_splits_sm90(params, multiprocessors)
                  : choose_range_keys_splits_sm80(params, multiprocessors);

@@ -17,8 +17,8 @@ inline bool range_forward_fits_sm90(const RangeForwardParams& params) {
   const Sequences& s = params.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
   const auto all_heads = int64_t{s.heads_kv} * s.group;
-  return s.group <= 64 && params.scale > 0.f && params.q.width <= 192 && params.v.width <= 128 &&
-         params.num_keys > 0 && copies_by_map(params.q, batch, s.length_q, all_heads) &&
+  return s.group <= 64 && params.scale > 0.f && params.q.width <= 192 && params.v.width <= 128 && params.num_keys > 0 &&
+         copies_by_map(params.q, batch, s.length_q, all_heads) &&
          copies_by_map(params.k, batch, params.num_keys, s.heads_kv) &&
          copies_by_map(params.v, batch, params.num_keys, s.heads_kv) &&
          copies_by_map(params.out, batch, s.length_q, all_heads) &&
@@ -77,8 +77,8 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
 // Three warpgroups with as many keys a step as their registers hold are the fastest, but for wide heads where rows see
 // few keys: docs/hopper_kernels.md.
 template <typename Element, int kDimK, int kDimV>
-using LongForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2,
-                                                   (kDimK <= 128 ? 2 : 1)>;
+using LongForwardSm90Shape =
+    RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2, (kDimK <= 128 ? 2 : 1)>;
 template <typename Element, int kDimK, int kDimV>
 using ShortForwardSm90Shape = std::conditional_t<(kDimK <= 128), LongForwardSm90Shape<Element, kDimK, kDimV>,
                                                  RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 112, 2, 1>>;

@@ -11,11 +11,11 @@ namespace nsa {
 
 struct RangeForwardSm90Params {
   RangeForwardParams range;
-  float scale_log2;      // that powers of 2 are taken with
+  float scale_log2;  // that powers of 2 are taken with
   int32_t tile_rows;
-  int32_t tiles;         // in all
-  int32_t slots;         // of tiles of one KV head, some of them empty: common/sequences.cuh
-  int32_t dense_tiles;   // of a sequence, where they are dense
+  int32_t tiles;        // in all
+  int32_t slots;        // of tiles of one KV head, some of them empty: common/sequences.cuh
+  int32_t dense_tiles;  // of a sequence, where they are dense
   Divisor by_tile_rows;
   Divisor by_dense_tiles;
   Divisor by_heads_kv;
@@ -24,7 +24,7 @@ struct RangeForwardSm90Params {
   CUtensorMap q;           // boxes of 64 columns, G heads, 64 / G tokens
   CUtensorMap k;           // boxes of 64 columns, one head, kKeys tokens
   CUtensorMap v;
-  CUtensorMap out;  // boxes as of q; of nothing where there is no out
+  CUtensorMap out;        // boxes as of q; of nothing where there is no out
   CUtensorMap others[2];  // the same, where there is a sum
   CUtensorMap sum;
 };
@@ -149,7 +149,8 @@ __device__ inline void set_range_tile(RangeTile& to, const RangeForwardSm90Param
   to.all_end = min(seen.end(first), keys.length);
 }
 
-// Calls with the number of each tile of this block. Every other round runs backwards, so that no block gets the longest of each.
+// Calls with the number of each tile of this block. Every other round runs backwards, so that no block gets the longest
+// of each.
 template <typename Function>
 __device__ inline void for_each_range_tile(const RangeForwardSm90Params& params, const Function& function) {
   const auto blocks = static_cast<int32_t>(gridDim.x);

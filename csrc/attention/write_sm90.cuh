@@ -9,8 +9,8 @@
 namespace nsa {
 
 // The gates of the lane's two rows, the first being row `own_row` of the consumer; 0 where there is no row.
-__device__ inline void load_row_gates(float (&gates)[2][3], const RangeForwardSm90Params& params,
-                                      const RangeTile& tile, int consumer, int own_row) {
+__device__ inline void load_row_gates(float (&gates)[2][3], const RangeForwardSm90Params& params, const RangeTile& tile,
+                                      int consumer, int own_row) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int32_t at_row = tile.first_row + consumer * params.consumer_rows + own_row + 8 * half;
@@ -32,7 +32,7 @@ __device__ inline void stage_rows(OutTile to, const float (&out)[kTiles][4], con
     uint32_t a[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float(&c)[4] = out[i + j / 2];
+      const float (&c)[4] = out[i + j / 2];
       a[j] = pack<Element>(c[2 * (j % 2)] * factors[j % 2], c[2 * (j % 2) + 1] * factors[j % 2]);
     }
     to.store_left(a, first_row, 8 * i, lane);
@@ -52,7 +52,7 @@ __device__ inline void stage_gated_rows(OutTile to, OutTile selected, const floa
     selected.load_left(y, first_row, 8 * i, lane);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const float(&c)[4] = out[i + j / 2];
+      const float (&c)[4] = out[i + j / 2];
       a[j] = pack<Element>(c[2 * (j % 2)] * factors[j % 2], c[2 * (j % 2) + 1] * factors[j % 2]);
       x[j] = gated_pair<Element>(gates[j % 2], x[j], y[j], a[j]);
     }
@@ -93,7 +93,8 @@ __device__ inline void copy_rows_out(const RangeForwardSm90Params& params, const
       const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
 #pragma unroll
       for (int panel = 0; panel < OutTile::kPanels; ++panel) {
-        store_box(&map, staged + i * consumer_size + panel * OutTile::kPanelSize, 64 * panel, tile.head_kv * s.group, token, tile.batch);
+        store_box(&map, staged + i * consumer_size + panel * OutTile::kPanelSize, 64 * panel, tile.head_kv * s.group,
+                  token, tile.batch);
       }
     }
   }

@@ -288,12 +288,17 @@ struct Problem {
     }
   }
 
-  // Pairs of a query head and a key it sees.
+  // Pairs of a query head and a key it sees. Packed sequences have as many keys as queries.
   double pairs() const {
     double sum = 0;
+    size_t sequence = 0;
     for (int64_t t = 0; t < c.tokens_q; ++t) {
-      const auto position = static_cast<int32_t>(c.tokens_k - c.tokens_q + t);
-      sum += std::min<double>(params.visibility.end(position), keys) - params.visibility.begin(position);
+      while (!c.cu_q.empty() && c.cu_q[sequence + 1] <= t) {
+        ++sequence;
+      }
+      const int64_t of_sequence = c.cu_q.empty() ? c.tokens_k - c.tokens_q + t : t - c.cu_q[sequence];
+      const auto position = static_cast<int32_t>(of_sequence);
+      sum += params.visibility.end(position) - params.visibility.begin(position);
     }
     return sum * c.batch * c.heads_kv * c.group;
   }

@@ -199,10 +199,20 @@ void time_dims(const char* name, std::vector<std::pair<const char*, Launch>> sha
       for (int i = 0; t.sequences > 0 && i <= t.sequences; ++i) {
         cu.push_back(i * (tokens / t.sequences));
       }
-      Problem<Element> problem({.name = what.c_str(), .batch = 1, .tokens_q = tokens, .tokens_k = tokens,
-                                .heads_kv = std::max(1, 64 / t.group), .group = t.group, .dim_k = kDimK, .dim_v = kDimV,
-                                .stride = t.stride, .first_seen = t.first_seen, .window = t.window, .cu_q = cu,
-                                .cu_k = cu, .gated = t.gated});
+      Problem<Element> problem({.name = what.c_str(),
+                                .batch = 1,
+                                .tokens_q = tokens,
+                                .tokens_k = tokens,
+                                .heads_kv = std::max(1, 64 / t.group),
+                                .group = t.group,
+                                .dim_k = kDimK,
+                                .dim_v = kDimV,
+                                .stride = t.stride,
+                                .first_seen = t.first_seen,
+                                .window = t.window,
+                                .cu_q = cu,
+                                .cu_k = cu,
+                                .gated = t.gated});
       time_kernels<Element>(problem, shapes);
       for (const auto& [kernel, launch_kernel] : shapes) {
         check<Element>(problem, kernel, launch_kernel, 4096);
@@ -212,17 +222,34 @@ void time_dims(const char* name, std::vector<std::pair<const char*, Launch>> sha
   print_tally("checked");
 }
 
-const std::vector<TimedCase> kDense = {{"compressed", 16, 31, 0, 0, 16, false},
-                                       {"window", 1, 0, 512, 0, 16, false},
-                                       {"window, gated", 1, 0, 512, 0, 16, true}};
-const std::vector<TimedCase> kPacked = {{"compressed, packed", 16, 31, 0, 1, 16, false},
-                                        {"window, packed", 1, 0, 512, 1, 16, false},
-                                        {"compressed, packed 8", 16, 31, 0, 8, 16, false},
-                                        {"window, packed 8", 1, 0, 512, 8, 16, false}};
+const std::vector<TimedCase> kDense = {{"compressed", 16, 31, 0, 0, 16, false}, {"window", 1, 0, 512, 0, 16, false}};
+const std::vector<TimedCase> kGated = {{"window and sum", 1, 0, 512, 0, 16, true}};
+const std::vector<TimedCase> kPacked = {{"compressed, one sequence", 16, 31, 0, 1, 16, false},
+                                        {"window, one sequence", 1, 0, 512, 1, 16, false},
+                                        {"compressed, 8 sequences", 16, 31, 0, 8, 16, false},
+                                        {"window, 8 sequences", 1, 0, 512, 8, 16, false}};
+
+std::vector<TimedCase> with_group(const char* compressed, const char* window, int group) {
+  return {{compressed, 16, 31, 0, 0, group, false}, {window, 1, 0, 512, 0, group, false}};
+}
 
 void run_times() {
-  time_dims<BFloat16, 128, 128>("bf16", {{"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>},
-                                         {"1 Q", shape<BFloat16, 128, 128, 3, 80, 2, 1>},
-                                         {"3 stages", shape<BFloat16, 128, 128, 3, 80, 3, 1>}}, {8, 64}, kDense);
-  time_dims<BFloat16, 128, 128>("bf16", {{"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>}}, {64}, kPacked);
+  const std::pair<const char*, Launch> wide = {"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>};
+  const std::pair<const char*, Launch> sm80 = {"sm80", launch_range_forward_sm80<BFloat16, 128, 128>};
+  time_dims<BFloat16, 128, 128>("bf16", {wide, sm80}, {8, 64}, kDense);
+  time_dims<BFloat16, 128, 128>("bf16", {wide}, {8, 64}, kGated);
+  time_dims<BFloat16, 128, 128>("bf16, packed", {wide}, {64}, kPacked);
+  time_dims<BFloat16, 128, 128>("bf16, G 4", {wide}, {64}, with_group("compressed G 4", "window G 4", 4));
+  time_dims<BFloat16, 128, 128>("bf16, G 8", {wide}, {64}, with_group("compressed G 8", "window G 8", 8));
+  time_dims<BFloat16, 128, 128>("bf16, G 1", {wide}, {64}, with_group("compressed G 1", "window G 1", 1));
+  time_dims<BFloat16, 128, 128>("bf16, G 6", {wide}, {64}, with_group("compressed G 6", "window G 6", 6));
+  time_dims<BFloat16, 128, 128>("bf16, G 12", {wide}, {64}, with_group("compressed G 12", "window G 12", 12));
+  time_dims<BFloat16, 128, 128>("bf16, G 24", {wide}, {64}, with_group("compressed G 24", "window G 24", 24));
+  time_dims<BFloat16, 128, 128>("bf16, G 33", {wide, sm80}, {64}, with_group("compressed G 33", "window G 33", 33));
+  time_dims<Half, 128, 128>("fp16", {{"3x80", shape<Half, 128, 128, 3, 80, 2, 2>}}, {64}, kDense);
+  time_dims<BFloat16, 64, 64>("bf16", {{"3x96", shape<BFloat16, 64, 64, 3, 96, 2, 2>}}, {8, 64}, kDense);
+  time_dims<BFloat16, 64, 64>("bf16", {{"3x96", shape<BFloat16, 64, 64, 3, 96, 2, 2>}}, {64}, kGated);
+  time_dims<BFloat16, 192, 128>(
+      "bf16", {{"3x80", shape<BFloat16, 192, 128, 3, 80, 2, 1>}, {"2x112", shape<BFloat16, 192, 128, 2, 112, 2, 1>}},
+      {8, 64}, kDense);
 }
