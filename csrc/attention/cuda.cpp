@@ -49,7 +49,7 @@ bool range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
   const at::Tensor v_read = readable(v);
   const at::Tensor out_written = out.defined() ? writable(out) : out;
   GatedSum sum{};
-  if (gating.sum.defined()) {
+  if (gating.sum.defined() && (!out.defined() || out_written.is_same(out))) {
     sum = {.gates = gating.gates,
            .others = {gating.others[0].data_ptr(), gating.others[1].data_ptr()},
            .out = gating.sum.data_ptr()};
