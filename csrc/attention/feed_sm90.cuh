@@ -43,10 +43,8 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
   constexpr int kStages = Shape::kStages;
   constexpr int kQStages = Shape::kQStages;
   constexpr int kTiles = Shape::kTiles;
-  constexpr int kLead = 2;  // steps of a tile before that
   const bool sums = Shape::kSums && params.range.sum.out != nullptr;
   uint32_t tiles = 0;
-  uint32_t seen = 0;  // of these, with keys
   uint32_t copied_q = 0;
   uint32_t copied_k = 0;
   uint32_t copied_v = 0;
@@ -75,7 +73,7 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
   const auto copy_q = [&](const RangeTile& tile) {
     const Sequences& s = params.range.sequences;
     const int stage = stage_of<kQStages>(copied_q);
-    if (!sums) {  // else copy_compressed has waited for the output of the tile whose place this is
+    if (!sums) {  // else copy_others has waited for the output of the tile whose place this is
       wait(&shared.q_empty[stage], parity_of<kQStages>(copied_q) ^ 1);
     }
     arrive_expecting(&shared.q_full[stage], Shape::kConsumers * params.consumer_bytes);
@@ -103,17 +101,15 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
       }
     }
   };
-  // To where the output of the tile before was.
-  const auto copy_compressed = [&](const RangeTile& tile) {
-    wait(&shared.out_empty, parity_of<1>(seen) ^ 1);
+  // Of the tile whose Q was copied last: to where the output of the tile before was, and to where its own Q was.
+  const auto copy_others = [&](const RangeTile& tile) {
+    const uint32_t number = copied_q - 1;
+    const int stage = stage_of<kQStages>(number);
+    wait(&shared.out_empty, parity_of<1>(number) ^ 1);
     arrive_expecting(&shared.others_full,
                      2 * Shape::kConsumers * params.consumer_rows * OutTile::kColumns * sizeof(Element));
     copy_rows(tile, params.others[0], shared.out[0], OutTile::kSize);
-  };
-  // To where the tile's own Q was.
-  const auto copy_selected = [&](const RangeTile& tile) {
-    const int stage = stage_of<kQStages>(seen);
-    wait(&shared.q_empty[stage], parity_of<kQStages>(seen));
+    wait(&shared.q_empty[stage], parity_of<kQStages>(number));
     copy_rows(tile, params.others[1], shared.q[stage][0], QTile::kSize);
   };
 
@@ -126,34 +122,17 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
     }
     if (tile.begin < tile.end) {
       copy_k(tile, tile.begin);
-      if (copied_q == seen) {
-        copy_q(tile);
-      }
-      bool early = kQStages > 1;
+      copy_q(tile);
 #pragma unroll 1
       for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
         if (key + Shape::kKeys < tile.end) {
           copy_k(tile, key + Shape::kKeys);
         }
         copy_v(tile, key);
-        // What is not needed at once, while consumers have keys for a while: all multiprocessors are at about the same
-        // place, and would wait for each other's copies at the end of their tiles.
-        if (early && (key >= tile.begin + kLead * Shape::kKeys || key + Shape::kKeys >= tile.end)) {
-          early = false;
-          if (sums) {
-            copy_compressed(tile);
-          }
-          wait(&shared.tile_full[stage_of<kTiles>(tiles + 1)], parity_of<kTiles>(tiles + 1));
-          const RangeTile& next = shared.tiles[stage_of<kTiles>(tiles + 1)];
-          if (next.begin < next.end) {
-            copy_q(next);
-          }
-        }
       }
       if (sums) {
-        copy_selected(tile);
+        copy_others(tile);
       }
-      ++seen;
     }
     arrive(&shared.tile_empty[stage_of<kTiles>(tiles)]);
     ++tiles;

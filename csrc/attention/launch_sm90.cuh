@@ -1,8 +1,6 @@
 // Launches of the kernels for Hopper, which calls they take, and the tile sizes they run with.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/forward_sm90.cuh"
 #include "common/launch_sm90.cuh"
 
@@ -74,32 +72,20 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
          stream, kName, params);
 }
 
-// Three warpgroups with as many keys a step as their registers hold are the fastest, but for wide heads where rows see
-// few keys: docs/hopper_kernels.md.
+// Three warpgroups with as many keys a step as their registers hold are the fastest: docs/hopper_range.md.
 template <typename Element, int kDimK, int kDimV>
-using LongForwardSm90Shape =
+using ForwardSm90Shape =
     RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2, (kDimK <= 128 ? 2 : 1)>;
-template <typename Element, int kDimK, int kDimV>
-using ShortForwardSm90Shape = std::conditional_t<(kDimK <= 128), LongForwardSm90Shape<Element, kDimK, kDimV>,
-                                                 RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 112, 2, 1>>;
-
-// The most keys that a row sees in a call for the short shape.
-constexpr int64_t kMostKeysOfShort = 1024;
 
 // Whether it ran, with params.sum if there is one: it does not where the GPU, the build or the tensors do not suit it.
 template <typename Element, int kDimK, int kDimV>
 bool try_range_forward_sm90(const RangeForwardParams& params, cudaStream_t stream) {
-  using Long = LongForwardSm90Shape<Element, kDimK, kDimV>;
-  using Short = ShortForwardSm90Shape<Element, kDimK, kDimV>;
-  if ((params.sum.out != nullptr && !(Long::kSums && Short::kSums)) || !range_forward_fits_sm90(params) ||
-      tensor_map_encoder() == nullptr || !runs_on_this_device(range_forward_sm90<Long>, "attention over a range")) {
+  using Shape = ForwardSm90Shape<Element, kDimK, kDimV>;
+  if ((params.sum.out != nullptr && !Shape::kSums) || !range_forward_fits_sm90(params) ||
+      tensor_map_encoder() == nullptr || !runs_on_this_device(range_forward_sm90<Shape>, "attention over a range")) {
     return false;
   }
-  if (min_of(params.num_keys, int64_t{params.visibility.window}) <= kMostKeysOfShort) {
-    launch_range_forward_shape<Short>(params, stream);
-  } else {
-    launch_range_forward_shape<Long>(params, stream);
-  }
+  launch_range_forward_shape<Shape>(params, stream);
   return true;
 }
 

@@ -109,22 +109,20 @@ void shape(const RangeForwardParams& p, cudaStream_t s) {
 template <typename Element, int kDimK, int kDimV>
 void check_dims(const char* name) {
   std::printf("-- %s %d/%d\n", name, kDimK, kDimV);
-  using Long = LongForwardSm90Shape<Element, kDimK, kDimV>;
-  using Short = ShortForwardSm90Shape<Element, kDimK, kDimV>;
+  using Shape = ForwardSm90Shape<Element, kDimK, kDimV>;
   for (Case c : kCases) {
     c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
     c.dim_v = c.dim_v == 128 ? kDimV : kDimV - 8;
     Problem<Element> problem(c);
-    check<Element>(problem, "long", launch_range_forward_shape<Long>);
-    check<Element>(problem, "short", launch_range_forward_shape<Short>);
-    if (!Short::kSums) {
+    check<Element>(problem, "kernel", launch_range_forward_shape<Shape>);
+    if (!Shape::kSums) {
       continue;
     }
     c.gated = true;
     Problem<Element> gated(c);
-    check<Element>(gated, "gated", launch_range_forward_shape<Short>);
+    check<Element>(gated, "gated", launch_range_forward_shape<Shape>);
     gated.params.out.data = nullptr;
-    check<Element>(gated, "sum alone", launch_range_forward_shape<Short>);
+    check<Element>(gated, "sum alone", launch_range_forward_shape<Shape>);
   }
   for (const int group : {1, 2, 3, 5, 7, 8, 11, 12, 13, 14, 24, 32, 33, 48, 64}) {
     const std::string window = "window G " + std::to_string(group);
@@ -132,10 +130,8 @@ void check_dims(const char* name) {
     const std::vector<int32_t> cu = {0, 781, 781, 812, 2048, 2900};
     Problem<Element> of_window({window.c_str(), 2, 777, 777, 2, group, kDimK, kDimV, 1, 0, 300});
     check<Element>(of_window, "dispatch", dispatched<Element, kDimK, kDimV>);
-    check<Element>(of_window, "long", launch_range_forward_shape<Long>);
     Problem<Element> of_cmp({cmp.c_str(), 1, 2900, 2900, 2, group, kDimK, kDimV, 4, 7, 0, cu, cu});
     check<Element>(of_cmp, "dispatch", dispatched<Element, kDimK, kDimV>);
-    check<Element>(of_cmp, "long", launch_range_forward_shape<Long>);
   }
   print_tally("checked");
 }
@@ -152,7 +148,7 @@ void run_checks() {
 template <typename Element, int kDimK, int kDimV>
 void check_dispatch(const char* name) {
   const bool on_sm90 =
-      kDimK <= 192 && runs_on_this_device(range_forward_sm90<LongForwardSm90Shape<Element, 128, 128>>, name);
+      kDimK <= 192 && runs_on_this_device(range_forward_sm90<ForwardSm90Shape<Element, 128, 128>>, name);
   std::printf("-- dispatch, from graphs: %s %d/%d, sm_90a code: %s\n", name, kDimK, kDimV, on_sm90 ? "yes" : "no");
   for (Case c : kCases) {
     c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;
