@@ -1,8 +1,8 @@
 // The Hopper kernel of attention over a range against a plain float32 one, and its time beside the sm_80 kernel's. No
 // torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
-//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu -o
-//     range_forward_sm90
+//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu csrc/nsa/gates.cu \
+//     -o range_forward_sm90
 //   ./range_forward_sm90 [check | dispatch | time]
 // `dispatch` alone also runs where it is built for 8.0 only, with the sm_80 kernels.
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "attention/launch.h"
 #include "attention/launch_sm80.cuh"
 #include "attention/launch_sm90.cuh"
+#include "nsa/launch.h"
 
 using namespace nsa;
 

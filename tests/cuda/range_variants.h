@@ -175,6 +175,47 @@ void run_dispatch() {
   check_dispatch<Half, 256, 256>("fp16");
 }
 
+// Packed sequences of one length as a dense batch.
+template <typename Element, int kDimK, int kDimV>
+void as_dense(const RangeForwardParams& packed, cudaStream_t stream) {
+  RangeForwardParams p = packed;
+  Sequences& s = p.sequences;
+  s.length_q = s.length_k = s.length_q / s.batch;
+  s.cumulative_q = s.cumulative_k = s.cumulative_cmp = nullptr;
+  p.num_keys /= s.batch;
+  p.q.batch_stride = s.length_q * p.q.token_stride;
+  p.out.batch_stride = s.length_q * p.out.token_stride;
+  p.k.batch_stride = p.num_keys * p.k.token_stride;
+  p.v.batch_stride = p.num_keys * p.v.token_stride;
+  p.lse.batch_stride = s.length_q;
+  launch_range_forward_shape<ForwardSm90Shape<Element, kDimK, kDimV>>(p, stream);
+}
+
+// The sum by a kernel of its own.
+template <typename Element, int kDimK, int kDimV>
+void sum_apart(const RangeForwardParams& p, cudaStream_t stream) {
+  RangeForwardParams without = p;
+  without.sum = {};
+  launch_range_forward_shape<ForwardSm90Shape<Element, kDimK, kDimV>>(without, stream);
+  const auto view = [&](const void* data) {
+    TensorView of = p.out;
+    of.data = const_cast<void*>(data);
+    return of;
+  };
+  const Sequences& s = p.sequences;
+  launch_combine_gates({.rows = {s.batch, s.length_q, s.heads_kv * s.group},
+                        .gates = p.sum.gates,
+                        .outs = {view(p.sum.others[0]), view(p.sum.others[1]), p.out},
+                        .out = view(p.sum.out)},
+                       kElementType<Element>, stream);
+}
+template <typename Element, int kDimK, int kDimV>
+void sum_alone(const RangeForwardParams& p, cudaStream_t stream) {
+  RangeForwardParams without = p;
+  without.out.data = nullptr;
+  launch_range_forward_shape<ForwardSm90Shape<Element, kDimK, kDimV>>(without, stream);
+}
+
 struct TimedCase {
   const char* what;
   int stride, first_seen, window;
@@ -229,23 +270,29 @@ std::vector<TimedCase> with_group(const char* compressed, const char* window, in
   return {{compressed, 16, 31, 0, 0, group, false}, {window, 1, 0, 512, 0, group, false}};
 }
 
+template <typename Element, int kDimK, int kDimV>
+std::pair<const char*, Launch> chosen() {
+  return {"kernel", launch_range_forward_shape<ForwardSm90Shape<Element, kDimK, kDimV>>};
+}
+
 void run_times() {
-  const std::pair<const char*, Launch> wide = {"3x80", shape<BFloat16, 128, 128, 3, 80, 2, 2>};
+  const auto kernel = chosen<BFloat16, 128, 128>();
   const std::pair<const char*, Launch> sm80 = {"sm80", launch_range_forward_sm80<BFloat16, 128, 128>};
-  time_dims<BFloat16, 128, 128>("bf16", {wide, sm80}, {8, 64}, kDense);
-  time_dims<BFloat16, 128, 128>("bf16", {wide}, {8, 64}, kGated);
-  time_dims<BFloat16, 128, 128>("bf16, packed", {wide}, {64}, kPacked);
-  time_dims<BFloat16, 128, 128>("bf16, G 4", {wide}, {64}, with_group("compressed G 4", "window G 4", 4));
-  time_dims<BFloat16, 128, 128>("bf16, G 8", {wide}, {64}, with_group("compressed G 8", "window G 8", 8));
-  time_dims<BFloat16, 128, 128>("bf16, G 1", {wide}, {64}, with_group("compressed G 1", "window G 1", 1));
-  time_dims<BFloat16, 128, 128>("bf16, G 6", {wide}, {64}, with_group("compressed G 6", "window G 6", 6));
-  time_dims<BFloat16, 128, 128>("bf16, G 12", {wide}, {64}, with_group("compressed G 12", "window G 12", 12));
-  time_dims<BFloat16, 128, 128>("bf16, G 24", {wide}, {64}, with_group("compressed G 24", "window G 24", 24));
-  time_dims<BFloat16, 128, 128>("bf16, G 33", {wide, sm80}, {64}, with_group("compressed G 33", "window G 33", 33));
-  time_dims<Half, 128, 128>("fp16", {{"3x80", shape<Half, 128, 128, 3, 80, 2, 2>}}, {64}, kDense);
-  time_dims<BFloat16, 64, 64>("bf16", {{"3x96", shape<BFloat16, 64, 64, 3, 96, 2, 2>}}, {8, 64}, kDense);
-  time_dims<BFloat16, 64, 64>("bf16", {{"3x96", shape<BFloat16, 64, 64, 3, 96, 2, 2>}}, {64}, kGated);
+  time_dims<BFloat16, 128, 128>("bf16", {kernel, sm80}, {8, 64}, kDense);
+  time_dims<BFloat16, 128, 128>("bf16, packed", {kernel, {"as a dense batch", as_dense<BFloat16, 128, 128>}}, {64},
+                                kPacked);
+  time_dims<BFloat16, 128, 128>(
+      "bf16", {kernel, {"sum alone", sum_alone<BFloat16, 128, 128>}, {"sum apart", sum_apart<BFloat16, 128, 128>}},
+      {8, 64}, kGated);
+  for (const int group : {1, 4, 6, 8, 12, 24, 32, 33}) {
+    const std::string compressed = "compressed, G " + std::to_string(group);
+    const std::string window = "window, G " + std::to_string(group);
+    time_dims<BFloat16, 128, 128>("bf16", {kernel, sm80}, {64}, with_group(compressed.c_str(), window.c_str(), group));
+  }
+  time_dims<Half, 128, 128>("fp16", {chosen<Half, 128, 128>()}, {64}, kDense);
+  time_dims<BFloat16, 64, 64>("bf16", {chosen<BFloat16, 64, 64>()}, {8, 64}, kDense);
+  time_dims<BFloat16, 64, 64>("bf16", {chosen<BFloat16, 64, 64>(), {"sum apart", sum_apart<BFloat16, 64, 64>}}, {64},
+                              kGated);
   time_dims<BFloat16, 192, 128>(
-      "bf16", {{"3x80", shape<BFloat16, 192, 128, 3, 80, 2, 1>}, {"2x112", shape<BFloat16, 192, 128, 2, 112, 2, 1>}},
-      {8, 64}, kDense);
+      "bf16", {chosen<BFloat16, 192, 128>(), {"2x112", shape<BFloat16, 192, 128, 2, 112, 2, 1>}}, {8, 64}, kDense);
 }
