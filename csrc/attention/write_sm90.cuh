@@ -22,8 +22,7 @@ __device__ inline void load_row_gates(float (&gates)[2][3], const RangeForwardSm
   }
 }
 
-// A warp's 16 rows of the output, times `factors`, to `to`. With gates: the sum to `to`, where the compressed branch's
-// rows lie, and the output to where the selected branch's do.
+// A warp's 16 rows of the output, times `factors`, to `to`.
 template <typename Element, typename OutTile, int kTiles>
 __device__ inline void stage_rows(OutTile to, const float (&out)[kTiles][4], const float (&factors)[2], int first_row,
                                   int lane) {
@@ -39,6 +38,8 @@ __device__ inline void stage_rows(OutTile to, const float (&out)[kTiles][4], con
   }
 }
 
+// The same with gates: the sum to `to`, where the compressed branch's rows lie, and the output to where the selected
+// branch's do.
 template <typename Element, typename OutTile, int kTiles>
 __device__ inline void stage_gated_rows(OutTile to, OutTile selected, const float (&out)[kTiles][4],
                                         const float (&factors)[2], const float (&gates)[2][3], int first_row,

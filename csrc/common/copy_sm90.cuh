@@ -65,6 +65,7 @@ __device__ inline void wait(Barrier* barrier, uint32_t parity) {
   wait_until([&] { return try_wait(barrier, parity); });
 }
 
+// 16 bytes of shared memory.
 __device__ inline uint4 load_chunk(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
