@@ -143,7 +143,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
   };
 
   // Rounds the output of the last tile seen into shared memory.
-  const auto stage = [&](const RangeTile& tile) {
+  const auto stage = [&] {
     const int thread = fresh_thread() % kWarpgroup;
     const int first_row = thread / 32 * 16;
     const int lane = thread % 32;
@@ -152,9 +152,12 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
     if constexpr (Shape::kSums) {
       sums = range.sum.out != nullptr;
       if (sums) {
-        float gates[2][3];
-        load_row_gates(gates, params, tile, consumer(), first_row + lane / 4);
         wait(&shared.others_full, parity_of<1>(seen - 1));
+        float gates[2][3];
+#pragma unroll
+        for (int i = 0; i < 6; ++i) {
+          gates[i / 3][i % 3] = shared.gates[64 * consumer() + first_row + lane / 4 + 8 * (i / 3)][i % 3];
+        }
         const OutTile selected{shared_address(shared.q[stage_of<kQStages>(seen - 1)][consumer()])};
         stage_gated_rows<Element>(to, selected, out, factors, gates, first_row, lane);
       }
@@ -214,7 +217,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
     take_weights();
     if (unfinished) {
       release_v();
-      stage(shared.tiles[stage_of<kTiles>(tiles - 1)]);
+      stage();
       release(&shared.tile_empty[stage_of<kTiles>(tiles - 1)]);
     }
     unfinished = more != 0;
@@ -285,7 +288,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init_barrier(&shared.tile_full[i], 1);
       init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup / 32 + 2);
     }
-    init_barrier(&shared.others_full, 1);
+    init_barrier(&shared.others_full, 2);
     init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup / 32);
     init_barrier(&shared.out_empty, 1);
     fence_barrier_init();

@@ -80,7 +80,8 @@ struct RangeForwardSm90Shape {
     Barrier q_full[kQStages], q_empty[kQStages];
     Barrier k_full[kStages], k_empty[kStages];
     Barrier v_full[kStages], v_empty[kStages];
-    // Of the other branches' rows, which turn into output.
+    // Filled by copies of the other branches' rows, which turn into output, and by the storing warp's gates.
+    float gates[kSums ? kConsumers * 64 : 1][3];
     Barrier others_full;
     // Filled by all consumers, drained by the storing warp.
     Barrier out_full, out_empty;

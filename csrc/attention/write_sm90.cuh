@@ -8,16 +8,21 @@
 
 namespace nsa {
 
-// The gates of the lane's two rows, the first being row `own_row` of the consumer; 0 where there is no row.
-__device__ inline void load_row_gates(float (&gates)[2][3], const RangeForwardSm90Params& params, const RangeTile& tile,
-                                      int consumer, int own_row) {
+// The gates of a tile's rows to shared memory, by one warp; 0 where there is no row.
+template <typename Shape>
+__device__ inline void load_tile_gates(const RangeForwardSm90Params& params, const RangeTile& tile,
+                                       float (&to)[Shape::kConsumers * 64][3]) {
+#pragma unroll 2
+  for (int i = fresh_thread() % 32; i < Shape::kConsumers * 64; i += 32) {
+    const int32_t row = tile.first_row + i / 64 * params.consumer_rows + i % 64;
+    float gates[3] = {0.f, 0.f, 0.f};
+    if (row <= tile.last_row) {
+      const Row at = row_at(params.range.sequences, tile.head_kv, row);
+      load_gates(gates, params.range.sum.gates, tile.batch, int64_t{tile.first_token} + at.query, at.head);
+    }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int32_t at_row = tile.first_row + consumer * params.consumer_rows + own_row + 8 * half;
-    gates[half][0] = gates[half][1] = gates[half][2] = 0.f;
-    if (at_row <= tile.last_row) {
-      const Row at = row_at(params.range.sequences, tile.head_kv, at_row);
-      load_gates(gates[half], params.range.sum.gates, tile.batch, int64_t{tile.first_token} + at.query, at.head);
+    for (int b = 0; b < 3; ++b) {
+      to[i][b] = gates[b];
     }
   }
 }
@@ -117,6 +122,15 @@ __device__ inline void store_range(const RangeForwardSm90Params& params, typenam
       break;
     }
     if (tile.begin < tile.end) {
+      if constexpr (Shape::kSums) {
+        if (sums) {
+          load_tile_gates<Shape>(params, tile, shared.gates);
+          __syncwarp();
+          if (fresh_thread() % 32 == 0) {
+            arrive(&shared.others_full);
+          }
+        }
+      }
       wait(&shared.out_full, parity_of<1>(seen));
       if (sums) {
         copy_rows_out<Shape>(params, tile, shared.out[0], Shape::OutTile::kSize, params.sum, sum.out);
