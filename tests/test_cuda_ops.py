@@ -44,6 +44,22 @@ def test_groups(group: int, dtype: torch.dtype) -> None:
     check(replace(WHOLE, name=f"group_{group}", heads_q=2 * group), dtype)
 
 
+@pytest.mark.parametrize("group", [1, 4, 8, 12, 16, 33])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (96, 72), (100, 100)], ids=str)
+@pytest.mark.parametrize("gates", [torch.float32, torch.bfloat16], ids=str)
+def test_no_bit_depends_on_what_is_kept(group: int, dims: tuple[int, int], gates: torch.dtype) -> None:
+    """Without gradients the window's own output is not written; gates of odd strides."""
+    shape = replace(WHOLE, name=f"kept_{group}_{dims}", heads_q=2 * group, dim_k=dims[0], dim_v=dims[1])
+    inputs = make_inputs("nsa_attention", shape).to(DEVICE, torch.bfloat16)
+    tensors = inputs.tensors | {"gates": inputs.tensors["gates"].to(gates).transpose(1, 3).contiguous().transpose(1, 3)}
+    with torch.no_grad():
+        alone = nsa_torch.nsa_attention(**tensors, **inputs.options)
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+    kept = nsa_torch.nsa_attention(**leaves, **inputs.options)
+    assert kept.requires_grad and not alone.requires_grad
+    assert torch.equal(alone, kept)
+
+
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @dtypes
 def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:

@@ -33,20 +33,31 @@ CallSequences sequences_of(const at::Tensor& q, const at::Tensor& k, const Atten
 
 }  // namespace
 
-void range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const AttentionOptions& options, const at::Tensor& out, const at::Tensor& lse) {
+bool range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                             const AttentionOptions& options, const at::Tensor& out, const at::Tensor& lse,
+                             const Gating& gating) {
   const ElementType type = element_type("q", q);
   check_head_dims(q, k, v);
   const c10::cuda::CUDAGuard guard(q.device());
   if (q.numel() == 0 || q.size(-3) == 0) {
-    return;
+    return false;
   }
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
   const CallSequences call = sequences_of(q, k, options);
   const at::Tensor q_read = readable(q);
   const at::Tensor k_read = readable(k);
   const at::Tensor v_read = readable(v);
-  const at::Tensor out_written = writable(out);
+  const at::Tensor out_written = out.defined() ? writable(out) : out;
+  GatedSum sum{};
+  if (gating.sum.defined() && (!out.defined() || out_written.is_same(out))) {
+    sum = {.gates = gating.gates,
+           .others = {gating.others[0].data_ptr(), gating.others[1].data_ptr()},
+           .out = gating.sum.data_ptr()};
+  }
+  TensorView out_view = view_of(out.defined() ? out_written : gating.sum);
+  if (!out.defined()) {
+    out_view.data = nullptr;
+  }
   const RangeForwardParams params{.sequences = call.sequences,
                                   .visibility = visibility_of(options),
                                   .compressed = is_compressed(options),
@@ -54,15 +65,20 @@ void range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
                                   .q = view_of(q_read),
                                   .k = view_of(k_read),
                                   .v = view_of(v_read),
-                                  .out = view_of(out_written),
+                                  .out = out_view,
                                   .lse = rows_of(lse),
-                                  .num_keys = k.size(-3)};
+                                  .num_keys = k.size(-3),
+                                  .sum = sum};
+  bool sums = false;
   if (is_16_bit(type)) {
-    launch_range_forward(params, type, stream);
-  } else {
+    sums = launch_range_forward(params, type, stream);
+  } else if (out.defined()) {
     launch_range_forward_plain(params, stream);
   }
-  copy_back(out_written, out);
+  if (out.defined()) {
+    copy_back(out_written, out);
+  }
+  return sums;
 }
 
 AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,

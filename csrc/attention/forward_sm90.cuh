@@ -1,273 +1,266 @@
-// Attention over a range of keys, forward, for Hopper. As forward_sm80.cuh, but a producer warp feeds K and V to
-// warpgroups of 64 rows each, which share them. A block walks many tiles of rows, the longest first, so that the copies
-// for one tile run during the end of the one before.
+// Attention over a range of keys, forward, for Hopper: O = softmax(scale Q K^T) V over the keys that each row sees.
+//
+// A block of threads walks many tiles of rows, the longest first. Its shared memory holds Q of one or two tiles, two
+// stages of K and of V, the output of the last tile, and what tiles are (range_sm90.cuh). A warpgroup of helpers lists
+// tiles, copies in (feed_sm90.cuh) and out (write_sm90.cuh) for warpgroups of 64 rows each, which share K and V.
 //
 // A warpgroup's step j starts S_j = Q K_j^T and O += P_{j-1} V_{j-1}, and takes the softmax of S_j while the second
 // product runs. Warpgroups take turns at starting products: the softmax of one runs under the products of the others.
+// A tile's last product runs beside the first one of the next tile, so that tiles follow each other as steps do.
 #pragma once
 
-#include "attention/range_sm90.cuh"
+#include "attention/feed_sm90.cuh"
+#include "attention/softmax_sm90.cuh"
+#include "attention/write_sm90.cuh"
 
 namespace nsa {
 
 template <typename Shape>
-__device__ inline void produce_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared) {
-  using Element = typename Shape::Element;
-  prefetch_map(&params.q);
-  prefetch_map(&params.k);
-  prefetch_map(&params.v);
-  RingPlace<Shape::kStages> k_place;
-  RingPlace<Shape::kStages> v_place;
-  uint32_t q_parity = 0;
-  for_each_range_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RangeTile& tile) {
-    const SequencePlace& place = tile.place;
-    const int32_t batch = static_cast<int32_t>(place.batch);
-    const auto copy_keys = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full,
-                                               Barrier* empty, uint32_t parity, int32_t key) {
-      wait(empty, parity ^ 1);
-      arrive_expecting(full, Panel::kSize * sizeof(Element));
-#pragma unroll
-      for (int panel = 0; panel < Panel::kPanels; ++panel) {
-        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv,
-                 static_cast<int32_t>(tile.keys.begin) + key, batch, kEvictLast);
-      }
-    };
-    const auto copy_k = [&](int32_t key) {
-      const int stage = k_place.stage;
-      copy_keys(typename Shape::KTile(), params.k, shared.k[stage], &shared.k_full[stage], &shared.k_empty[stage],
-                k_place.parity, key);
-      k_place.advance();
-    };
-    const auto copy_v = [&](int32_t key) {
-      const int stage = v_place.stage;
-      copy_keys(typename Shape::VTile(), params.v, shared.v[stage], &shared.v_full[stage], &shared.v_empty[stage],
-                v_place.parity, key);
-      v_place.advance();
-    };
-    if (tile.begin >= tile.end) {
-      return;
-    }
-    copy_k(tile.begin);
-    const Sequences& s = params.range.sequences;
-    for (int i = 0; i < Shape::kConsumers; ++i) {
-      wait(&shared.q_empty[i], q_parity ^ 1);
-      arrive_expecting(&shared.q_full[i], params.consumer_bytes);
-      const int32_t token =
-          static_cast<int32_t>(place.q_begin) + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-#pragma unroll
-      for (int panel = 0; panel < Shape::QTile::kPanels; ++panel) {
-        copy_box(shared.q[i] + panel * Shape::QTile::kPanelSize, &params.q, &shared.q_full[i], 64 * panel,
-                 tile.head_kv * s.group, token, batch, kEvictFirst);
-      }
-    }
-    q_parity ^= 1;
-    for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
-      if (key + Shape::kKeys < tile.end) {
-        copy_k(key + Shape::kKeys);
-      }
-      copy_v(key);
-    }
-  });
-}
-
-// Writes one of the lane's two rows, times `factor`: the four lanes of a row trade their pairs of columns for chunks of
-// 16 bytes. `to` is where the row begins, or null.
-template <typename Element, int kTiles>
-__device__ inline void write_row(Element* to, int32_t width, const float (&c)[kTiles][4], int half, float factor,
-                                 int lane) {
-#pragma unroll
-  for (int i = 0; i < kTiles; i += 4) {
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      words[j] = pack<Element>(c[i + j][2 * half] * factor, c[i + j][2 * half + 1] * factor);
-    }
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = (lane & bit) != 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if ((j & bit) == 0) {
-          const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[j] : words[j | bit], bit);
-          (upper ? words[j] : words[j | bit]) = got;
-        }
-      }
-    }
-    const int column = 8 * (i + lane % 4);
-    if (to != nullptr && column < width) {
-      *reinterpret_cast<uint4*>(to + column) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
-  }
-}
-
-template <typename Shape>
-__device__ inline void consume_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared,
-                                     int consumer) {
+__device__ inline void consume_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared, int number) {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
+  using OutTile = typename Shape::OutTile;
   constexpr int kKeys = Shape::kKeys;
   constexpr int kNext = Shape::kConsumers;
+  constexpr int kStages = Shape::kStages;
+  constexpr int kQStages = Shape::kQStages;
+  constexpr int kTiles = Shape::kTiles;
+  constexpr int kBytes = sizeof(Element);
   const RangeForwardParams& range = params.range;
   const Sequences& s = range.sequences;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int lane = thread % 32;
-  const int own_row = thread / 32 * 16 + lane / 4;  // of the consumer's, and the eighth after it
-  const int row = consumer * params.consumer_rows + own_row;
+  // Which consumer this is. What follows from it is computed anew each time, as registers lack to keep it.
+  const auto consumer = [&] {
+    int copy = number;
+    asm volatile("" : "+r"(copy));
+    return copy;
+  };
+  uint32_t tiles = 0;  // taken
+  uint32_t seen = 0;   // of these, with keys
+  uint32_t steps = 0;  // whose scores are taken; sums lag behind by one
+  float out[Shape::kDimV / 8][4];
+  float scores[kKeys / 8][4];
+  uint32_t weights[kKeys / 16][4] = {};
+  float factors[2];
+  RunningSoftmax<1> softmax;
 
   const auto release = [&](Barrier* barrier) {
-    if (lane == 0) {
+    if (fresh_thread() % 32 == 0) {
       arrive(barrier);
     }
   };
-  const auto await_turn = [&] { sync_threads(kTurnBarrier + consumer, 2 * kWarpgroup); };
-  const auto pass_turn = [&] { arrive_threads(kTurnBarrier + (consumer + 1) % kNext, 2 * kWarpgroup); };
-  if (consumer == kNext - 1) {
+  const auto await_turn = [&] { sync_threads(kTurnBarrier + consumer(), 2 * kWarpgroup); };
+  const auto pass_turn = [&] { arrive_threads(kTurnBarrier + (consumer() + 1) % kNext, 2 * kWarpgroup); };
+  const auto await_k = [&] { wait(&shared.k_full[stage_of<kStages>(steps)], parity_of<kStages>(steps)); };
+  const auto await_v = [&] { wait(&shared.v_full[stage_of<kStages>(steps - 1)], parity_of<kStages>(steps - 1)); };
+  const auto start_scores = [&] {
+    const uint64_t q = tile_descriptor(shared_address(shared.q[stage_of<kQStages>(seen)][consumer()]), 0);
+    const uint64_t k = tile_descriptor(shared_address(shared.k[stage_of<kStages>(steps)]), 0);
+    hold(scores);
+    fence_products();
+#pragma unroll
+    for (int column = 0; column < Shape::kDimK; column += 16) {
+      const int panel = column / 64;
+      const int inside = column % 64;
+      multiply_async<Element>(scores, advance(q, 2 * (panel * QTile::kPanelSize + inside)),
+                              advance(k, 2 * (panel * KTile::kPanelSize + inside)), column != 0);
+    }
+    commit_products();
+  };
+  // `add` false: these are a tile's first, and what was in `out` before is lost.
+  const auto start_sums = [&](bool add) {
+    const uint64_t v =
+        tile_descriptor(shared_address(shared.v[stage_of<kStages>(steps - 1)]), VTile::kPanelSize * kBytes);
+    hold(out);
+    fence_products();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      multiply_async<Element>(out, weights[i], advance(v, 2 * 64 * 16 * i), add || i != 0);
+    }
+    commit_products();
+  };
+  const auto take_weights = [&] {
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      as_left<Element>(weights[i], scores, i);
+    }
+  };
+  const auto mask = [&](const RangeTile& tile, int32_t key) {
+    if (key >= tile.all_begin && key + kKeys <= tile.all_end) {
+      return;
+    }
+    const int thread = fresh_thread() % kWarpgroup;
+    const int32_t row = tile.first_row + consumer() * params.consumer_rows + thread / 32 * 16 + thread % 32 / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t position = tile.offset + row_at(s, 0, row + 8 * half).query;
+      if (key < tile.all_begin) {
+        drop_before(scores, half, range.visibility.begin(position) - key, thread % 32);
+      }
+      if (key + kKeys > tile.all_end) {
+        drop_from(scores, half, min(range.visibility.end(position), tile.length) - key, thread % 32);
+      }
+    }
+  };
+  const auto release_k = [&](bool last) {
+    release(&shared.k_empty[stage_of<kStages>(steps)]);
+    if (last) {
+      release(&shared.q_empty[stage_of<kQStages>(seen)]);
+    }
+  };
+  const auto release_v = [&] { release(&shared.v_empty[stage_of<kStages>(steps - 1)]); };
+  // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
+  const auto clear_values_beyond = [&](int32_t rows) {
+    if (rows >= kKeys) {
+      return;
+    }
+#pragma unroll 1
+    for (int i = 8 * rows + fresh_thread() % kWarpgroup; i < 8 * kKeys; i += kWarpgroup) {
+#pragma unroll
+      for (int panel = 0; panel < VTile::kPanels; ++panel) {
+        Element* chunk = shared.v[stage_of<kStages>(steps - 1)] + panel * VTile::kPanelSize + 8 * i;
+        *reinterpret_cast<uint4*>(chunk) = uint4{};
+      }
+    }
+    fence_shared_writes();
+    sync_threads(kConsumerBarrier + consumer(), kWarpgroup);
+  };
+  // The factors that end the sums of a tile; lse leaves.
+  const auto finish = [&](const RangeTile& tile) {
+    const int thread = fresh_thread() % kWarpgroup;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const SoftmaxResult result = softmax.finish(0, half, params.scale_log2);
+      factors[half] = result.factor;
+      const int own_row = thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+      const int32_t at_row = tile.first_row + consumer() * params.consumer_rows + own_row;
+      if (thread % 4 == 0 && own_row < params.consumer_rows && at_row <= tile.last_row) {
+        const Row at = row_at(s, tile.head_kv, at_row);
+        range.lse.at(tile.batch, at.head, int64_t{tile.first_token} + at.query) = result.lse;
+      }
+    }
+  };
+
+  // Rounds the output of the last tile seen into shared memory.
+  const auto stage = [&] {
+    const int thread = fresh_thread() % kWarpgroup;
+    const int first_row = thread / 32 * 16;
+    const int lane = thread % 32;
+    const OutTile to{shared_address(shared.out[consumer()])};
+    bool sums = false;
+    if constexpr (Shape::kSums) {
+      sums = range.sum.out != nullptr;
+      if (sums) {
+        wait(&shared.others_full, parity_of<1>(seen - 1));
+        float gates[2][3];
+#pragma unroll
+        for (int i = 0; i < 6; ++i) {
+          gates[i / 3][i % 3] = shared.gates[64 * consumer() + first_row + lane / 4 + 8 * (i / 3)][i % 3];
+        }
+        const OutTile selected{shared_address(shared.q[stage_of<kQStages>(seen - 1)][consumer()])};
+        stage_gated_rows<Element>(to, selected, out, factors, gates, first_row, lane);
+      }
+    }
+    if (!sums) {
+      wait(&shared.out_empty, parity_of<1>(seen - 1) ^ 1);
+      stage_rows<Element>(to, out, factors, first_row, lane);
+    }
+    fence_shared_writes();
+    __syncwarp();
+    release(&shared.out_full);
+  };
+
+  if (number == kNext - 1) {
     pass_turn();
   }
-
-  const float scale_log2 = range.scale * kLog2E;
-  const uint64_t q_at = tile_descriptor(shared_address(shared.q[consumer]), 0);
-  const uint64_t k_at = tile_descriptor(shared_address(shared.k), 0);
-  const uint64_t v_at = tile_descriptor(shared_address(shared.v), VTile::kPanelSize * sizeof(Element));
-  RingPlace<Shape::kStages> k_place;
-  RingPlace<Shape::kStages> v_place;
-  uint32_t q_parity = 0;
-
-  for_each_range_tile(params, Shape::kConsumers * params.consumer_rows, [&](const RangeTile& tile) {
-    float out[Shape::kDimV / 8][4];
-    clear(out);
-    RunningSoftmax<1> softmax;
-
-    if (tile.begin < tile.end) {
-      const int32_t offset = tile.place.offset;
-      // Keys in [all_begin, all_end) are seen by every row.
-      const int32_t all_begin = range.visibility.begin(offset + row_at(s, 0, tile.last_row).query);
-      const int32_t all_end = min(range.visibility.end(offset + row_at(s, 0, tile.first_row).query), tile.keys.length);
-      float scores[kKeys / 8][4];
-      uint32_t weights[kKeys / 16][4];
-      float factors[2];
-
-      const auto start_scores = [&] {
-        const uint64_t k = advance(k_at, k_place.stage * KTile::kSize * static_cast<int>(sizeof(Element)));
-        hold(scores);
-        fence_products();
-#pragma unroll
-        for (int column = 0; column < Shape::kDimK; column += 16) {
-          const int panel = column / 64;
-          const int inside = column % 64;
-          multiply_async<Element>(scores, advance(q_at, 2 * (panel * QTile::kPanelSize + inside)),
-                                  advance(k, 2 * (panel * KTile::kPanelSize + inside)), column != 0);
-        }
-        commit_products();
-      };
-      const auto start_sums = [&] {
-        const uint64_t v = advance(v_at, v_place.stage * VTile::kSize * static_cast<int>(sizeof(Element)));
-        hold(out);
-        fence_products();
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {
-          multiply_async<Element>(out, weights[i], advance(v, 2 * 64 * 16 * i), true);
-        }
-        commit_products();
-      };
-      const auto take_weights = [&] {
-#pragma unroll
-        for (int i = 0; i < kKeys / 16; ++i) {
-          as_left<Element>(weights[i], scores, i);
-        }
-      };
-      const auto mask = [&](int32_t key) {
-        if (key < all_begin || key + kKeys > all_end) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int32_t position = offset + row_at(s, 0, tile.first_row + row + 8 * half).query;
-            const int32_t low = range.visibility.begin(position) - key;
-            const int32_t high = min(range.visibility.end(position), tile.keys.length) - key;
-            keep_range(scores, half, low, high, lane);
-          }
-        }
-      };
-      const auto release_k = [&](bool last) {
-        release(&shared.k_empty[k_place.stage]);
-        k_place.advance();
-        if (last) {
-          release(&shared.q_empty[consumer]);
-        }
-      };
-      const auto release_v = [&] {
-        release(&shared.v_empty[v_place.stage]);
-        v_place.advance();
-      };
-
-      wait(&shared.q_full[consumer], q_parity);
-      q_parity ^= 1;
-      wait(&shared.k_full[k_place.stage], k_place.parity);
+  clear(out);
+  bool unfinished = false;  // the tile before lacks one product of its sums
+  bool add = false;
+  int32_t key = 0;
+#pragma unroll 1
+  while (true) {
+    if (unfinished) {
+      const RangeTile& before = shared.tiles[stage_of<kTiles>(tiles - 1)];
+      finish(before);
+      await_v();
+      clear_values_beyond(before.length - key);
+    }
+    wait(&shared.tile_full[stage_of<kTiles>(tiles)], parity_of<kTiles>(tiles));
+    const RangeTile& tile = shared.tiles[stage_of<kTiles>(tiles)];
+    key = tile.begin;
+    int more = key < tile.end ? 1 : 0;
+    asm volatile("" : "+r"(more));  // or both sides of the comparison are kept
+    if (more != 0) {
+      wait(&shared.q_full[stage_of<kQStages>(seen)], parity_of<kQStages>(seen));
+      await_k();
+      await_turn();
+    }
+    // One of these products is for nothing where there is no tile before, or no key: a branch around it would make the
+    // compiler wait for each.
+    start_scores();
+    start_sums(add);
+    if (more != 0) {
+      pass_turn();
+    }
+    wait_products<1>();
+    hold(scores);
+    if (more != 0) {
+      release_k(key + kKeys >= tile.end);
+      mask(tile, key);
+      softmax = RunningSoftmax<1>();
+      float none[2];
+      softmax.weigh(0, scores, none, params.scale_log2);
+    }
+    wait_products<0>();
+    hold(out);
+    take_weights();
+    if (unfinished) {
+      release_v();
+      stage();
+      release(&shared.tile_empty[stage_of<kTiles>(tiles - 1)]);
+    }
+    unfinished = more != 0;
+    if (more == 0) {
+      const RangeTile& unseen = shared.tiles[stage_of<kTiles>(tiles)];
+      if (unseen.first_row > unseen.last_row) {
+        return;
+      }
+      write_unseen_rows<Element>(params, unseen, consumer());
+      release(&shared.tile_empty[stage_of<kTiles>(tiles)]);
+      ++tiles;
+      continue;
+    }
+    ++steps;
+    add = false;
+#pragma unroll 1
+    while (key + kKeys < shared.tiles[stage_of<kTiles>(tiles)].end) {
+      const RangeTile& tile = shared.tiles[stage_of<kTiles>(tiles)];
+      key += kKeys;
+      await_k();
+      await_turn();
       start_scores();
-      wait_products<0>();
+      await_v();
+      start_sums(add);
+      pass_turn();
+      add = true;
+      wait_products<1>();
       hold(scores);
-      release_k(tile.begin + kKeys >= tile.end);
-      mask(tile.begin);
-      softmax.weigh(0, scores, factors, scale_log2);
-      take_weights();
-
-#pragma unroll 1
-      for (int32_t key = tile.begin + kKeys; key < tile.end; key += kKeys) {
-        wait(&shared.k_full[k_place.stage], k_place.parity);
-        await_turn();
-        start_scores();
-        wait(&shared.v_full[v_place.stage], v_place.parity);
-        start_sums();
-        pass_turn();
-        wait_products<1>();
-        hold(scores);
-        release_k(key + kKeys >= tile.end);
-        mask(key);
-        softmax.weigh(0, scores, factors, scale_log2);
-        wait_products<0>();
-        hold(out);
-        release_v();
-        softmax.rescale(out, factors);
-        take_weights();
-      }
-
-      // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
-      wait(&shared.v_full[v_place.stage], v_place.parity);
-      const int32_t beyond = (tile.end - tile.begin - 1) % kKeys + 1;
-      if (beyond < kKeys) {
-#pragma unroll 1
-        for (int i = 8 * beyond + thread; i < 8 * kKeys; i += kWarpgroup) {
-#pragma unroll
-          for (int panel = 0; panel < VTile::kPanels; ++panel) {
-            Element* chunk = shared.v[v_place.stage] + panel * VTile::kPanelSize + 8 * i;
-            *reinterpret_cast<uint4*>(chunk) = uint4{};
-          }
-        }
-        fence_shared_writes();
-        sync_threads(kConsumerBarrier + consumer, kWarpgroup);
-      }
-      start_sums();
+      release_k(key + kKeys >= tile.end);
+      mask(tile, key);
+      const bool rises = weigh_lazily(softmax, scores, factors, params.scale_log2);
       wait_products<0>();
       hold(out);
       release_v();
-    }
-
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int32_t at_row = tile.first_row + row + 8 * half;
-      const SoftmaxResult result = softmax.finish(0, half, scale_log2);
-      Element* to = nullptr;
-      if (own_row + 8 * half < params.consumer_rows && at_row <= tile.last_row) {
-        const Row at = row_at(s, tile.head_kv, at_row);
-        to = range.out.row<Element>(tile.place.batch, tile.place.q_begin + at.query, at.head);
-        if (lane % 4 == 0) {
-          range.lse.at(tile.place.batch, at.head, tile.place.q_begin + at.query) = result.lse;
-        }
+      if (rises) {
+        softmax.rescale(out, factors);
       }
-      write_row(to, range.out.width, out, half, result.factor, lane);
+      take_weights();
+      ++steps;
     }
-  });
+    ++seen;
+    ++tiles;
+  }
 }
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.
@@ -278,9 +271,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_bytes);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kConsumers; ++i) {
+    prefetch_map(&params.q);
+    prefetch_map(&params.k);
+    prefetch_map(&params.v);
+    for (int i = 0; i < Shape::kQStages; ++i) {
       init_barrier(&shared.q_full[i], 1);
-      init_barrier(&shared.q_empty[i], kWarpgroup / 32);
+      init_barrier(&shared.q_empty[i], Shape::kConsumers * kWarpgroup / 32);
     }
     for (int i = 0; i < Shape::kStages; ++i) {
       init_barrier(&shared.k_full[i], 1);
@@ -288,6 +284,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init_barrier(&shared.v_full[i], 1);
       init_barrier(&shared.v_empty[i], Shape::kConsumers * kWarpgroup / 32);
     }
+    for (int i = 0; i < Shape::kTiles; ++i) {
+      init_barrier(&shared.tile_full[i], 1);
+      init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup / 32 + 2);
+    }
+    init_barrier(&shared.others_full, 2);
+    init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup / 32);
+    init_barrier(&shared.out_empty, 1);
     fence_barrier_init();
   }
   __syncthreads();
@@ -296,6 +299,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     shrink_registers<Shape::kProducerRegisters>();
     if (threadIdx.x == 0) {
       produce_range<Shape>(params, shared);
+    } else if (threadIdx.x / 32 == 1) {
+      list_range_tiles<Shape>(params, shared);
+    } else if (threadIdx.x / 32 == 2) {
+      store_range<Shape>(params, shared);
     }
   } else {
     grow_registers<Shape::kConsumerRegisters>();

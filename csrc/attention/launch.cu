@@ -70,13 +70,20 @@ __global__ void cumulative_blocks(const int32_t* cumulative_k, int32_t batch, in
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_forward_of(const RangeForwardParams& params, cudaStream_t stream) {
+bool launch_range_forward_of(RangeForwardParams params, cudaStream_t stream) {
   if constexpr (kDimK <= 192) {
-    if (try_range_forward_sm90<Element, kDimK, kDimV>(params, stream)) {
-      return;
+    if (params.sum.out != nullptr && try_range_forward_sm90<Element, kDimK, kDimV>(params, stream)) {
+      return true;
+    }
+    params.sum = {};
+    if (params.out.data == nullptr || try_range_forward_sm90<Element, kDimK, kDimV>(params, stream)) {
+      return false;
     }
   }
-  launch_range_forward_sm80<Element, kDimK, kDimV>(params, stream);
+  if (params.out.data != nullptr) {
+    launch_range_forward_sm80<Element, kDimK, kDimV>(params, stream);
+  }
+  return false;
 }
 
 template <typename Element, int kDimK, int kDimV>
@@ -130,14 +137,13 @@ RangeSplits choose_range_keys_splits_sm80(const RangeBackwardParams& params, int
 
 }  // namespace
 
-void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream) {
+bool launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream) {
+  bool sums = false;
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
-    if (type == ElementType::kFloat16) {
-      launch_range_forward_of<Half, k, v>(params, stream);
-    } else {
-      launch_range_forward_of<BFloat16, k, v>(params, stream);
-    }
+    sums = type == ElementType::kFloat16 ? launch_range_forward_of<Half, k, v>(params, stream)
+                                         : launch_range_forward_of<BFloat16, k, v>(params, stream);
   });
+  return sums;
 }
 
 void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream) {
@@ -155,8 +161,8 @@ void launch_range_backward(const RangeBackwardParams& params, ElementType type, 
 RangeSplits choose_range_splits(const RangeBackwardParams& params, ElementType type, int multiprocessors) {
   bool on_sm90 = false;
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
-    on_sm90 = type == ElementType::kFloat16 ? keys_run_on_sm90<Half, k, v>(params)
-                                            : keys_run_on_sm90<BFloat16, k, v>(params);
+    on_sm90 =
+        type == ElementType::kFloat16 ? keys_run_on_sm90<Half, k, v>(params) : keys_run_on_sm90<BFloat16, k, v>(params);
   });
   return on_sm90 ? choose_range_keys_splits_sm90(params, multiprocessors)
                  : choose_range_keys_splits_sm80(params, multiprocessors);

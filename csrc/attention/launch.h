@@ -9,7 +9,10 @@ namespace nsa {
 
 // float16 or bfloat16 on tensor cores, sm_80 and later; with kernels of their own for sm_90a. Rows of every
 // tensor start at multiples of 16 bytes, and widths are multiples of 8, at most 256.
-void launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream);
+//
+// The forward returns whether it wrote params.sum, too: the kernel for sm_90a can. Where it could not, and params.out
+// is null, nothing is written.
+bool launch_range_forward(const RangeForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_range_backward(const RangeBackwardParams& params, ElementType type, cudaStream_t stream);
 
 // Into how many splits, of how many rows, launch_range_backward should cut the rows that see a tile of keys, so that

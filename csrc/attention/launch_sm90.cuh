@@ -1,8 +1,6 @@
 // Launches of the kernels for Hopper, which calls they take, and the tile sizes they run with.
 #pragma once
 
-#include <type_traits>
-
 #include "attention/forward_sm90.cuh"
 #include "common/launch_sm90.cuh"
 
@@ -11,15 +9,20 @@ namespace nsa {
 // Rows of a warpgroup that whole queries fill.
 constexpr int32_t consumer_rows(int32_t group) { return 64 / group * group; }
 
-// Whether these tensors suit the kernel; others run on the sm_80 kernel. A group that leaves a quarter of the rows
-// empty is not worth it.
+// Whether these tensors suit the kernel; others run on the sm_80 kernel. Half of the rows, at least, are filled by any
+// group of up to 64 heads.
 inline bool range_forward_fits_sm90(const RangeForwardParams& params) {
   const Sequences& s = params.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
-  return consumer_rows(s.group) >= 48 && params.scale > 0.f && params.q.width <= 192 && params.v.width <= 128 &&
-         params.num_keys > 0 && copies_by_map(params.q, batch, s.length_q, int64_t{s.heads_kv} * s.group) &&
+  const auto all_heads = int64_t{s.heads_kv} * s.group;
+  return s.group <= 64 && params.scale > 0.f && params.q.width <= 192 && params.v.width <= 128 && params.num_keys > 0 &&
+         copies_by_map(params.q, batch, s.length_q, all_heads) &&
          copies_by_map(params.k, batch, params.num_keys, s.heads_kv) &&
-         copies_by_map(params.v, batch, params.num_keys, s.heads_kv);
+         copies_by_map(params.v, batch, params.num_keys, s.heads_kv) &&
+         copies_by_map(params.out, batch, s.length_q, all_heads) &&
+         reinterpret_cast<uintptr_t>(params.sum.out) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(params.sum.others[0]) % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(params.sum.others[1]) % 16 == 0;
 }
 
 template <typename Shape>
@@ -28,20 +31,39 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
   constexpr ElementType kType = kElementType<typename Shape::Element>;
   const Sequences& s = range.sequences;
   const int32_t rows = consumer_rows(s.group);
-  const int64_t tiles = count_slots(s, s.length_q * s.group, int64_t{Shape::kConsumers} * rows) * s.heads_kv;
+  const int64_t tile_rows = int64_t{Shape::kConsumers} * rows;
+  const int64_t slots = count_slots(s, s.length_q * s.group, tile_rows);
+  const int64_t tiles = slots * s.heads_kv;
   if (tiles > 0x3fffffff) {
     throw std::runtime_error("nsa_torch: attention over a range: too many tiles for one launch");
   }
   const int64_t batch = s.packed() ? 1 : s.batch;
   const auto group = static_cast<uint32_t>(s.group);
-  RangeForwardSm90Params params{
+  const int64_t dense_tiles = ceil_div(s.length_q * s.group, tile_rows);
+  const auto of_rows = [&](const void* data) {
+    TensorView view = range.out;
+    view.data = const_cast<void*>(data);
+    return data == nullptr ? CUtensorMap{}
+                           : tensor_map(view, kType, batch, s.length_q, s.heads_kv * s.group, group, 64 / group, kName);
+  };
+  const RangeForwardSm90Params params{
       .range = range,
+      .scale_log2 = range.scale * kLog2E,
+      .tile_rows = static_cast<int32_t>(tile_rows),
       .tiles = static_cast<int32_t>(tiles),
+      .slots = static_cast<int32_t>(slots),
+      .dense_tiles = static_cast<int32_t>(dense_tiles),
+      .by_tile_rows = Divisor(static_cast<uint32_t>(tile_rows)),
+      .by_dense_tiles = Divisor(static_cast<uint32_t>(dense_tiles)),
+      .by_heads_kv = Divisor(static_cast<uint32_t>(s.heads_kv)),
       .consumer_rows = rows,
       .consumer_bytes = rows * Shape::kDimK * static_cast<int32_t>(sizeof(typename Shape::Element)),
       .q = tensor_map(range.q, kType, batch, s.length_q, s.heads_kv * s.group, group, 64 / group, kName),
       .k = tensor_map(range.k, kType, batch, range.num_keys, s.heads_kv, 1, Shape::kKeys, kName),
-      .v = tensor_map(range.v, kType, batch, range.num_keys, s.heads_kv, 1, Shape::kKeys, kName)};
+      .v = tensor_map(range.v, kType, batch, range.num_keys, s.heads_kv, 1, Shape::kKeys, kName),
+      .out = of_rows(range.out.data),
+      .others = {of_rows(range.sum.others[0]), of_rows(range.sum.others[1])},
+      .sum = of_rows(range.sum.out)};
   int device = 0;
   int multiprocessors = 0;
   check_cuda(cudaGetDevice(&device), kName);
@@ -50,31 +72,20 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
          stream, kName, params);
 }
 
-// Three warpgroups with as many keys a step as their registers hold are the fastest, but for wide heads where rows see
-// few keys: docs/hopper_kernels.md.
+// Three warpgroups with as many keys a step as their registers hold are the fastest: docs/hopper_range.md.
 template <typename Element, int kDimK, int kDimV>
-using LongForwardSm90Shape = RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2>;
-template <typename Element, int kDimK, int kDimV>
-using ShortForwardSm90Shape = std::conditional_t<(kDimK <= 128), LongForwardSm90Shape<Element, kDimK, kDimV>,
-                                                 RangeForwardSm90Shape<Element, kDimK, kDimV, 2, 112, 2>>;
+using ForwardSm90Shape =
+    RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2, (kDimK <= 128 ? 2 : 1)>;
 
-// The most keys that a row sees in a call for the short shape.
-constexpr int64_t kMostKeysOfShort = 1024;
-
-// Whether it ran: it does not where the GPU, the build or the tensors do not suit it.
+// Whether it ran, with params.sum if there is one: it does not where the GPU, the build or the tensors do not suit it.
 template <typename Element, int kDimK, int kDimV>
 bool try_range_forward_sm90(const RangeForwardParams& params, cudaStream_t stream) {
-  using Long = LongForwardSm90Shape<Element, kDimK, kDimV>;
-  using Short = ShortForwardSm90Shape<Element, kDimK, kDimV>;
-  if (!range_forward_fits_sm90(params) || tensor_map_encoder() == nullptr ||
-      !runs_on_this_device(range_forward_sm90<Long>, "attention over a range")) {
+  using Shape = ForwardSm90Shape<Element, kDimK, kDimV>;
+  if ((params.sum.out != nullptr && !Shape::kSums) || !range_forward_fits_sm90(params) ||
+      tensor_map_encoder() == nullptr || !runs_on_this_device(range_forward_sm90<Shape>, "attention over a range")) {
     return false;
   }
-  if (min_of(params.num_keys, int64_t{params.visibility.window}) <= kMostKeysOfShort) {
-    launch_range_forward_shape<Short>(params, stream);
-  } else {
-    launch_range_forward_shape<Long>(params, stream);
-  }
+  launch_range_forward_shape<Shape>(params, stream);
   return true;
 }
 

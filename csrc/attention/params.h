@@ -13,9 +13,10 @@ struct RangeForwardParams {
   TensorView q;      // (B, Tq, Hq, Dk)
   TensorView k;      // (B, Tk or M, Hkv, Dk)
   TensorView v;      // (B, Tk or M, Hkv, Dv)
-  TensorView out;    // (B, Tq, Hq, Dv)
+  TensorView out;    // (B, Tq, Hq, Dv); its data may be null where there is a sum
   RowView lse;       // (B, Hq, Tq)
   int64_t num_keys;  // keys of the branch: dense, of every sequence; packed, of all
+  GatedSum sum;      // or none
 };
 
 struct RangeBackwardParams {

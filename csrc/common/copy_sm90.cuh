@@ -65,6 +65,16 @@ __device__ inline void wait(Barrier* barrier, uint32_t parity) {
   wait_until([&] { return try_wait(barrier, parity); });
 }
 
+// 16 bytes of shared memory.
+__device__ inline uint4 load_chunk(uint32_t address) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // A number in shared memory that one thread raises and others watch.
 __device__ inline void publish(uint32_t* to, uint32_t value) {
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;\n" ::"r"(shared_address(to)), "r"(value) : "memory");
@@ -103,6 +113,17 @@ __device__ inline void copy_box(void* shared, const CUtensorMap* map, Barrier* b
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(head), "r"(token), "r"(batch), "l"(cache)
       : "memory");
 }
+// The other way round, the part inside of the tensor. The thread that copies waits until its copies have read shared
+// memory, and in the end until they are done.
+__device__ inline void store_box(const CUtensorMap* map, const void* shared, int32_t column, int32_t head,
+                                 int32_t token, int32_t batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n" ::"l"(map),
+               "r"(shared_address(shared)), "r"(column), "r"(head), "r"(token), "r"(batch)
+               : "memory");
+}
+__device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;\n" ::: "memory"); }
+__device__ inline void wait_until_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;\n" ::: "memory"); }
+__device__ inline void wait_stores() { asm volatile("cp.async.bulk.wait_group 0;\n" ::: "memory"); }
 __device__ inline void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(map) : "memory");
 }
@@ -115,6 +136,13 @@ __device__ inline void shrink_registers() {
 template <int kCount>
 __device__ inline void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kCount));
+}
+
+// Four 8 x 8 matrices, as load_matrices loads them.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&from)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(address), "r"(from[0]),
+               "r"(from[1]), "r"(from[2]), "r"(from[3])
+               : "memory");
 }
 
 // A tile as the copy engine writes it with 128-byte swizzling: panels of 64 columns one after the other, rows of 128
@@ -134,6 +162,13 @@ struct PanelTile {
   // As SharedTile's of the same names: common/tile.cuh.
   __device__ void load_left(uint32_t (&a)[4], int row, int column, int lane) const {
     load_matrices(a, address(row, column, lane & 15, lane >> 4));
+  }
+  __device__ void store_left(const uint32_t (&a)[4], int row, int column, int lane) const {
+    store_matrices(address(row, column, lane & 15, lane >> 4), a);
+  }
+  // Where eight columns of a row lie.
+  __device__ uint32_t chunk(int row, int index) const {
+    return begin + index / 8 * (kPanelSize * 2) + row * 128 + ((index % 8 ^ (row & 7)) << 4);
   }
   __device__ void load_right_transposed(uint32_t (&b)[4], int row, int column, int lane) const {
     load_matrices(b, address(row, column, (lane & 7) + ((lane >> 4) << 3), (lane >> 3) & 1));

@@ -23,6 +23,13 @@ __device__ inline int fresh_thread() {
   return thread;
 }
 
+// blockIdx.x, in the same way.
+__device__ inline int fresh_block() {
+  int block;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
+  return block;
+}
+
 // Copies 16 bytes to shared memory, or writes zeros there when `valid` is false.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

@@ -35,6 +35,29 @@ struct RowView {
   }
 };
 
+// A (B, Tq, Hq, 3) tensor of any strides and of an element type of its own.
+struct GatesView {
+  void* data;
+  ElementType type;
+  int64_t batch_stride;
+  int64_t token_stride;
+  int64_t head_stride;
+  int64_t branch_stride;
+
+  NSA_HOST_DEVICE int64_t offset(int64_t batch, int64_t token, int64_t head, int64_t branch) const {
+    return batch * batch_stride + token * token_stride + head * head_stride + branch * branch_stride;
+  }
+};
+
+// out = gates[0] others[0] + gates[1] others[1] + gates[2] (this branch's output), which the kernel of the last branch
+// may write as well: others are compressed and selected, this is the window. All have the strides of this branch's
+// output. No sum where out is null.
+struct GatedSum {
+  GatesView gates;
+  const void* others[2];
+  void* out;
+};
+
 // Division by a number that the compiler doesn't know, of n < 2^31, by a product and a shift.
 struct Divisor {
   uint32_t divisor;

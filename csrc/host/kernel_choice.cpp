@@ -48,9 +48,10 @@ KernelChoice choose_cuda_kernel(const KernelQuery& query) {
   require(query.dtype != "float64", "dtype must be float16, bfloat16 or float32 on cuda, got float64");
 #if defined(NSA_CUDA_VERSION)
   if (query.op == "nsa_attention") {
-    return {"composition",
-            "the kernels of compressed_attention, select_blocks, selected_attention and window_attention, and "
-            "one for the gates"};
+    return {
+        "composition",
+        "the kernels of compressed_attention, select_blocks, selected_attention and window_attention; the gates are "
+        "applied by the window's kernel on compute capability 9.0 where tensors suit it, else by one of their own"};
   }
   if (query.op == "compress") {
     return {"phi_cublas_" + query.dtype,

@@ -1,5 +1,6 @@
 // nsa_attention with gradients for every input but the choice of blocks. The branches' outputs and lse are saved: gate
-// gradients and softmax backwards need them.
+// gradients and softmax backwards need them. Where no gradient is wanted, the op below autograd keeps none of them.
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
 
 #include "host/branch_function.h"
@@ -75,6 +76,15 @@ class NsaFunction : public torch::autograd::Function<NsaFunction> {
   }
 };
 
+bool needs_gradients(const NsaInputs& in) {
+  for (const at::Tensor& x : {in.q, in.k_cmp, in.v_cmp, in.k_slc, in.v_slc, in.k_win, in.v_win, in.gates}) {
+    if (torch::autograd::compute_requires_grad(x) || x._fw_grad(0).defined()) {
+      return true;
+    }
+  }
+  return false;
+}
+
 at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, const at::Tensor& k_slc,
                          const at::Tensor& v_slc, const at::Tensor& k_win, const at::Tensor& v_win,
                          const at::Tensor& gates, int64_t block_size, int64_t block_stride, int64_t select_size,
@@ -91,6 +101,13 @@ at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at:
       .block_indices = block_indices,
       .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
   };
+  if (!needs_gradients({q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates})) {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    static const auto op = find_op<decltype(nsa_attention)>("nsa::nsa_attention");
+    return op.call(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, block_size, block_stride, select_size,
+                   num_selected, num_initial, num_local, options.window, scale, block_indices, cu_seqlens_q,
+                   cu_seqlens_k, options.packing.max_seqlen_q, options.packing.max_seqlen_k, seqused_k);
+  }
   return NsaFunction::apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, num_selected,
                             ForcedBlocks{num_initial, num_local}, options);
 }

@@ -3,6 +3,8 @@
 #include <ATen/Functions.h>
 #include <c10/util/Exception.h>
 
+#include "attention/cuda.h"
+#include "host/results.h"
 #include "nsa/launch.h"
 
 namespace nsa::cuda {
@@ -24,20 +26,40 @@ RowCounts row_counts(const at::Tensor& tensor) {
           .heads = static_cast<int32_t>(tensor.size(-2))};
 }
 
-}  // namespace
-
-at::Tensor combine_gates(const at::Tensor& gates, const std::array<at::Tensor, 3>& outs) {
-  const c10::cuda::CUDAGuard guard(gates.device());
-  const at::Tensor out = at::empty(outs[0].sizes(), outs[0].options());
+// out = sum_b gate_b out_b
+void combine_gates(const at::Tensor& gates, const std::array<at::Tensor, 3>& outs, const at::Tensor& out) {
   if (out.numel() == 0) {
-    return out;
+    return;
   }
   CombineGatesParams params{.rows = row_counts(out), .gates = gates_view(gates), .outs = {}, .out = view_of(out)};
   for (size_t b = 0; b < outs.size(); ++b) {
     params.outs[b] = view_of(outs[b]);
   }
   launch_combine_gates(params, element_type("q", out), c10::cuda::getCurrentCUDAStream());
-  return out;
+}
+
+}  // namespace
+
+GatedWindow gated_window(const NsaInputs& in, const AttentionOptions& options, const at::Tensor& out_cmp,
+                         const at::Tensor& out_slc, bool keep) {
+  const c10::cuda::CUDAGuard guard(in.q.device());
+  AttentionOptions of_window = options;
+  of_window.block_size = of_window.block_stride = 0;
+  auto [out, lse] = empty_results(in.q, in.v_win);
+  GatedWindow result{.out = out, .out_win = {}, .lse_win = lse};
+  if (keep) {
+    result.out_win = at::empty(out.sizes(), out.options());
+  }
+  if (range_attention_forward(in.q, in.k_win, in.v_win, of_window, result.out_win, lse,
+                              {gates_view(in.gates), {out_cmp, out_slc}, out})) {
+    return result;
+  }
+  if (!keep) {
+    result.out_win = at::empty(out.sizes(), out.options());
+    range_attention_forward(in.q, in.k_win, in.v_win, of_window, result.out_win, lse);
+  }
+  combine_gates(in.gates, {out_cmp, out_slc, result.out_win}, out);
+  return result;
 }
 
 GateGradients gate_gradients(const at::Tensor& grad_out, const at::Tensor& gates, const std::array<at::Tensor, 3>& outs,

@@ -9,7 +9,7 @@
 // token by token: eight heads of eight tokens fill whole sectors of 32 bytes.
 #pragma once
 
-#include "common/matrix.cuh"
+#include "common/gates.cuh"
 #include "nsa/params.h"
 
 namespace nsa {
@@ -85,18 +85,6 @@ struct alignas(sizeof(Element) * kVector) Vector {
   __device__ static Vector load(const Element* from) { return *reinterpret_cast<const Vector*>(from); }
   __device__ void store(Element* to) const { *reinterpret_cast<Vector*>(to) = *this; }
 };
-
-__device__ inline float load_gate(const GatesView& gates, int64_t batch, int64_t token, int64_t head, int branch) {
-  const int64_t offset = gates.offset(batch, token, head, branch);
-  switch (gates.type) {
-    case ElementType::kFloat16:
-      return to_float(static_cast<const Half*>(gates.data)[offset]);
-    case ElementType::kBFloat16:
-      return to_float(static_cast<const BFloat16*>(gates.data)[offset]);
-    default:
-      return static_cast<const float*>(gates.data)[offset];
-  }
-}
 
 __device__ inline void store_gate(const GatesView& gates, int64_t batch, int64_t token, int64_t head, int branch,
                                   float value) {

@@ -59,11 +59,6 @@ at::Tensor gate_of(const at::Tensor& gates, int64_t branch, at::ScalarType type)
 }
 
 at::Tensor combine(const at::Tensor& gates, std::array<at::Tensor, 3> outs, at::ScalarType type) {
-#if defined(NSA_CUDA_VERSION)
-  if (gates.is_cuda()) {
-    return cuda::combine_gates(gates, outs);
-  }
-#endif
   at::Tensor sum = outs[0].to(type) * gate_of(gates, 0, type);
   for (int64_t branch = 1; branch < 3; ++branch) {
     sum.addcmul_(outs[branch].to(type), gate_of(gates, branch, type));
@@ -85,47 +80,52 @@ at::Tensor choose_blocks(const NsaInputs& in, const at::Tensor& lse_cmp, int64_t
                  o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
 }
 
-NsaResults nsa_attention_forward(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
-                                 const at::Tensor& k_slc, const at::Tensor& v_slc, const at::Tensor& k_win,
-                                 const at::Tensor& v_win, const at::Tensor& gates, int64_t block_size,
-                                 int64_t block_stride, int64_t select_size, int64_t num_selected, int64_t num_initial,
-                                 int64_t num_local, c10::SymInt window, OptionalDouble scale,
-                                 const OptionalTensor& block_indices, const OptionalTensor& cu_seqlens_q,
-                                 const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                                 const OptionalTensor& seqused_k) {
-  const NsaInputs in{q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates};
-  AttentionOptions options{
-      .seqlen_k = std::nullopt,
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .select_size = select_size,
-      .window = std::move(window),
-      .scale = scale,
-      .block_indices = block_indices,
-      .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-  };
-  check_block_budget(num_selected, num_initial, num_local);
+// All results, or out alone: whether out_win is defined then depends on the kernel.
+NsaResults run_forward(const NsaInputs& in, AttentionOptions options, int64_t num_selected, const ForcedBlocks& forced,
+                       [[maybe_unused]] bool all_results) {
+  check_block_budget(num_selected, forced.initial, forced.local);
   check_nsa(in, options);
-  options.seqlen_k = k_slc.sym_size(-3);
-  auto [out_cmp, lse_cmp] = CompressedBranch::forward(q, k_cmp, v_cmp, options);
-  options.block_indices = choose_blocks(in, lse_cmp, num_selected, {num_initial, num_local}, options);
-  auto [out_slc, lse_slc] = SelectedBranch::forward(q, k_slc, v_slc, options);
-  auto [out_win, lse_win] = WindowBranch::forward(q, k_win, v_win, options);
-  const at::Tensor out = combine(gates, {out_cmp, out_slc, out_win}, wide_dtype(q));
+  options.seqlen_k = in.k_slc.sym_size(-3);
+  auto [out_cmp, lse_cmp] = CompressedBranch::forward(in.q, in.k_cmp, in.v_cmp, options);
+  options.block_indices = choose_blocks(in, lse_cmp, num_selected, forced, options);
+  auto [out_slc, lse_slc] = SelectedBranch::forward(in.q, in.k_slc, in.v_slc, options);
+#if defined(NSA_CUDA_VERSION)
+  if (in.q.is_cuda()) {
+    auto [out, out_win, lse_win] = cuda::gated_window(in, options, out_cmp, out_slc, all_results);
+    return {out, out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, *options.block_indices};
+  }
+#endif
+  auto [out_win, lse_win] = WindowBranch::forward(in.q, in.k_win, in.v_win, options);
+  const at::Tensor out = combine(in.gates, {out_cmp, out_slc, out_win}, wide_dtype(in.q));
   return {out, out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, *options.block_indices};
 }
 
-at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, const at::Tensor& k_slc,
-                         const at::Tensor& v_slc, const at::Tensor& k_win, const at::Tensor& v_win,
-                         const at::Tensor& gates, int64_t block_size, int64_t block_stride, int64_t select_size,
-                         int64_t num_selected, int64_t num_initial, int64_t num_local, c10::SymInt window,
-                         OptionalDouble scale, const OptionalTensor& block_indices, const OptionalTensor& cu_seqlens_q,
-                         const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                         const OptionalTensor& seqused_k) {
-  return std::get<0>(nsa_attention_forward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, block_size, block_stride,
-                                           select_size, num_selected, num_initial, num_local, std::move(window), scale,
-                                           block_indices, cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q),
-                                           std::move(max_seqlen_k), seqused_k));
+template <bool all_results>
+auto nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, const at::Tensor& k_slc,
+                   const at::Tensor& v_slc, const at::Tensor& k_win, const at::Tensor& v_win, const at::Tensor& gates,
+                   int64_t block_size, int64_t block_stride, int64_t select_size, int64_t num_selected,
+                   int64_t num_initial, int64_t num_local, c10::SymInt window, OptionalDouble scale,
+                   const OptionalTensor& block_indices, const OptionalTensor& cu_seqlens_q,
+                   const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
+                   const OptionalTensor& seqused_k) {
+  NsaResults results = run_forward(
+      {q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates},
+      {
+          .seqlen_k = std::nullopt,
+          .block_size = block_size,
+          .block_stride = block_stride,
+          .select_size = select_size,
+          .window = std::move(window),
+          .scale = scale,
+          .block_indices = block_indices,
+          .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
+      },
+      num_selected, {num_initial, num_local}, all_results);
+  if constexpr (all_results) {
+    return results;
+  } else {
+    return std::get<0>(results);
+  }
 }
 
 #if defined(NSA_CUDA_VERSION)
@@ -196,8 +196,8 @@ NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor
 }
 
 void register_composition(torch::Library& m) {
-  m.impl("nsa_attention", nsa_attention);
-  m.impl("nsa_attention_forward", nsa_attention_forward);
+  m.impl("nsa_attention", nsa_attention<false>);
+  m.impl("nsa_attention_forward", nsa_attention<true>);
   m.impl("nsa_attention_backward", nsa_attention_backward);
 }
 

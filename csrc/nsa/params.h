@@ -14,20 +14,6 @@ struct RowCounts {
   int32_t heads;   // Hq
 };
 
-// A (B, Tq, Hq, 3) tensor of any strides and of an element type of its own.
-struct GatesView {
-  void* data;
-  ElementType type;
-  int64_t batch_stride;
-  int64_t token_stride;
-  int64_t head_stride;
-  int64_t branch_stride;
-
-  NSA_HOST_DEVICE int64_t offset(int64_t batch, int64_t token, int64_t head, int64_t branch) const {
-    return batch * batch_stride + token * token_stride + head * head_stride + branch * branch_stride;
-  }
-};
-
 struct CombineGatesParams {
   RowCounts rows;
   GatesView gates;             // (B, Tq, Hq, 3)

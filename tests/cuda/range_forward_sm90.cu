@@ -1,8 +1,8 @@
 // The Hopper kernel of attention over a range against a plain float32 one, and its time beside the sm_80 kernel's. No
 // torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
-//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu -o
-//     range_forward_sm90
+//     tests/cuda/range_forward_sm90.cu csrc/attention/launch.cu csrc/attention/instantiations/*.cu csrc/nsa/gates.cu \
+//     -o range_forward_sm90
 //   ./range_forward_sm90 [check | dispatch | time]
 // `dispatch` alone also runs where it is built for 8.0 only, with the sm_80 kernels.
 #include <algorithm>
@@ -15,6 +15,7 @@
 #include "attention/launch.h"
 #include "attention/launch_sm80.cuh"
 #include "attention/launch_sm90.cuh"
+#include "nsa/launch.h"
 
 using namespace nsa;
 
@@ -129,7 +130,8 @@ __global__ void compare_rows(const __grid_constant__ RangeForwardParams p, bool 
   for (int w = 0; w < kWarps; ++w) {
     total += maxima[w] == kMinusInfinity ? 0.f : sums[w] * expf(maxima[w] - highest);
   }
-  const Element* got = p.out.row<Element>(place.batch, place.q_begin + at.index, head);
+  const Element* got =
+      p.out.data == nullptr ? nullptr : p.out.row<Element>(place.batch, place.q_begin + at.index, head);
   const auto note = [&](float value, float wanted, float allowed, float* to) {
     const float error = value == wanted ? 0.f : fabsf(value - wanted);
     if (!(error <= allowed)) {
@@ -145,7 +147,19 @@ __global__ void compare_rows(const __grid_constant__ RangeForwardParams p, bool 
     for (int w = 0; w < kWarps; ++w) {
       value += maxima[w] == kMinusInfinity ? 0.f : outs[w][column] * expf(maxima[w] - highest) / total;
     }
-    note(to_float(got[column]), value, tolerance, &errors->out);
+    if (got != nullptr) {
+      note(to_float(got[column]), value, tolerance, &errors->out);
+    }
+    if (p.sum.out != nullptr) {
+      const auto gate = [&](int b) { return load_gate(p.sum.gates, place.batch, place.q_begin + at.index, head, b); };
+      const auto element = [&](const void* data) {
+        TensorView of = p.out;
+        of.data = const_cast<void*>(data);
+        return to_float(of.row<Element>(place.batch, place.q_begin + at.index, head)[column]);
+      };
+      const float wanted = gate(0) * element(p.sum.others[0]) + gate(1) * element(p.sum.others[1]) + gate(2) * value;
+      note(element(p.sum.out), wanted, tolerance * (1.f + fabsf(wanted) / 4.f), &errors->out);
+    }
   }
   if (lane == 0) {
     note(p.lse.at(place.batch, head, place.q_begin + at.index), total > 0.f ? highest + logf(total) : kMinusInfinity,
@@ -163,6 +177,7 @@ struct Case {
       false;        // NaN in k and v of every other packed sequence, whose rows are not compared, and of unused keys
   int padding = 0;  // elements between heads
   std::vector<int32_t> used{};
+  bool gated = false;  // the kernel also takes the gated sum with two other branches
 };
 
 template <typename Element>
@@ -170,6 +185,7 @@ struct Problem {
   const Case c;
   int64_t keys;
   Device<Element> q, k, v, out;
+  Device<Element> others[2], gates, sum;
   Device<float> lse;
   Device<int32_t> cu_q, cu_k, cu_cmp, used;
   RangeForwardParams params{};
@@ -195,6 +211,9 @@ struct Problem {
         k(c.batch * keys * c.heads_kv * (c.dim_k + c.padding)),
         v(c.batch * keys * c.heads_kv * (c.dim_v + c.padding)),
         out(c.batch * c.tokens_q * c.heads_kv * c.group * c.dim_v),
+        others{Device<Element>(c.gated ? out.size : 0), Device<Element>(c.gated ? out.size : 0)},
+        gates(c.gated ? 3 * c.batch * c.tokens_q * c.heads_kv * c.group : 0),
+        sum(c.gated ? out.size : 0),
         lse(c.batch * c.tokens_q * c.heads_kv * c.group),
         cu_q(c.cu_q.size()),
         cu_k(c.cu_k.size()),
@@ -258,14 +277,29 @@ struct Problem {
     params.out = view(out.data, c.tokens_q, heads, c.dim_v, 0);
     params.lse = {lse.data, packed ? 0 : heads * c.tokens_q, c.tokens_q};
     params.num_keys = keys;
+    params.sum = {};
+    if (c.gated) {
+      fill_normal<<<1024, 256>>>(others[0].data, out.size, 4);
+      fill_normal<<<1024, 256>>>(others[1].data, out.size, 5);
+      fill_normal<<<1024, 256>>>(gates.data, gates.size, 6);
+      fill_value<<<1024, 256>>>(sum.data, out.size, std::numeric_limits<float>::quiet_NaN());
+      params.sum = {.gates = {gates.data, kElementType<Element>, packed ? 0 : 3 * heads * c.tokens_q, 3 * heads, 3, 1},
+                    .others = {others[0].data, others[1].data},
+                    .out = sum.data};
+    }
   }
 
-  // Pairs of a query head and a key it sees.
+  // Pairs of a query head and a key it sees. Packed sequences have as many keys as queries.
   double pairs() const {
     double sum = 0;
+    size_t sequence = 0;
     for (int64_t t = 0; t < c.tokens_q; ++t) {
-      const auto position = static_cast<int32_t>(c.tokens_k - c.tokens_q + t);
-      sum += std::min<double>(params.visibility.end(position), keys) - params.visibility.begin(position);
+      while (!c.cu_q.empty() && c.cu_q[sequence + 1] <= t) {
+        ++sequence;
+      }
+      const int64_t of_sequence = c.cu_q.empty() ? c.tokens_k - c.tokens_q + t : t - c.cu_q[sequence];
+      const auto position = static_cast<int32_t>(of_sequence);
+      sum += params.visibility.end(position) - params.visibility.begin(position);
     }
     return sum * c.batch * c.heads_kv * c.group;
   }
