@@ -287,7 +287,9 @@ void run_times() {
   for (const int group : {1, 4, 6, 8, 12, 24, 32, 33}) {
     const std::string compressed = "compressed, G " + std::to_string(group);
     const std::string window = "window, G " + std::to_string(group);
-    time_dims<BFloat16, 128, 128>("bf16", {kernel, sm80}, {64}, with_group(compressed.c_str(), window.c_str(), group));
+    const std::vector<std::pair<const char*, Launch>> kernels = {kernel, sm80};
+    time_dims<BFloat16, 128, 128>("bf16", {kernels.begin(), kernels.end() - (group == 33 ? 0 : 1)}, {64},
+                                  with_group(compressed.c_str(), window.c_str(), group));
   }
   time_dims<Half, 128, 128>("fp16", {chosen<Half, 128, 128>()}, {64}, kDense);
   time_dims<BFloat16, 64, 64>("bf16", {chosen<BFloat16, 64, 64>()}, {8, 64}, kDense);
