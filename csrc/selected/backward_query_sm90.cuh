@@ -8,7 +8,6 @@
 #pragma once
 
 #include "common/scores.cuh"
-#include "selected/row_products_sm90.cuh"
 #include "selected/union_walk_sm90.cuh"
 
 namespace nsa {
@@ -36,7 +35,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   const SelectedBackwardParams& p = params.selected;
   const UnionParams& u = params.walk;
   const float scale_log2 = p.scale * kLog2E;
-  UnionRing<Shape> ring{shared, threadIdx.x % 32 == 0, 0};
+  UnionRing<Shape> ring{shared, 0};
 
   // Of the lane's rows.
   float lse[2];
@@ -73,11 +72,6 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     __syncwarp();
   };
 
-  // All bits, if the token of one of the lane's rows is among those.
-  const auto chosen = [&](uint32_t tokens, int half) {
-    const int token = head_slots_of<Shape>(u) == 16 ? warp : 2 * warp + half;
-    return 0u - (tokens >> token & 1);
-  };
   // Scores become probabilities. Returns whether a row that chose the block may have one key with all of it.
   const auto weigh = [&]<int kTiles>(float(&scores)[kTiles][4], uint32_t tokens) {
     float highest[2] = {};
@@ -89,7 +83,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         highest[j / 2] = fmaxf(highest[j / 2], scores[i][j]);
       }
     }
-    const uint32_t rows[2] = {chosen(tokens, 0), chosen(tokens, 1)};
+    const uint32_t rows[2] = {chosen_row<Shape>(u, tokens, warp, 0), chosen_row<Shape>(u, tokens, warp, 1)};
     return __any_sync(0xffffffffu, (rows[0] != 0 && highest[0] > kWholeProbability<Element>) ||
                                        (rows[1] != 0 && highest[1] > kWholeProbability<Element>)) != 0;
   };
@@ -135,134 +129,60 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     }
   };
 
-  // Rows stay in registers, but for Q of more than 128 columns, which stays in shared memory.
-  constexpr bool kQInRegisters = Shape::kDimK <= 128;
-  uint32_t q[kQInRegisters ? Shape::kDimK / 16 : 1][4];
+  UnionQueries<Shape> q(shared, group, warp);
   uint32_t grad_out[Shape::kDimV / 16][4];
-  const KTile own_q{shared_address(shared.rows) + group * Shape::kGroupBytes};
   const auto take_rows = [&](uint32_t step) {
-    const int lane = fresh_lane();
-    const VTile grad_out_tile = ring.wait_v(step);
-#pragma unroll
-    for (int i = 0; i < Shape::kDimV / 16; ++i) {
-      grad_out_tile.load_left(grad_out[i], 16 * warp, 16 * i, lane);
-    }
+    load_rows(grad_out, ring.wait_v(step), warp);
     ring.release_v(step);
-    const KTile q_tile = ring.wait_k(step);
-    if constexpr (kQInRegisters) {
-#pragma unroll
-      for (int i = 0; i < Shape::kDimK / 16; ++i) {
-        q_tile.load_left(q[i], 16 * warp, 16 * i, lane);
-      }
-    } else {
-      const uint32_t first = 16 * warp * 128 + 16 * lane;
-#pragma unroll
-      for (int panel = 0; panel < KTile::kPanels; ++panel) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t at = panel * KTile::kPanelSize * 2 + first + 512 * i;
-          store_shared(own_q.begin + at, load_shared(q_tile.begin + at));
-        }
-      }
-      fence_shared_writes();
-      sync_threads(1 + group, kWarpgroup);
-    }
+    q.take(ring.wait_k(step));
     ring.release_k(step);
   };
 
-  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
-    float scores[8][4];
+  const auto take_alone = [&](const UnionStep& step) {
+    const int lane = fresh_lane();
     float grads[8][4];
-    if (Shape::kMostAlone > 0 && step.alone) {
-      const int lane = fresh_lane();
-      const auto multiply_columns = [&]<int kTiles>(float(&to)[kTiles][4], const uint32_t(&left)[4], const auto& right,
-                                                    int first, int column) {
+    multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
+    ring.release_v(step.number);
+    const KTile k_tile = ring.wait_k(step.number);
 #pragma unroll
-        for (int i = 0; i < kTiles / 2; ++i) {
+    for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
+      float scores[4][4];
+      q.multiply_alone(scores, k_tile, 32 * part);
+      const bool whole = weigh(scores, step.tokens);
+      differentiate(scores, grads + 4 * part, whole);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t a[4];
+        as_left<Element>(a, scores, i);
+        if constexpr (Shape::kWide) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            a[j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
+          }
+        }
+#pragma unroll
+        for (int column = 0; column < Shape::kDimK; column += 16) {
           uint32_t b[4];
-          right.load_right_transposed(b, first + 16 * i, column, lane);
-          multiply_add<Element>(to[2 * i], left, b[0], b[1]);
-          multiply_add<Element>(to[2 * i + 1], left, b[2], b[3]);
-        }
-      };
-      const auto multiply = [&](auto& to, const auto& left, const auto& right, int first) {
-        clear(to);
-#pragma unroll
-        for (int column = 0; column < right.kColumns; column += 16) {
-          multiply_columns(to, left[column / 16], right, first, column);
-        }
-      };
-      multiply(grads, grad_out, ring.wait_v(step.number), 0);
-      ring.release_v(step.number);
-      const KTile k_tile = ring.wait_k(step.number);
-#pragma unroll
-      for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
-        float part_scores[4][4];
-        if constexpr (kQInRegisters) {
-          multiply(part_scores, q, k_tile, 32 * part);
-        } else {
-          clear(part_scores);
-#pragma unroll
-          for (int column = 0; column < Shape::kDimK; column += 16) {
-            uint32_t a[4];
-            own_q.load_left(a, 16 * warp, column, lane);
-            multiply_columns(part_scores, a, k_tile, 32 * part, column);
-          }
-        }
-        const bool whole = weigh(part_scores, step.tokens);
-        differentiate(part_scores, grads + 4 * part, whole);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          uint32_t a[4];
-          as_left<Element>(a, part_scores, i);
-          if constexpr (Shape::kWide) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              a[j] &= chosen(step.tokens, j % 2);
-            }
-          }
-#pragma unroll
-          for (int column = 0; column < Shape::kDimK; column += 16) {
-            uint32_t b[4];
-            k_tile.load_right(b, 32 * part + 16 * i, column, lane);
-            auto& sums = grad[column / Parts::kColumns];
-            multiply_add<Element>(sums[column % Parts::kColumns / 8], a, b[0], b[1]);
-            multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], a, b[2], b[3]);
-          }
+          k_tile.load_right(b, 32 * part + 16 * i, column, lane);
+          auto& sums = grad[column / Parts::kColumns];
+          multiply_add<Element>(sums[column % Parts::kColumns / 8], a, b[0], b[1]);
+          multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], a, b[2], b[3]);
         }
       }
-      ring.release_k(step.number);
-      return;
     }
+    ring.release_k(step.number);
+  };
+
+  const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
+    float scores[8][4];
+    float grads[8][4];
     const VTile v_tile = ring.wait_v(step.number);
     const KTile k_tile = ring.wait_k(step.number);
     if (step.key + Shape::kKeys > seen.k_length) {
       clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group);
     }
-    const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
-    const uint64_t v = tile_descriptor(v_tile.begin, 0);
-    const auto start = [&](float(&to)[8][4], const auto& rows, uint64_t columns, int panel_size) {
-      fence_products();
-      multiply_rows_first<Element>(to, rows[0], columns);
-#pragma unroll
-      for (int i = 1; i < static_cast<int>(sizeof(rows) / sizeof(rows[0])); ++i) {
-        multiply_rows<Element>(to, rows[i], advance(columns, 2 * (i / 4 * panel_size + i % 4 * 16)));
-      }
-      commit_products();
-    };
-    if constexpr (kQInRegisters) {
-      start(scores, q, k, KTile::kPanelSize);
-    } else {
-      const uint64_t rows = tile_descriptor(own_q.begin, 0);
-      fence_products();
-#pragma unroll
-      for (int column = 0; column < Shape::kDimK; column += 16) {
-        const int bytes = 2 * (column / 64 * KTile::kPanelSize + column % 64);
-        multiply_async<Element>(scores, advance(rows, bytes), advance(k, bytes), column != 0);
-      }
-      commit_products();
-    }
-    start(grads, grad_out, v, VTile::kPanelSize);
+    q.start(scores, k_tile);
+    start_rows(grads, grad_out, v_tile);
     wait_products<1>();
     hold(scores);
     const bool whole = weigh(scores, step.tokens);
@@ -279,9 +199,10 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
       as_left<Element>(weights[i], scores, i);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        weights[i][j] &= chosen(step.tokens, j % 2);
+        weights[i][j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
       }
     }
+    const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
 #pragma unroll
     for (int part = 0; part < Parts::kCount; ++part) {
       hold(grad[part]);
@@ -303,6 +224,14 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
       hold(grad[part]);
     }
     ring.release_k(step.number);
+  };
+
+  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
+    if (step.alone) {
+      take_alone(step);
+    } else {
+      take_together(step, seen);
+    }
   };
 
   const auto end = [&](const UnionTile& tile) {

@@ -10,7 +10,7 @@
 
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
-#include "selected/row_products_sm90.cuh"
+#include "selected/union_rows_sm90.cuh"
 #include "selected/union_walk_sm90.cuh"
 
 namespace nsa {
@@ -34,10 +34,9 @@ struct RowSums {
   }
 
   // Turns scores into exp(scale (score - maximum)). The maximum follows the scores only when one is more than kSlack
-  // (of an exponent to base 2) above it, which is rare after the first blocks: most steps leave `out` as it is. Returns
-  // whether it is to be multiplied with `factors`.
+  // (of an exponent to base 2) above it, which is rare after the first blocks: most steps leave `out` as it is.
   template <int kTiles>
-  __device__ bool weigh(float (&scores)[kTiles][4], float (&factors)[2], float scale_log2) {
+  __device__ void step(float (&scores)[kTiles][4], float scale_log2) {
     constexpr float kSlack = 8.f;
     float highest[2];
     bool higher = false;
@@ -51,14 +50,18 @@ struct RowSums {
       highest[half] = fmaxf(row_max(highest[half]), maximum[half]);
       higher |= (highest[half] - maximum[half]) * scale_log2 > kSlack;
     }
-    higher = __any_sync(0xffffffffu, higher);
-    if (higher) {
+    if (__any_sync(0xffffffffu, higher)) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float offset = highest[half] == kMinusInfinity ? 0.f : highest[half] * scale_log2;
-        factors[half] = exp2_approx(fmaf(maximum[half], scale_log2, -offset));
+        const float factor = exp2_approx(fmaf(maximum[half], scale_log2, -offset));
         maximum[half] = highest[half];
-        sum[half] *= factors[half];
+        sum[half] *= factor;
+#pragma unroll
+        for (int i = 0; i < kDimV / 8; ++i) {
+          out[i][2 * half] *= factor;
+          out[i][2 * half + 1] *= factor;
+        }
       }
     }
 #pragma unroll
@@ -76,17 +79,6 @@ struct RowSums {
       }
       sum[half] += total;
     }
-    return higher;
-  }
-
-  __device__ void rescale(const float (&factors)[2]) {
-#pragma unroll
-    for (int i = 0; i < kDimV / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        out[i][j] *= factors[j / 2];
-      }
-    }
   }
 };
 
@@ -99,45 +91,32 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
   const SelectedForwardParams& p = params.selected;
   const UnionParams& u = params.walk;
   const float scale_log2 = fabsf(p.scale) * kLog2E;
-  UnionRing<Shape> ring{shared, threadIdx.x % 32 == 0, 0};
+  UnionRing<Shape> ring{shared, 0};
+  UnionQueries<Shape> q(shared, group, warp);
   RowSums<Shape::kDimV> sums;
 
-  // Weights of a block whose sums are still to be taken: they are, while the scores of the next block are.
-  uint32_t weights[4][4];
-  constexpr int32_t kNone = -1;
-  int32_t pending_key = kNone;
-  uint32_t pending = 0;  // that block's step
-
   const auto begin = [&](const UnionTile&) { sums.reset(); };
-
-  uint32_t q[Shape::kDimK / 16][4];
   const auto take_rows = [&](uint32_t step) {
-    const KTile q_tile = ring.wait_k(step);
-#pragma unroll
-    for (int i = 0; i < Shape::kDimK / 16; ++i) {
-      q_tile.load_left(q[i], 16 * warp, 16 * i, fresh_lane());
-    }
+    q.take(ring.wait_k(step));
     ring.release_k(step);
   };
 
   // Scores become weights: none for what a row does not see.
-  const auto weigh = [&](float(&scores)[8][4], uint32_t tokens, int32_t key, const UnionSeen& seen,
-                         bool together, float(&factors)[2]) {
+  const auto weigh = [&](float(&scores)[8][4], const UnionStep& step, const UnionSeen& seen) {
     if (p.scale < 0.f) {
       negate(scores);
     }
-    if (key + Shape::kKeys > seen.limit(0)) {
+    if (step.key + Shape::kKeys > seen.limit(0)) {
       const int lane = fresh_lane();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        keep_range(scores, half, 0, seen.limit(union_row<Shape>(u, warp, half, lane).token) - key, lane);
+        keep_range(scores, half, 0, seen.limit(union_row<Shape>(u, warp, half, lane).token) - step.key, lane);
       }
     }
-    if (together) {
+    if constexpr (Shape::kWide) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int token = head_slots_of<Shape>(u) == 16 ? warp : 2 * warp + half;
-        const bool chosen = (tokens >> token & 1) != 0;
+        const bool chosen = chosen_row<Shape>(u, step.tokens, warp, half) != 0;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           scores[i][2 * half] = chosen ? scores[i][2 * half] : kMinusInfinity;
@@ -145,13 +124,53 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
         }
       }
     }
-    return sums.weigh(scores, factors, scale_log2);
+    sums.step(scores, scale_log2);
   };
 
-  const auto start_sums = [&](const UnionSeen& seen) {
-    const VTile v_tile = ring.wait_v(pending);
-    if (pending_key + Shape::kKeys > seen.k_length) {
-      clear_rows(v_tile, max(seen.k_length - pending_key, 0), 1 + group);
+  const auto take_alone = [&](const UnionStep& step, const UnionSeen& seen) {
+    const int lane = fresh_lane();
+    float scores[8][4];
+    q.multiply_alone(scores, ring.wait_k(step.number), 0);
+    ring.release_k(step.number);
+    weigh(scores, step, seen);
+    const VTile v_tile = ring.wait_v(step.number);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      as_left<Element>(a, scores, i);
+#pragma unroll
+      for (int column = 0; column < Shape::kDimV; column += 16) {
+        uint32_t b[4];
+        v_tile.load_right(b, 16 * i, column, lane);
+        multiply_add<Element>(sums.out[column / 8], a, b[0], b[1]);
+        multiply_add<Element>(sums.out[column / 8 + 1], a, b[2], b[3]);
+      }
+    }
+    ring.release_v(step.number);
+  };
+
+  const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
+    float scores[8][4];
+    q.start(scores, ring.wait_k(step.number));
+    wait_products<0>();
+    hold(scores);
+    ring.release_k(step.number);
+    const bool chosen = (chosen_row<Shape>(u, step.tokens, warp, 0) | chosen_row<Shape>(u, step.tokens, warp, 1)) != 0;
+    if (chosen) {
+      weigh(scores, step, seen);
+    }
+    uint32_t weights[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      as_left<Element>(weights[i], scores, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weights[i][j] = chosen ? weights[i][j] : 0;
+      }
+    }
+    const VTile v_tile = ring.wait_v(step.number);
+    if (step.key + Shape::kKeys > seen.k_length) {
+      clear_rows(v_tile, max(seen.k_length - step.key, 0), 1 + group);
     }
     const uint64_t v = tile_descriptor(v_tile.begin, VTile::kPanelSize * 2);
     hold(sums.out);
@@ -161,117 +180,19 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
       multiply_async<Element>(sums.out, weights[i], advance(v, 2 * 64 * 16 * i), true);
     }
     commit_products();
-  };
-  const auto await_sums = [&] {
     wait_products<0>();
     hold(sums.out);
-    ring.release_v(pending);
-  };
-  const auto finish = [&](const UnionSeen& seen) {
-    start_sums(seen);
-    await_sums();
-    pending_key = kNone;
-  };
-  const auto take_together = [&]<bool kPending>(std::bool_constant<kPending>, const UnionStep& step,
-                                                const UnionSeen& seen) {
-    float scores[8][4];
-    const KTile k_tile = ring.wait_k(step.number);
-    const uint64_t k = tile_descriptor(k_tile.begin, 0);
-    fence_products();
-    multiply_rows_first<Element>(scores, q[0], k);
-#pragma unroll
-    for (int i = 1; i < Shape::kDimK / 16; ++i) {
-      multiply_rows<Element>(scores, q[i], advance(k, 2 * (i / 4 * KTile::kPanelSize + i % 4 * 16)));
-    }
-    commit_products();
-    if constexpr (kPending) {
-      start_sums(seen);
-      wait_products<1>();
-    } else {
-      wait_products<0>();
-    }
-    hold(scores);
-    ring.release_k(step.number);
-    float factors[2];
-    bool rescale = false;
-    const bool chosen = (step.tokens & (head_slots_of<Shape>(u) == 16 ? 1u << warp : 3u << 2 * warp)) != 0;
-    if (chosen) {
-      rescale = weigh(scores, step.tokens, step.key, seen, Shape::kWide, factors);
-    }
-    if constexpr (kPending) {
-      await_sums();
-    }
-    if (rescale) {
-      sums.rescale(factors);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      as_left<Element>(weights[i], scores, i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        weights[i][j] = chosen ? weights[i][j] : 0;
-      }
-    }
-    pending = step.number;
-    pending_key = step.key;
+    ring.release_v(step.number);
   };
 
   const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
-    if (Shape::kMostAlone > 0 && step.alone) {
-      float scores[8][4];
-      const int lane = fresh_lane();
-      const KTile k_tile = ring.wait_k(step.number);
-      clear(scores);
-#pragma unroll
-      for (int column = 0; column < Shape::kDimK; column += 16) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          uint32_t b[4];
-          k_tile.load_right_transposed(b, 16 * i, column, lane);
-          multiply_add<Element>(scores[2 * i], q[column / 16], b[0], b[1]);
-          multiply_add<Element>(scores[2 * i + 1], q[column / 16], b[2], b[3]);
-        }
-      }
-      ring.release_k(step.number);
-      float factors[2];
-      if (weigh(scores, step.tokens, step.key, seen, Shape::kWide, factors)) {
-        sums.rescale(factors);
-      }
-      const VTile v_tile = ring.wait_v(step.number);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        uint32_t a[4];
-        as_left<Element>(a, scores, i);
-#pragma unroll
-        for (int column = 0; column < Shape::kDimV; column += 16) {
-          uint32_t b[4];
-          v_tile.load_right(b, 16 * i, column, lane);
-          multiply_add<Element>(sums.out[column / 8], a, b[0], b[1]);
-          multiply_add<Element>(sums.out[column / 8 + 1], a, b[2], b[3]);
-        }
-      }
-      ring.release_v(step.number);
-      // Nothing is pending: no registers need hold weights up to here.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        asm volatile("" : "=r"(weights[i][0]), "=r"(weights[i][1]), "=r"(weights[i][2]), "=r"(weights[i][3]));
-      }
-      return;
-    }
-    if constexpr (Shape::kGroups == 2) {
-      if (pending_key != kNone) {
-        take_together(std::true_type(), step, seen);
-        if (!step.more) {
-          finish(seen);
-        }
-        return;
-      }
-    }
-    take_together(std::false_type(), step, seen);
-    if (Shape::kGroups != 2 || !step.more) {
-      finish(seen);
+    if (step.alone) {
+      take_alone(step, seen);
+    } else {
+      take_together(step, seen);
     }
   };
+
   const auto end = [&](const UnionTile& tile) {
     const int lane = fresh_lane();
 #pragma unroll

@@ -14,11 +14,10 @@ inline bool selected_backward_query_fits_sm90(const SelectedBackwardParams& para
          copies_by_map(params.grad_out, batch, s.length_q, int64_t{s.heads_kv} * s.group);
 }
 
-template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1,
-          int kStagesK = (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4),
-          int kStagesV = (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4), int kFewSteps = 0>
+template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1>
 using SelectedBackwardQueryShapeFor =
-    UnionShape<Element, kDimK, kDimV, true, 2, kStagesK, kStagesV, kWide, kMostAlone, kFewSteps, true>;
+    UnionShape<Element, kDimK, kDimV, true, 2, (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4),
+               (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4), kWide, kMostAlone>;
 
 template <typename Shape>
 void launch_selected_backward_query_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {

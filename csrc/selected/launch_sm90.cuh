@@ -12,11 +12,15 @@ inline bool selected_forward_fits_sm90(const SelectedForwardParams& params) {
                                                 params.k, params.v);
 }
 
-template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 2, int kGroups = kDimK <= 128 ? 3 : 2,
-          int kStagesK = (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 5),
-          int kStagesV = (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 5), int kFewSteps = 0>
-using SelectedForwardShapeFor =
-    UnionShape<Element, kDimK, kDimV, false, kGroups, kStagesK, kStagesV, kWide, kMostAlone, kFewSteps, true>;
+template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 2>
+using SelectedForwardShapeFor = UnionShape<Element, kDimK, kDimV, false, 3,
+                                           (kDimK == 64    ? 13
+                                            : kDimK == 128 ? (kWide ? 6 : 7)
+                                                           : (kWide ? 3 : 4)),
+                                           (kDimK == 64    ? 13
+                                            : kDimK == 128 ? (kWide ? 6 : 7)
+                                                           : 3),
+                                           kWide, kMostAlone>;
 
 template <typename Shape>
 void launch_selected_forward_shape(const SelectedForwardParams& selected, cudaStream_t stream) {

@@ -11,7 +11,7 @@ namespace nsa {
 // kGradients: rows have a gradient of the output beside Q. kWide: more than 16 tokens, or lists that may be long.
 // Up to kMostAlone warps of a warpgroup take a block by themselves, by mma.sync; more take it together, by wgmma.
 template <typename Element_, int kDimK_, int kDimV_, bool kGradients_, int kGroups_, int kStagesK_, int kStagesV_,
-          bool kWide_, int kMostAlone_, int kFewSteps_, bool kRowsInRing_ = false>
+          bool kWide_, int kMostAlone_>
 struct UnionShape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
@@ -22,23 +22,20 @@ struct UnionShape {
   static constexpr int kStagesV = kStagesV_;
   static constexpr bool kWide = kWide_;
   static constexpr int kMostAlone = kMostAlone_;
-  static constexpr int kFewSteps = kFewSteps_;
-  static constexpr bool kRowsInRing = kRowsInRing_;
-  static constexpr int kRowSteps = kRowsInRing ? kGroups_ : 0;  // before those of a tile's list
   static constexpr int kKeys = 64;
   static constexpr int kRows = 64;
   static constexpr int kWarps = 4 * kGroups;  // consumers
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : kGroups == 3 ? 160 : 112;
-  using QTile = PanelTile<Element, kRows, kDimK>;
-  using GradOutTile = PanelTile<Element, kRows, kDimV>;
-  using KTile = PanelTile<Element, kKeys, kDimK>;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  using KTile = PanelTile<Element, kKeys, kDimK>;  // of Q too: as many rows as keys
   using VTile = PanelTile<Element, kKeys, kDimV>;
+  static_assert(kRows == kKeys && (kGroups == 2 || kGroups == 3));
   static constexpr int kBytesK = KTile::kSize * 2;
   static constexpr int kBytesV = VTile::kSize * 2;
   static constexpr int kRingBytes = kStagesK * kBytesK + kStagesV * kBytesV;
-  static constexpr int kGroupBytes = kGradients && kDimK > 128 ? QTile::kSize * 2 : 0;  // of Q, else in registers
+  static constexpr bool kQInRegisters = kDimK <= 128;  // elsewhere there are too few
+  static constexpr int kGroupBytes = kQInRegisters ? 0 : kBytesK;
   // A block and a bit for each of the tile's tokens. Blocks are numbers below 2^16.
   using Step = std::conditional_t<kWide, uint64_t, uint32_t>;
   static constexpr int kTokenBits = kWide ? 32 : 16;
@@ -48,13 +45,12 @@ struct UnionShape {
     // the others.
     Barrier k_full[kStagesK], k_empty[kStagesK];
     Barrier v_full[kStagesV], v_empty[kStagesV];
-    Barrier list_full[2];      // written by the merging warp
-    Barrier list_empty[2];     // read by the consumers and the producer
-    Barrier rows_full[kGroups];   // filled by the copies of Q (and of the gradient)
-    Barrier rows_empty[kGroups];  // drained by the warps of the group
-    uint32_t issued;              // steps whose copies are under way or done: before that, `full` may be two phases behind
-    int32_t steps[2];          // of each list
-    float grad_lse[kGradients ? kGroups * kRows : 1];  // of each row
+    Barrier list_full[2];   // written by the merging warp
+    Barrier list_empty[2];  // read by the consumers and the producer
+    uint32_t issued;        // steps whose copies are under way or done: before, `full` may be two phases behind
+    int32_t steps[2];       // of each list
+    uint32_t turns[kWarps];  // tiles that each consumer warp has done
+    float grad_lse[kGradients ? kGroups * kRows : 1];  // of each row, over its gate
   };
 };
 constexpr int32_t kMostUnionBlocks = 1 << 16;
@@ -86,12 +82,12 @@ constexpr int64_t union_shared_bytes(int64_t tokens, int32_t num_selected) {
          2 * tokens * num_selected * static_cast<int64_t>(sizeof(typename Shape::Step));
 }
 
-// Where things lie in shared memory: K blocks | V blocks | rows of each warpgroup | barriers | two lists.
+// Where things lie in shared memory: K blocks | V blocks | Q of each warpgroup, if at all | barriers | two lists.
 template <typename Shape>
 struct UnionShared {
   unsigned char* k;
   unsigned char* v;
-  unsigned char* rows;
+  unsigned char* q;
   typename Shape::Barriers* barriers;
   typename Shape::Step* lists;
   int32_t most_steps;
@@ -99,8 +95,8 @@ struct UnionShared {
   __device__ UnionShared(unsigned char* begin, const UnionParams& u)
       : k(begin),
         v(begin + Shape::kStagesK * Shape::kBytesK),
-        rows(begin + Shape::kRingBytes),
-        barriers(reinterpret_cast<typename Shape::Barriers*>(rows + Shape::kGroups * Shape::kGroupBytes)),
+        q(begin + Shape::kRingBytes),
+        barriers(reinterpret_cast<typename Shape::Barriers*>(q + Shape::kGroups * Shape::kGroupBytes)),
         lists(reinterpret_cast<typename Shape::Step*>(barriers + 1)),
         most_steps(Shape::kGroups * group_tokens_of<Shape>(u) * u.num_selected) {}
 };
@@ -144,12 +140,14 @@ template <typename Shape>
 __device__ inline uint32_t tokens_of_group(typename Shape::Step step, int group, int group_tokens) {
   return static_cast<uint32_t>(step >> (group * group_tokens)) & ((1u << group_tokens) - 1);
 }
-// Whether the group's warps take a block alone, each for itself: where few chose it, and all of it is seen. Not in a
-// tile of few steps, whose tokens agree so well that only a few would be.
+// A bit for each warp that has one of these tokens.
+__device__ inline uint32_t warps_of_tokens(uint32_t tokens, int group_tokens) {
+  return group_tokens == 4 ? tokens : (tokens | tokens >> 1) & 0x55;
+}
+// Whether the group's warps take a block alone, each for itself: where few chose it, and all of it is seen.
 template <typename Shape>
-__device__ inline bool taken_alone(uint32_t tokens, int group_tokens, int32_t block, int32_t limit, int32_t steps) {
-  const uint32_t warps = group_tokens == 4 ? tokens : (tokens | tokens >> 1) & 0x55;
-  return __popc(warps) <= Shape::kMostAlone && (block + 1) * Shape::kKeys <= limit && steps > Shape::kFewSteps;
+__device__ inline bool taken_alone(uint32_t tokens, int group_tokens, int32_t block, int32_t limit) {
+  return __popc(warps_of_tokens(tokens, group_tokens)) <= Shape::kMostAlone && (block + 1) * Shape::kKeys <= limit;
 }
 
 // Joins the lists of a tile's tokens, lane i holding token i's, by taking the lowest of all heads over and over. What

@@ -137,7 +137,7 @@ bool check(const Case& c, int samples) {
     return false;
   }
   std::vector<int32_t> sample;
-  const int64_t step = std::max<int64_t>(1, x.tokens_q / samples);
+  const int64_t step = std::max<int64_t>(1, x.tokens_q / std::min(samples, kMostSamples));
   for (int64_t i = 0; i < x.tokens_q; i += step) {
     sample.push_back(static_cast<int32_t>(i));
   }
@@ -200,6 +200,22 @@ bool check_graph() {
   return good;
 }
 
+// Runs agree to the last bit: a race would show.
+bool check_repeated(int runs) {
+  ForwardProblem<BFloat16> x({"repeated", 2, 2000, 2000, 2, 16, 128, 128, 16});
+  x.launch90();
+  const std::vector<BFloat16> first = x.out.get();
+  int different = 0;
+  for (int i = 0; i < runs; ++i) {
+    check_cuda(cudaMemset(x.out.data, 0xff, x.out.size * 2), "repeated");
+    x.launch90();
+    const std::vector<BFloat16> again = x.out.get();
+    different += std::memcmp(first.data(), again.data(), first.size() * 2) != 0 ? 1 : 0;
+  }
+  std::printf("%-28s %s  %d of %d runs differ\n", "repeated", different == 0 ? "ok  " : "BAD", different, runs);
+  return different == 0;
+}
+
 // What the kernel does not take.
 bool check_fallback() {
   ForwardProblem<BFloat16> x({"fallback", 1, 100, 100, 2, 16, 128, 128, 16});
@@ -221,24 +237,7 @@ void time(const Case& c) {
   ForwardProblem<Element> x(c);
   const double new_ms = median_ms([&] { x.launch90(); }, 20);
   const double old_ms = median_ms([&] { x.launch80(); }, 5);
-  std::printf("%-28s sm_90 %7.3f ms   sm_80 %7.3f ms", c.name, new_ms, old_ms);
-#if defined(NSA_VARIANTS)
-  if constexpr (__is_same(Element, BFloat16)) {
-    if (c.dk == 128 && c.group == 16 && c.n == 16) {
-      const auto variant = [&](auto groups, auto alone, auto few) {
-        using Shape = SelectedForwardShapeFor<BFloat16, 128, 128, false, alone, groups, 7, 7, few>;
-        return median_ms([&] { launch_selected_forward_shape<Shape>(x.p, nullptr); }, 20);
-      };
-      const std::integral_constant<int, 0> zero;
-      const std::integral_constant<int, 1> one;
-      const std::integral_constant<int, 2> two;
-      const std::integral_constant<int, 3> three;
-      const std::integral_constant<int, 60> sixty;
-      std::printf("  3: 0 %7.3f 1 %7.3f 3 %7.3f; 2: 0 %7.3f 1 %7.3f 2 %7.3f, few 60: 1 %7.3f 2 %7.3f", variant(three, zero, zero), variant(three, one, zero), variant(three, three, zero), variant(two, zero, zero), variant(two, one, zero), variant(two, two, zero), variant(two, one, sixty), variant(two, two, sixty));
-    }
-  }
-#endif
-  std::printf("\n");
+  std::printf("%-28s sm_90 %7.3f ms   sm_80 %7.3f ms\n", c.name, new_ms, old_ms);
   std::fflush(stdout);
 }
 
@@ -258,6 +257,7 @@ int main(int argc, char** argv) {
   }).detach();
   if (what != "time") {
     good &= check_graph();
+    good &= check_repeated(50);
     good &= check_fallback();
     good &= check<BFloat16>({"dense 2 x 2000", 2, 2000, 2000, 2, 16, 128, 128, 16}, 4000);
     good &= check<BFloat16>({"correlated", 1, 3000, 3000, 2, 16, 128, 128, 16, correlated}, 3000);

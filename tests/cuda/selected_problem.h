@@ -45,6 +45,8 @@ struct Device {
   }
 };
 
+constexpr int kMostSamples = 500;  // queries of a check: the plain kernels are slow
+
 // About normal: the sum of four uniform numbers.
 template <typename Element>
 __global__ void fill_normal(Element* to, int64_t count, uint64_t seed) {
