@@ -26,8 +26,7 @@ struct GradientParts {
 
 template <typename Shape>
 __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Params& params,
-                                              const UnionShared<Shape>& shared,
-                                       int group, int warp) {
+                                              const UnionShared<Shape>& shared, int group, int warp) {
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
@@ -73,7 +72,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   };
 
   // Scores become probabilities. Returns whether a row that chose the block may have one key with all of it.
-  const auto weigh = [&]<int kTiles>(float(&scores)[kTiles][4], uint32_t tokens) {
+  const auto weigh = [&]<int kTiles>(float (&scores)[kTiles][4], uint32_t tokens) {
     float highest[2] = {};
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -88,7 +87,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
                                        (rows[1] != 0 && highest[1] > kWholeProbability<Element>)) != 0;
   };
   // Probabilities become the gradients of scores.
-  const auto differentiate = [&]<int kTiles>(float(&scores)[kTiles][4], const float(*grads)[4], bool whole) {
+  const auto differentiate = [&]<int kTiles>(float (&scores)[kTiles][4], const float (*grads)[4], bool whole) {
     if (whole) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -97,8 +96,8 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
           for (int j = 2 * half; j < 2 * half + 2; ++j) {
-            scores[i][j] = scores[i][j] > kWholeProbability<Element> ? grad_lse
-                                                                     : scores[i][j] * (grads[i][j] - delta[half]);
+            scores[i][j] =
+                scores[i][j] > kWholeProbability<Element> ? grad_lse : scores[i][j] * (grads[i][j] - delta[half]);
           }
         }
       }
@@ -113,7 +112,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     }
   };
   // None where a row sees no key, whatever lies there.
-  const auto mask = [&](float(&scores)[8][4], int32_t key, const UnionSeen& seen) {
+  const auto mask = [&](float (&scores)[8][4], int32_t key, const UnionSeen& seen) {
     const int lane = fresh_lane();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -212,9 +211,8 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int part = 0; part < Parts::kCount; ++part) {
-        multiply_async<Element>(
-            grad[part], weights[i],
-            advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)), true);
+        multiply_async<Element>(grad[part], weights[i],
+                                advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)), true);
       }
     }
     commit_products();

@@ -102,7 +102,7 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
   };
 
   // Scores become weights: none for what a row does not see.
-  const auto weigh = [&](float(&scores)[8][4], const UnionStep& step, const UnionSeen& seen) {
+  const auto weigh = [&](float (&scores)[8][4], const UnionStep& step, const UnionSeen& seen) {
     if (p.scale < 0.f) {
       negate(scores);
     }

@@ -21,17 +21,23 @@ extern template void launch_selected_backward_query_sm80<Half, 128, 128>(const S
 extern template void launch_selected_backward_query_sm80<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_query_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_query_sm80<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 128, 128>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 192, 128>(const SelectedForwardParams&, cudaStream_t);

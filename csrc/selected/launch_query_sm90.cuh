@@ -15,9 +15,14 @@ inline bool selected_backward_query_fits_sm90(const SelectedBackwardParams& para
 }
 
 template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1>
-using SelectedBackwardQueryShapeFor =
-    UnionShape<Element, kDimK, kDimV, true, 2, (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4),
-               (kDimK == 64 ? 13 : kDimK == 128 ? (kWide ? 6 : 7) : 4), kWide, kMostAlone>;
+using SelectedBackwardQueryShapeFor = UnionShape<Element, kDimK, kDimV, true, 2,
+                                                 (kDimK == 64    ? 13
+                                                  : kDimK == 128 ? (kWide ? 6 : 7)
+                                                                 : 4),
+                                                 (kDimK == 64    ? 13
+                                                  : kDimK == 128 ? (kWide ? 6 : 7)
+                                                                 : 4),
+                                                 kWide, kMostAlone>;
 
 template <typename Shape>
 void launch_selected_backward_query_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {

@@ -8,8 +8,8 @@ namespace nsa {
 
 // Whether these tensors suit the kernel; others run on the sm_80 kernel.
 inline bool selected_forward_fits_sm90(const SelectedForwardParams& params) {
-  return params.scale != 0.f && union_fits_sm90(params.sequences, params.select_size, params.num_selected, params.q,
-                                                params.k, params.v);
+  return params.scale != 0.f &&
+         union_fits_sm90(params.sequences, params.select_size, params.num_selected, params.q, params.k, params.v);
 }
 
 template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 2>
@@ -29,8 +29,8 @@ void launch_selected_forward_shape(const SelectedForwardParams& selected, cudaSt
       .selected = selected,
       .walk = union_params<Shape>(selected.sequences, selected.block_indices, selected.num_selected, selected.q,
                                   selected.k, selected.v, kName)};
-  launch_union<Shape>(selected_forward_sm90<Shape>, params, selected.num_selected,
-                      group_tokens_of<Shape>(params.walk), stream, kName);
+  launch_union<Shape>(selected_forward_sm90<Shape>, params, selected.num_selected, group_tokens_of<Shape>(params.walk),
+                      stream, kName);
 }
 
 // Whether it ran: it does not where the GPU, the build or the tensors do not suit it.

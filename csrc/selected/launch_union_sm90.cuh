@@ -26,17 +26,16 @@ UnionParams union_params(const Sequences& s, const int32_t* block_indices, int32
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int32_t head_slots = s.group > 8 ? 16 : 8;
   const int32_t tokens = 64 / head_slots;
-  UnionParams u{
-      .sequences = s,
-      .block_indices = block_indices,
-      .num_selected = num_selected,
-      .head_slots = head_slots,
-      .tiles = static_cast<int32_t>(count_slots(s, s.length_q, Shape::kGroups * tokens) * s.heads_kv *
-                                    ceil_div(s.group, head_slots)),
-      .k = tensor_map(k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
-      .v = tensor_map(v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
-      .q = tensor_map(q, kType, batch, s.length_q, int64_t{s.heads_kv} * s.group, head_slots, tokens, name),
-      .grad_out = {}};
+  UnionParams u{.sequences = s,
+                .block_indices = block_indices,
+                .num_selected = num_selected,
+                .head_slots = head_slots,
+                .tiles = static_cast<int32_t>(count_slots(s, s.length_q, Shape::kGroups * tokens) * s.heads_kv *
+                                              ceil_div(s.group, head_slots)),
+                .k = tensor_map(k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
+                .v = tensor_map(v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
+                .q = tensor_map(q, kType, batch, s.length_q, int64_t{s.heads_kv} * s.group, head_slots, tokens, name),
+                .grad_out = {}};
   return u;
 }
 

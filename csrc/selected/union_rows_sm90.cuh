@@ -58,8 +58,8 @@ __device__ inline void store_shared(uint32_t to, uint4 value) {
 
 // to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers.
 template <int kTiles, int kSteps, typename Tile>
-__device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4], const Tile& b_tile,
-                                           int first) {
+__device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
+                                           const Tile& b_tile, int first) {
   clear(to);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {

@@ -45,10 +45,10 @@ struct UnionShape {
     // the others.
     Barrier k_full[kStagesK], k_empty[kStagesK];
     Barrier v_full[kStagesV], v_empty[kStagesV];
-    Barrier list_full[2];   // written by the merging warp
-    Barrier list_empty[2];  // read by the consumers and the producer
-    uint32_t issued;        // steps whose copies are under way or done: before, `full` may be two phases behind
-    int32_t steps[2];       // of each list
+    Barrier list_full[2];    // written by the merging warp
+    Barrier list_empty[2];   // read by the consumers and the producer
+    uint32_t issued;         // steps whose copies are under way or done: before, `full` may be two phases behind
+    int32_t steps[2];        // of each list
     uint32_t turns[kWarps];  // tiles that each consumer warp has done
     float grad_lse[kGradients ? kGroups * kRows : 1];  // of each row, over its gate
   };

@@ -161,8 +161,8 @@ __device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shap
     if (turn >= 2) {
       wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
     }
-    const int32_t steps = merge_lists<Shape>(shared.lists + (turn & 1) * shared.most_steps, u,
-                                             union_tile<Shape>(u, index), lane);
+    const int32_t steps =
+        merge_lists<Shape>(shared.lists + (turn & 1) * shared.most_steps, u, union_tile<Shape>(u, index), lane);
     if (lane == 0) {
       barriers.steps[turn & 1] = steps;
       arrive(&barriers.list_full[turn & 1]);
@@ -183,8 +183,7 @@ struct UnionStep {
 // see) for each step that is its, then end(tile).
 template <typename Shape, typename Begin, typename TakeRows, typename Take, typename End>
 __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Shape>& shared, int group, int warp,
-                                      const Begin& begin, const TakeRows& take_rows, const Take& take,
-                                      const End& end) {
+                                      const Begin& begin, const TakeRows& take_rows, const Take& take, const End& end) {
   auto& barriers = *shared.barriers;
   const int group_tokens = group_tokens_of<Shape>(u);
   const uint32_t own = group_tokens == 4 ? 1u << warp : 3u << 2 * warp;
@@ -213,8 +212,8 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
         const int at = first + fresh_lane();
         entry = at < steps ? shared.lists[(turn() & 1) * shared.most_steps + at] : 0;
         const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
-        const bool alone = taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits),
-                                              seen.limit(0));
+        const bool alone =
+            taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits), seen.limit(0));
         together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
         chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
       }

@@ -146,8 +146,8 @@ struct BackwardProblem : Problem<Element> {
       b.grad_lse.data = grad_lse.data;
     }
     forward80();
-    fill_delta<Element><<<static_cast<unsigned>(ceil_div(this->tokens_q * this->heads, 8)), 256>>>(b, p.out,
-                                                                                                   this->tokens_q);
+    fill_delta<Element>
+        <<<static_cast<unsigned>(ceil_div(this->tokens_q * this->heads, 8)), 256>>>(b, p.out, this->tokens_q);
     check_cuda(cudaDeviceSynchronize(), "set up");
   }
 
@@ -195,8 +195,8 @@ bool check(const Case& c, int samples, bool gated = true, bool add = false) {
   Device<int32_t> device_sample(sample.size());
   device_sample.set(sample);
   Device<float> grad_q(sample.size() * x.heads * c.dk);
-  plain_backward_query<Element><<<static_cast<unsigned>(sample.size() * x.heads), 128, c.n * 64 * 8>>>(
-      x.b, device_sample.data, grad_q.data);
+  plain_backward_query<Element>
+      <<<static_cast<unsigned>(sample.size() * x.heads), 128, c.n * 64 * 8>>>(x.b, device_sample.data, grad_q.data);
   check_cuda(cudaDeviceSynchronize(), "plain");
   const std::vector<float> right = grad_q.get();
   int64_t worst_at = 0;
@@ -230,8 +230,8 @@ bool check(const Case& c, int samples, bool gated = true, bool add = false) {
   const auto old = error_of([&] { x.launch80(); });
   const auto error = error_of([&] { x.launch90(); });
   const bool good = error.first <= 1.2 * old.first + 1e-5 && error.second <= 2 * old.second + 1e-4;
-  std::printf("%-26s%s %s  error %.2e (sm_80 %.2e), worst %.1e (%.1e)\n", c.name, gated ? "" : " -", good ? "ok " : "BAD",
-              error.first, old.first, error.second, old.second);
+  std::printf("%-26s%s %s  error %.2e (sm_80 %.2e), worst %.1e (%.1e)\n", c.name, gated ? "" : " -",
+              good ? "ok " : "BAD", error.first, old.first, error.second, old.second);
   if (!good) {
     std::printf("  worst: query %lld head %lld column %lld\n", static_cast<long long>(worst_at / (x.heads * c.dk)),
                 static_cast<long long>(worst_at / c.dk % x.heads), static_cast<long long>(worst_at % c.dk));
@@ -307,8 +307,8 @@ int main(int argc, char** argv) {
     const std::vector<int32_t> used = {40, 33, 500, 809};
     good &= check<BFloat16>({"packed", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, ends, ends}, 3000);
     good &= check<BFloat16>({"packed, any lists", 0, 0, 0, 2, 8, 128, 128, 16, hostile, 1.f, ends, ends}, 3000);
-    good &= check<BFloat16>({"packed, NaN unused", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, q_ends, k_ends, used},
-                            3000);
+    good &=
+        check<BFloat16>({"packed, NaN unused", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, q_ends, k_ends, used}, 3000);
     good &= check<BFloat16>({"d 64", 2, 1000, 1000, 2, 16, 64, 64, 16, correlated}, 1000);
     good &= check<BFloat16>({"d 64, n 64", 1, 5000, 5000, 2, 16, 64, 64, 64, correlated}, 1000);
     good &= check<BFloat16>({"d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16, correlated}, 1000);
