@@ -161,7 +161,7 @@ __device__ inline int32_t merge_lists(typename Shape::Step* to, const UnionParam
   const int32_t* const end = limit > 0 ? next + u.num_selected : next;
   const auto take = [&] {
     while (next != end) {
-      const int32_t block = *next++;
+      const int32_t block = __ldg(next++);  // from L1, for the most part
       if (block >= 0 && int64_t{block} * Shape::kKeys < limit) {
         return block;
       }

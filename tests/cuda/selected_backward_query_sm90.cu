@@ -2,7 +2,7 @@
 // kernel's. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/selected_backward_query_sm90.cu -o selected_backward_query_sm90
-//   ./selected_backward_query_sm90 [check | time]
+//   ./selected_backward_query_sm90 [check | time [cases whose names hold this]]
 #include <chrono>
 #include <thread>
 
@@ -282,6 +282,23 @@ int main(int argc, char** argv) {
   if (what != "time") {
     good &= check_repeated({"repeated", 2, 2000, 2000, 2, 16, 128, 128, 16}, 50);
     good &= check_repeated({"repeated, d 192 / 128", 1, 1000, 1000, 2, 16, 192, 128, 16}, 20);
+    const std::vector<int32_t> ends = {0, 0, 1, 64, 193, 781, 781, 2048};
+    const std::vector<int32_t> q_ends = {0, 40, 50, 350, 650};
+    const std::vector<int32_t> k_ends = {0, 64, 128, 640, 1500};
+    const std::vector<int32_t> used = {40, 33, 500, 809};
+    good &= check<BFloat16>({"packed", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, ends, ends}, 3000);
+    good &= check<BFloat16>({"packed, any lists", 0, 0, 0, 2, 8, 128, 128, 16, hostile, 1.f, ends, ends}, 3000);
+    good &=
+        check<BFloat16>({"packed, NaN unused", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, q_ends, k_ends, used}, 3000);
+    good &= check<BFloat16>({"d 64", 2, 1000, 1000, 2, 16, 64, 64, 16, correlated}, 1000);
+    good &= check<BFloat16>({"d 64, n 64", 1, 5000, 5000, 2, 16, 64, 64, 64, correlated}, 1000);
+    good &= check<BFloat16>({"d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16, correlated}, 1000);
+    good &= check<BFloat16>({"d 192 / 128, n 64", 1, 5000, 5000, 2, 16, 192, 128, 64, correlated}, 1000);
+    good &= check<BFloat16>({"d 80", 2, 1000, 1000, 2, 16, 80, 80, 16, correlated}, 1000);
+    good &= check<Half>({"fp16", 2, 1500, 1500, 2, 16, 128, 128, 16, correlated}, 1000);
+    good &= check<Half>({"fp16 G 8", 2, 1021, 1021, 2, 8, 128, 128, 16}, 1000);
+    good &= check<Half>({"fp16 G 4, d 64", 2, 509, 509, 2, 4, 64, 64, 16}, 1000);
+    good &= check<Half>({"fp16 d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16}, 1000);
     good &= check<BFloat16>({"dense 2 x 2000", 2, 2000, 2000, 2, 16, 128, 128, 16}, 4000);
     good &= check<BFloat16>({"dense", 2, 2000, 2000, 2, 16, 128, 128, 16}, 4000, false);
     good &= check<BFloat16>({"added", 2, 1000, 1000, 2, 16, 128, 128, 16}, 2000, true, true);
@@ -301,38 +318,27 @@ int main(int argc, char** argv) {
     good &= check<BFloat16>({"G 8", 1, 1000, 1000, 2, 8, 128, 128, 16}, 1000);
     good &= check<BFloat16>({"G 12", 1, 1000, 1000, 2, 12, 128, 128, 16}, 1000);
     good &= check<BFloat16>({"G 24", 1, 1000, 1000, 2, 24, 128, 128, 16}, 1000);
-    const std::vector<int32_t> ends = {0, 0, 1, 64, 193, 781, 781, 2048};
-    const std::vector<int32_t> q_ends = {0, 40, 50, 350, 650};
-    const std::vector<int32_t> k_ends = {0, 64, 128, 640, 1500};
-    const std::vector<int32_t> used = {40, 33, 500, 809};
-    good &= check<BFloat16>({"packed", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, ends, ends}, 3000);
-    good &= check<BFloat16>({"packed, any lists", 0, 0, 0, 2, 8, 128, 128, 16, hostile, 1.f, ends, ends}, 3000);
-    good &=
-        check<BFloat16>({"packed, NaN unused", 0, 0, 0, 2, 16, 128, 128, 16, random, 1.f, q_ends, k_ends, used}, 3000);
-    good &= check<BFloat16>({"d 64", 2, 1000, 1000, 2, 16, 64, 64, 16, correlated}, 1000);
-    good &= check<BFloat16>({"d 64, n 64", 1, 5000, 5000, 2, 16, 64, 64, 64, correlated}, 1000);
-    good &= check<BFloat16>({"d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16, correlated}, 1000);
-    good &= check<BFloat16>({"d 192 / 128, n 64", 1, 5000, 5000, 2, 16, 192, 128, 64, correlated}, 1000);
-    good &= check<BFloat16>({"d 80", 2, 1000, 1000, 2, 16, 80, 80, 16, correlated}, 1000);
-    good &= check<Half>({"fp16", 2, 1500, 1500, 2, 16, 128, 128, 16, correlated}, 1000);
-    good &= check<Half>({"fp16 G 8", 2, 1021, 1021, 2, 8, 128, 128, 16}, 1000);
-    good &= check<Half>({"fp16 G 4, d 64", 2, 509, 509, 2, 4, 64, 64, 16}, 1000);
-    good &= check<Half>({"fp16 d 192 / 128", 2, 1500, 1500, 2, 16, 192, 128, 16}, 1000);
     good &= check<BFloat16>({"64k", 1, 65536, 65536, 4, 16, 128, 128, 16}, 200);
     good &= check<BFloat16>({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated}, 200);
     std::printf(good ? "all ok\n" : "SOME BAD\n");
   }
   if (what != "check") {
-    time<BFloat16>({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16});
-    time<BFloat16>({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated});
-    time<BFloat16>({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
-    time<BFloat16>({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
-    time<BFloat16>({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
-    time<BFloat16>({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
-    time<BFloat16>({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
-    time<BFloat16>({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});
-    time<BFloat16>({"32k random G 8", 1, 32768, 32768, 8, 8, 128, 128, 16});
-    time<BFloat16>({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16});
+    const std::string only = argc > 2 ? argv[2] : "";  // cases whose names hold this
+    const auto time_case = [&](const Case& c) {
+      if (std::string(c.name).find(only) != std::string::npos) {
+        time<BFloat16>(c);
+      }
+    };
+    time_case({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16});
+    time_case({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated});
+    time_case({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
+    time_case({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
+    time_case({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
+    time_case({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
+    time_case({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
+    time_case({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});
+    time_case({"32k random G 8", 1, 32768, 32768, 8, 8, 128, 128, 16});
+    time_case({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16});
   }
   return good ? 0 : 1;
 }

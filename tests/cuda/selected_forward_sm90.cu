@@ -1,7 +1,7 @@
 // Selected attention's Hopper kernel against a plain float64 one, and its time beside the sm_80 kernel's. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/selected_forward_sm90.cu -o selected_forward_sm90
-//   ./selected_forward_sm90 [check | time]
+//   ./selected_forward_sm90 [check | time [cases whose names hold this]]
 #include <chrono>
 #include <thread>
 
@@ -307,17 +307,23 @@ int main(int argc, char** argv) {
     std::printf(good ? "all ok\n" : "SOME BAD\n");
   }
   if (what != "check") {
-    time<BFloat16>({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
-    time<BFloat16>({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
-    time<BFloat16>({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16});
-    time<BFloat16>({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated});
-    time<BFloat16>({"16k random", 1, 16384, 16384, 4, 16, 128, 128, 16});
-    time<BFloat16>({"4k random", 1, 4096, 4096, 4, 16, 128, 128, 16});
-    time<BFloat16>({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
-    time<BFloat16>({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
-    time<BFloat16>({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
-    time<BFloat16>({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16});
-    time<BFloat16>({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});
+    const std::string only = argc > 2 ? argv[2] : "";  // cases whose names hold this
+    const auto time_case = [&](const Case& c) {
+      if (std::string(c.name).find(only) != std::string::npos) {
+        time<BFloat16>(c);
+      }
+    };
+    time_case({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
+    time_case({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
+    time_case({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16});
+    time_case({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated});
+    time_case({"16k random", 1, 16384, 16384, 4, 16, 128, 128, 16});
+    time_case({"4k random", 1, 4096, 4096, 4, 16, 128, 128, 16});
+    time_case({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
+    time_case({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
+    time_case({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
+    time_case({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16});
+    time_case({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});
   }
   return good ? 0 : 1;
 }
