@@ -66,11 +66,12 @@ def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
     check(replace(WHOLE, name=f"dims_{dims}", dim_k=dims[0], dim_v=dims[1]), dtype)
 
 
+@pytest.mark.parametrize("select_size", [32, 64])
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
 @dtypes
-def test_numbers_of_selected_blocks(count: int, dtype: torch.dtype) -> None:
+def test_numbers_of_selected_blocks(count: int, select_size: int, dtype: torch.dtype) -> None:
     forced = (0, 1) if count == 1 else (1, 2)
-    options = {"num_selected": count, "num_initial": forced[0], "num_local": forced[1], "select_size": 32}
+    options = {"num_selected": count, "num_initial": forced[0], "num_local": forced[1], "select_size": select_size}
     check(replace(WHOLE, name=f"selected_{count}", seqlen_q=67, seqlen_k=2203, **options), dtype)
 
 

@@ -1,74 +1,219 @@
 // Attention over listed blocks, forward, for Hopper: O_t = softmax(scale q_t K^T) V over the keys of token t's blocks.
 //
 // Every token's own reading of its blocks is bound by what leaves the L2 cache, so 16 consecutive tokens of one KV head
-// form a tile that walks the union of their lists once. Blocks of threads are persistent: tile after tile, one KV head
-// after the other, so that the keys in use stay in L2. In each,
-// - the merging warp joins the tile's lists into steps (block, which of the 16 tokens chose it), a tile ahead;
-// - the producer, one thread, copies each step's K and V block into a ring of stages;
-// - eight consumer warps own two tokens each: their sums stay in registers, 16 heads of a token being the 16 rows of a
-//   matrix instruction. A warp reads the blocks that its tokens chose and passes over the others without a wait.
-//
-// Shared memory: stages of a K and a V block | Q of 16 tokens, its rows later used for the output | two lists of steps.
+// (32 where a group has at most eight heads) form a tile that walks the union of their lists once: see
+// union_walk_sm90.cuh. A warpgroup owns 64 rows of it, the heads of four (or eight) tokens, and holds their sums in
+// registers. It multiplies a block that several of its tokens chose with all its rows, by wgmma; rows of the others get
+// weights of 0. A block that one warp's tokens alone chose is left to that warp, which holds the same rows and columns
+// by mma.sync.
 #pragma once
 
-#include "selected/union_step_sm90.cuh"
+#include "common/scores.cuh"
+#include "common/softmax.cuh"
+#include "selected/union_rows_sm90.cuh"
+#include "selected/union_walk_sm90.cuh"
 
 namespace nsa {
 
-// The same number, of which the compiler knows nothing: what is computed from it is not kept in registers meanwhile.
-__device__ inline int64_t forget(int64_t number) {
-  asm volatile("" : "+l"(number));
-  return number;
-}
+struct SelectedForwardSm90Params {
+  SelectedForwardParams selected;
+  UnionParams walk;
+};
 
-// Starts to copy the Q of a warp's tokens.
-template <typename Shape>
-__device__ inline void read_queries(const SelectedForwardParams& p, const UnionTile& tile, int warp,
-                                    typename Shape::Element* q_data, int lane) {
-  using Element = typename Shape::Element;
-  using QTile = typename Shape::QTile;
-#pragma unroll 1
-  for (int t = 0; t < Shape::kWarpTokens; ++t) {
-    const int32_t query = tile.first_query + warp * Shape::kWarpTokens + t;
-    QTile{q_data + t * QTile::kSize}.copy_rows(p.q.width, p.q.data, lane, 32, [&](int row) -> const Element* {
-      return row < tile.heads && query < tile.place.q_length
-                 ? p.q.row<Element>(tile.place.batch, tile.place.q_begin + query, tile.first_head + row)
-                 : nullptr;
-    });
+// The softmax and sums of a lane's two rows.
+template <int kDimV>
+struct RowSums {
+  float maximum[2];
+  float sum[2];
+  float out[kDimV / 8][4];
+
+  __device__ void reset() {
+    maximum[0] = maximum[1] = kMinusInfinity;
+    sum[0] = sum[1] = 0.f;
+    clear(out);
   }
-  commit_copies();
-}
 
-// Writes a token's output, by way of the shared memory where its Q was, and its lse.
-template <typename Shape>
-__device__ inline void write_token(const SelectedForwardParams& p, const UnionTile& tile, int token,
-                                   typename Shape::Element* q_data, const TokenSums<Shape::kDimV>& sums,
-                                   float scale_log2, int lane) {
-  using Element = typename Shape::Element;
-  const typename Shape::QTile staging{q_data};
-  const int64_t at = tile.place.q_begin + tile.first_query + token;
+  // Turns scores into exp(scale (score - maximum)). The maximum follows the scores only when one is more than kSlack
+  // (of an exponent to base 2) above it, which is rare after the first blocks: most steps leave `out` as it is.
+  template <int kTiles>
+  __device__ void step(float (&scores)[kTiles][4], float scale_log2) {
+    constexpr float kSlack = 8.f;
+    float highest[2];
+    bool higher = false;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = lane / 4 + 8 * half;
-    const float total = row_sum(sums.sum[half]);
-    const bool empty = sums.maximum[half] == kMinusInfinity;
-    store_row<Element>(staging, row, sums.out, half, empty ? 0.f : 1.f / total, lane);
-    if (lane % 4 == 0 && row < tile.heads) {
-      p.lse.at(tile.place.batch, tile.first_head + row, at) =
-          empty ? kMinusInfinity : (sums.maximum[half] * scale_log2 + log2f(total)) * kLn2;
+    for (int half = 0; half < 2; ++half) {
+      highest[half] = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
+#pragma unroll
+      for (int i = 1; i < kTiles; ++i) {
+        highest[half] = fmaxf(highest[half], fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
+      }
+      highest[half] = fmaxf(row_max(highest[half]), maximum[half]);
+      higher |= (highest[half] - maximum[half]) * scale_log2 > kSlack;
+    }
+    if (__any_sync(0xffffffffu, higher)) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float offset = highest[half] == kMinusInfinity ? 0.f : highest[half] * scale_log2;
+        const float factor = exp2_approx(fmaf(maximum[half], scale_log2, -offset));
+        maximum[half] = highest[half];
+        sum[half] *= factor;
+#pragma unroll
+        for (int i = 0; i < kDimV / 8; ++i) {
+          out[i][2 * half] *= factor;
+          out[i][2 * half + 1] *= factor;
+        }
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float offset = maximum[half] == kMinusInfinity ? 0.f : maximum[half] * scale_log2;
+      float total = 0.f;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[i][2 * half + j];
+          score = exp2_approx(fmaf(score, scale_log2, -offset));
+          total += score;
+        }
+      }
+      sum[half] += total;
     }
   }
-  __syncwarp();
-  constexpr int kChunks = Shape::kDimV / kChunk;
-#pragma unroll
-  for (int i = lane; i < 16 * kChunks; i += 32) {
-    const int row = i / kChunks;
-    const int index = i % kChunks;
-    if (row < tile.heads && index * kChunk < p.out.width) {
-      *reinterpret_cast<uint4*>(p.out.row<Element>(tile.place.batch, at, tile.first_head + row) + index * kChunk) =
-          *reinterpret_cast<const uint4*>(staging.chunk(row, index));
+};
+
+template <typename Shape>
+__device__ inline void consume_forward(const SelectedForwardSm90Params& params, const UnionShared<Shape>& shared,
+                                       int group, int warp) {
+  using Element = typename Shape::Element;
+  using KTile = typename Shape::KTile;
+  using VTile = typename Shape::VTile;
+  const SelectedForwardParams& p = params.selected;
+  const UnionParams& u = params.walk;
+  const float scale_log2 = fabsf(p.scale) * kLog2E;
+  UnionRing<Shape> ring{shared, 0};
+  UnionQueries<Shape> q(shared, group, warp);
+  RowSums<Shape::kDimV> sums;
+
+  const auto begin = [&](const UnionTile&) { sums.reset(); };
+  const auto take_rows = [&](uint32_t step) {
+    q.take(ring.wait_k(step));
+    ring.release_k(step);
+  };
+
+  // Scores become weights: none for what a row does not see.
+  const auto weigh = [&](float (&scores)[8][4], const UnionStep& step, const UnionSeen& seen) {
+    if (p.scale < 0.f) {
+      negate(scores);
     }
-  }
+    if (step.key + Shape::kKeys > seen.limit(0)) {
+      const int lane = fresh_lane();
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        keep_range(scores, half, 0, seen.limit(union_row<Shape>(u, warp, half, lane).token) - step.key, lane);
+      }
+    }
+    if constexpr (Shape::kWide) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool chosen = chosen_row<Shape>(u, step.tokens, warp, half) != 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          scores[i][2 * half] = chosen ? scores[i][2 * half] : kMinusInfinity;
+          scores[i][2 * half + 1] = chosen ? scores[i][2 * half + 1] : kMinusInfinity;
+        }
+      }
+    }
+    sums.step(scores, scale_log2);
+  };
+
+  const auto take_alone = [&](const UnionStep& step, const UnionSeen& seen) {
+    const int lane = fresh_lane();
+    float scores[8][4];
+    q.multiply_alone(scores, ring.wait_k(step.number), 0);
+    ring.release_k(step.number);
+    weigh(scores, step, seen);
+    const VTile v_tile = ring.wait_v(step.number);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t a[4];
+      as_left<Element>(a, scores, i);
+#pragma unroll
+      for (int column = 0; column < Shape::kDimV; column += 16) {
+        uint32_t b[4];
+        v_tile.load_right(b, 16 * i, column, lane);
+        multiply_add<Element>(sums.out[column / 8], a, b[0], b[1]);
+        multiply_add<Element>(sums.out[column / 8 + 1], a, b[2], b[3]);
+      }
+    }
+    ring.release_v(step.number);
+  };
+
+  const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
+    float scores[8][4];
+    q.start(scores, ring.wait_k(step.number));
+    wait_products<0>();
+    hold(scores);
+    ring.release_k(step.number);
+    const bool chosen = (chosen_row<Shape>(u, step.tokens, warp, 0) | chosen_row<Shape>(u, step.tokens, warp, 1)) != 0;
+    if (chosen) {
+      weigh(scores, step, seen);
+    }
+    uint32_t weights[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      as_left<Element>(weights[i], scores, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weights[i][j] = chosen ? weights[i][j] : 0;
+      }
+    }
+    const VTile v_tile = ring.wait_v(step.number);
+    if (step.key + Shape::kKeys > seen.k_length) {
+      clear_rows(v_tile, max(seen.k_length - step.key, 0), 1 + group);
+    }
+    const uint64_t v = tile_descriptor(v_tile.begin, VTile::kPanelSize * 2);
+    hold(sums.out);
+    fence_products();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      multiply_async<Element>(sums.out, weights[i], advance(v, 2 * 64 * 16 * i), true);
+    }
+    commit_products();
+    wait_products<0>();
+    hold(sums.out);
+    ring.release_v(step.number);
+  };
+
+  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
+    if (step.alone) {
+      take_alone(step, seen);
+    } else {
+      take_together(step, seen);
+    }
+  };
+
+  const auto end = [&](const UnionTile& tile) {
+    const int lane = fresh_lane();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const UnionRow row = union_row<Shape>(u, warp, half, lane);
+      const int32_t query = tile.first_query + group * group_tokens_of<Shape>(u) + row.token;
+      const float total = row_sum(sums.sum[half]);
+      const bool empty = sums.maximum[half] == kMinusInfinity;
+      Element* to = nullptr;
+      if (query < tile.place.q_length && row.head < tile.heads) {
+        const int64_t token = tile.place.q_begin + query;
+        to = p.out.row<Element>(tile.place.batch, token, tile.first_head + row.head);
+        if (lane % 4 == 0) {
+          p.lse.at(tile.place.batch, tile.first_head + row.head, token) =
+              empty ? kMinusInfinity : (sums.maximum[half] * scale_log2 + log2f(total)) * kLn2;
+        }
+      }
+      write_sums(to, p.out.width, sums.out, half, empty ? 0.f : 1.f / total, false, lane);
+    }
+  };
+  consume_unions(u, shared, group, warp, begin, take_rows, take, end);
 }
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.
@@ -76,172 +221,20 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_forward_sm90(const __grid_constant__ SelectedForwardSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Element = typename Shape::Element;
-  using KTile = typename Shape::KTile;
-  using VTile = typename Shape::VTile;
-  using QTile = typename Shape::QTile;
-  constexpr int kStages = Shape::kStages;
   extern __shared__ __align__(1024) unsigned char union_shared[];
-  unsigned char* const shared = union_shared;
-  const SelectedForwardParams& p = params.selected;
-  unsigned char* const q_begin = shared + kStages * Shape::kStageBytes;
-  const int32_t most_steps = Shape::kTokens * p.num_selected;
-  auto& barriers = *reinterpret_cast<UnionBarriers<kStages>*>(q_begin + Shape::kQBytes);
-  uint32_t* const lists = reinterpret_cast<uint32_t*>(&barriers + 1);
-  const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-
-  if (thread == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      init_barrier(&barriers.full[i], 1);
-      init_barrier(&barriers.empty[i], Shape::kWarps);
-    }
-    for (int i = 0; i < 2; ++i) {
-      init_barrier(&barriers.list_full[i], 1);
-      init_barrier(&barriers.list_empty[i], Shape::kWarps + 1);
-    }
-    barriers.issued = 0;
-    fence_barrier_init();
-  }
-  __syncthreads();
-
+  const UnionShared<Shape> shared(union_shared, params.walk);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  start_union(shared);
   if (warp >= Shape::kWarps) {
-    shrink_registers<40>();
-    if (warp == Shape::kWarps && lane == 0) {
-      prefetch_map(&params.k);
-      prefetch_map(&params.v);
-      uint32_t step = 0;  // of all tiles
-      uint32_t turn = 0;  // tiles so far
-      for (int64_t index = blockIdx.x; index < params.tiles; index += gridDim.x, ++turn) {
-        const UnionTile tile = union_tile(p, index, params.tiles);
-        const uint32_t* const list = lists + (turn & 1) * most_steps;
-        wait(&barriers.list_full[turn & 1], turn / 2 & 1);
-        const int32_t steps = barriers.steps[turn & 1];
-        for (int32_t i = 0; i < steps; ++i, ++step) {
-          const uint32_t stage = step % kStages;
-          const uint32_t lap = step / kStages;
-          const uint32_t tokens = list[i] & 0xffffu;
-          const int needed = __popc((tokens | tokens >> 1) & 0x5555u);
-          if (lap > 0) {
-            wait(&barriers.empty[stage], (lap - 1) & 1);
-          }
-          if (needed < Shape::kWarps) {
-            arrive(&barriers.empty[stage], Shape::kWarps - needed);
-          }
-          arrive_expecting(&barriers.full[stage], Shape::kStageBytes);
-          unsigned char* const to = shared + stage * Shape::kStageBytes;
-          const int32_t token = static_cast<int32_t>(tile.place.k_begin + int64_t{list[i] >> 16} * Shape::kKeys);
-#pragma unroll
-          for (int panel = 0; panel < KTile::kPanels; ++panel) {
-            copy_box(to + panel * KTile::kPanelSize * 2, &params.k, &barriers.full[stage], panel * 64, tile.head_kv,
-                     token, static_cast<int32_t>(tile.place.batch), kEvictLast);
-          }
-#pragma unroll
-          for (int panel = 0; panel < VTile::kPanels; ++panel) {
-            copy_box(to + KTile::kSize * 2 + panel * VTile::kPanelSize * 2, &params.v, &barriers.full[stage],
-                     panel * 64, tile.head_kv, token, static_cast<int32_t>(tile.place.batch), kEvictLast);
-          }
-          publish(&barriers.issued, step + 1);
-        }
-        arrive(&barriers.list_empty[turn & 1]);
-      }
+    shrink_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 32 * Shape::kWarps) {
+      produce_union(params.walk, shared);
     } else if (warp == Shape::kWarps + 1) {
-      uint32_t turn = 0;
-      for (int64_t index = blockIdx.x; index < params.tiles; index += gridDim.x, ++turn) {
-        if (turn >= 2) {
-          wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
-        }
-        const int32_t steps = merge_lists(lists + (turn & 1) * most_steps, p, union_tile(p, index, params.tiles), lane);
-        if (lane == 0) {
-          barriers.steps[turn & 1] = steps;
-          arrive(&barriers.list_full[turn & 1]);
-        }
-        __syncwarp();
-      }
+      merge_unions(params.walk, shared);
     }
   } else {
-    grow_registers<232>();
-    Element* const q_data = reinterpret_cast<Element*>(q_begin) + warp * Shape::kWarpTokens * QTile::kSize;
-    const uint32_t ring = shared_address(shared);
-    const bool negative = p.scale < 0.f;
-    const float scale_log2 = fabsf(p.scale) * kLog2E;
-    uint32_t before = 0;  // steps of the tiles so far
-    uint32_t turn = 0;
-    uint32_t issued = 0;
-    for (int64_t index = blockIdx.x; index < params.tiles; index += gridDim.x, ++turn) {
-      int32_t limits[Shape::kWarpTokens];
-      {
-        const UnionTile tile = union_tile(p, index, params.tiles);
-        read_queries<Shape>(p, tile, warp, q_data, lane);
-#pragma unroll
-        for (int t = 0; t < Shape::kWarpTokens; ++t) {
-          limits[t] = tile.limit(warp * Shape::kWarpTokens + t);
-        }
-      }
-      TokenSums<Shape::kDimV> sums[Shape::kWarpTokens];
-#pragma unroll
-      for (int t = 0; t < Shape::kWarpTokens; ++t) {
-        sums[t].reset();
-      }
-      wait(&barriers.list_full[turn & 1], turn / 2 & 1);
-      const int32_t steps = barriers.steps[turn & 1];
-      const uint32_t* const list = lists + (turn & 1) * most_steps;
-      wait_copies<0>();
-      __syncwarp();
-      for (int32_t first = 0; first < steps; first += 32) {
-        const uint32_t own = first + lane < steps ? list[first + lane] : 0;
-        uint32_t chosen = __ballot_sync(0xffffffffu, (own >> (2 * warp) & 3) != 0);
-        while (chosen != 0) {
-          const int at = __ffs(static_cast<int>(chosen)) - 1;
-          chosen &= chosen - 1;
-          const uint32_t entry = __shfl_sync(0xffffffffu, own, at);
-          const uint32_t step = before + first + at;
-          const uint32_t stage = step % kStages;
-          if (issued <= step) {
-            wait_until([&] { return (issued = observe(&barriers.issued)) > step; });
-          }
-          wait(&barriers.full[stage], step / kStages & 1);
-          const KTile k_tile{ring + stage * Shape::kStageBytes};
-          const VTile v_tile{k_tile.begin + KTile::kSize * 2};
-          const int32_t key = static_cast<int32_t>(entry >> 16) * Shape::kKeys;
-          const uint32_t tokens = entry >> (2 * warp) & 3;
-          const bool whole = key + Shape::kKeys <= min((tokens & 1) != 0 ? limits[0] : 0x7fffffff,
-                                                       (tokens & 2) != 0 ? limits[1] : 0x7fffffff);
-          if (!whole) {
-            if ((tokens & 1) != 0) {
-              union_step<Shape, 0, 1, true>(sums, q_data, k_tile, v_tile, limits[0] - key, scale_log2, negative, lane);
-            }
-            if ((tokens & 2) != 0) {
-              union_step<Shape, 1, 1, true>(sums, q_data, k_tile, v_tile, limits[1] - key, scale_log2, negative, lane);
-            }
-          } else if (tokens == 3) {
-            union_step<Shape, 0, 2, false>(sums, q_data, k_tile, v_tile, 0, scale_log2, negative, lane);
-          } else if (tokens == 1) {
-            union_step<Shape, 0, 1, false>(sums, q_data, k_tile, v_tile, 0, scale_log2, negative, lane);
-          } else {
-            union_step<Shape, 1, 1, false>(sums, q_data, k_tile, v_tile, 0, scale_log2, negative, lane);
-          }
-          __syncwarp();
-          if (lane == 0) {
-            arrive(&barriers.empty[stage]);
-          }
-        }
-      }
-      before += steps;
-      if (lane == 0) {
-        arrive(&barriers.list_empty[turn & 1]);
-      }
-      const UnionTile tile = union_tile(p, forget(index), params.tiles);
-#pragma unroll
-      for (int t = 0; t < Shape::kWarpTokens; ++t) {
-        const int token = warp * Shape::kWarpTokens + t;
-        if (tile.first_query + token < tile.place.q_length) {
-          write_token<Shape>(p, tile, token, q_data + t * QTile::kSize, sums[t], scale_log2, lane);
-        }
-      }
-      __syncwarp();
-    }
+    grow_registers<Shape::kConsumerRegisters>();
+    consume_forward(params, shared, warp / 4, warp % 4);
   }
 #endif
 }

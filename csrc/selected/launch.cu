@@ -1,6 +1,7 @@
 // Which instantiation runs.
 #include "selected/launch.h"
 #include "selected/launch_keys_sm90.cuh"
+#include "selected/launch_query_sm90.cuh"
 #include "selected/launch_sm80.cuh"
 #include "selected/launch_sm90.cuh"
 
@@ -20,17 +21,23 @@ extern template void launch_selected_backward_query_sm80<Half, 128, 128>(const S
 extern template void launch_selected_backward_query_sm80<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_query_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_query_sm80<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
+extern template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&,
+                                                                             cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_keys_sm80<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 128, 128>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<Half, 192, 128>(const SelectedForwardParams&, cudaStream_t);
@@ -43,6 +50,12 @@ extern template bool try_selected_backward_keys_sm90<Half, 192, 128>(const Selec
 extern template bool try_selected_backward_keys_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_keys_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_keys_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template bool try_selected_backward_query_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 
 namespace {
 
@@ -66,6 +79,16 @@ void launch_selected_backward_keys_of(const SelectedBackwardParams& params, cuda
   launch_selected_backward_keys_sm80<Element, kDimK, kDimV>(params, stream);
 }
 
+template <typename Element, int kDimK, int kDimV>
+void launch_selected_backward_query_of(const SelectedBackwardParams& params, cudaStream_t stream) {
+  if constexpr (kDimK <= 192) {
+    if (try_selected_backward_query_sm90<Element, kDimK, kDimV>(params, stream)) {
+      return;
+    }
+  }
+  launch_selected_backward_query_sm80<Element, kDimK, kDimV>(params, stream);
+}
+
 }  // namespace
 
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream) {
@@ -81,10 +104,10 @@ void launch_selected_forward(const SelectedForwardParams& params, ElementType ty
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream) {
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
     if (type == ElementType::kFloat16) {
-      launch_selected_backward_query_sm80<Half, k, v>(params, stream);
+      launch_selected_backward_query_of<Half, k, v>(params, stream);
       launch_selected_backward_keys_of<Half, k, v>(params, stream);
     } else {
-      launch_selected_backward_query_sm80<BFloat16, k, v>(params, stream);
+      launch_selected_backward_query_of<BFloat16, k, v>(params, stream);
       launch_selected_backward_keys_of<BFloat16, k, v>(params, stream);
     }
   });

@@ -1,63 +1,107 @@
-// Tiles of 16 tokens and the union of their lists of blocks, for Hopper's selected attention.
+// Tiles of consecutive tokens and the union of their lists of blocks, for Hopper's selected attention.
 #pragma once
 
-#include "common/copy_sm90.cuh"
+#include "common/hopper.cuh"
 #include "common/rows.cuh"
 #include "selected/params.h"
 
 namespace nsa {
 
-template <typename Element_, int kDimK_, int kDimV_, int kStages_>
-struct SelectedForwardSm90Shape {
+// kGroups warpgroups own 64 rows each: the heads of four tokens, or of eight where a group has at most eight heads.
+// kGradients: rows have a gradient of the output beside Q. kWide: more than 16 tokens, or lists that may be long.
+// Up to kMostAlone warps of a warpgroup take a block by themselves, by mma.sync; more take it together, by wgmma.
+template <typename Element_, int kDimK_, int kDimV_, bool kGradients_, int kGroups_, int kStagesK_, int kStagesV_,
+          bool kWide_, int kMostAlone_>
+struct UnionShape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
   static constexpr int kDimV = kDimV_;
-  static constexpr int kStages = kStages_;
+  static constexpr bool kGradients = kGradients_;
+  static constexpr int kGroups = kGroups_;
+  static constexpr int kStagesK = kStagesK_;
+  static constexpr int kStagesV = kStagesV_;
+  static constexpr bool kWide = kWide_;
+  static constexpr int kMostAlone = kMostAlone_;
   static constexpr int kKeys = 64;
-  static constexpr int kPartKeys = 32;  // that a warp takes at once: more need more registers than there are
-  static constexpr int kTokens = 16;
-  static constexpr int kWarpTokens = 2;
-  static constexpr int kHeads = 16;
-  static constexpr int kWarps = kTokens / kWarpTokens;  // consumers
-  static constexpr int kThreads = 32 * kWarps + 128;
-  using QTile = SharedTile<Element, kHeads, kDimK>;
-  using KTile = PanelTile<Element, kKeys, kDimK>;
+  static constexpr int kRows = 64;
+  static constexpr int kWarps = 4 * kGroups;  // consumers
+  static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
+  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  using KTile = PanelTile<Element, kKeys, kDimK>;  // of Q too: as many rows as keys
   using VTile = PanelTile<Element, kKeys, kDimV>;
-  static constexpr int kStageBytes = (KTile::kSize + VTile::kSize) * sizeof(Element);
-  static constexpr int kQBytes = kTokens * QTile::kSize * sizeof(Element);
-  static_assert(kDimV <= kDimK);  // the output lies where Q was
-};
+  static_assert(kRows == kKeys && (kGroups == 2 || kGroups == 3));
+  static constexpr int kBytesK = KTile::kSize * 2;
+  static constexpr int kBytesV = VTile::kSize * 2;
+  static constexpr int kRingBytes = kStagesK * kBytesK + kStagesV * kBytesV;
+  static constexpr bool kQInRegisters = kDimK <= 128;  // elsewhere there are too few
+  static constexpr int kGroupBytes = kQInRegisters ? 0 : kBytesK;
+  // A block and a bit for each of the tile's tokens. Blocks are numbers below 2^16.
+  using Step = std::conditional_t<kWide, uint64_t, uint32_t>;
+  static constexpr int kTokenBits = kWide ? 32 : 16;
 
-// A step in one word. Blocks are numbers below 2^16.
-__device__ inline uint32_t pack_step(int32_t block, uint32_t tokens) {
-  return (static_cast<uint32_t>(block) << 16) | tokens;
-}
+  struct Barriers {
+    // Filled by the copies of a step, watched by the warps that need it, and drained by those; the producer arrives for
+    // the others.
+    Barrier k_full[kStagesK], k_empty[kStagesK];
+    Barrier v_full[kStagesV], v_empty[kStagesV];
+    Barrier list_full[2];    // written by the merging warp
+    Barrier list_empty[2];   // read by the consumers and the producer
+    uint32_t issued;         // steps whose copies are under way or done: before, `full` may be two phases behind
+    int32_t steps[2];        // of each list
+    uint32_t turns[kWarps];  // tiles that each consumer warp has done
+    float grad_lse[kGradients ? kGroups * kRows : 1];  // of each row, over its gate
+  };
+};
 constexpr int32_t kMostUnionBlocks = 1 << 16;
 
-template <int kStages>
-struct UnionBarriers {
-  Barrier full[kStages];   // filled by the copies of a step, watched by the warps that need it
-  Barrier empty[kStages];  // drained by those warps; the producer arrives for the others
-  Barrier list_full[2];    // written by the merging warp
-  Barrier list_empty[2];   // read by the consumers and the producer
-  uint32_t issued;         // steps whose copies are under way or done: before that, `full` may be two phases behind
-  int32_t steps[2];        // of each list
+struct UnionParams {
+  Sequences sequences;
+  const int32_t* block_indices;
+  int32_t num_selected;
+  int32_t head_slots;  // rows of a token: 16, or 8 where a group has at most 8 heads
+  int32_t tiles;       // slots of tokens, times Hkv, times tiles of `head_slots` heads
+  CUtensorMap k, v;    // boxes of 64 columns, 64 tokens
+  CUtensorMap q;       // boxes of 64 columns, `head_slots` heads, 64 / head_slots tokens
+  CUtensorMap grad_out;
 };
 
+// Rows of a token, and tokens of a warpgroup: known at compile time unless the shape is wide.
 template <typename Shape>
-constexpr int64_t selected_forward_sm90_shared_bytes(int32_t num_selected) {
-  return Shape::kStages * Shape::kStageBytes + Shape::kQBytes + int64_t{2} * Shape::kTokens * num_selected * 4 +
-         sizeof(UnionBarriers<Shape::kStages>);
+NSA_HOST_DEVICE inline int head_slots_of(const UnionParams& u) {
+  return Shape::kWide ? u.head_slots : 16;
+}
+template <typename Shape>
+NSA_HOST_DEVICE inline int group_tokens_of(const UnionParams& u) {
+  return Shape::kRows / head_slots_of<Shape>(u);
 }
 
-struct SelectedForwardSm90Params {
-  SelectedForwardParams selected;
-  int64_t tiles;  // slots of 16 tokens, times Hkv, times tiles of 16 heads
-  CUtensorMap k;  // boxes of 64 columns, 64 tokens
-  CUtensorMap v;
+template <typename Shape>
+constexpr int64_t union_shared_bytes(int64_t tokens, int32_t num_selected) {
+  return Shape::kRingBytes + Shape::kGroups * Shape::kGroupBytes + sizeof(typename Shape::Barriers) +
+         2 * tokens * num_selected * static_cast<int64_t>(sizeof(typename Shape::Step));
+}
+
+// Where things lie in shared memory: K blocks | V blocks | Q of each warpgroup, if at all | barriers | two lists.
+template <typename Shape>
+struct UnionShared {
+  unsigned char* k;
+  unsigned char* v;
+  unsigned char* q;
+  typename Shape::Barriers* barriers;
+  typename Shape::Step* lists;
+  int32_t most_steps;
+
+  __device__ UnionShared(unsigned char* begin, const UnionParams& u)
+      : k(begin),
+        v(begin + Shape::kStagesK * Shape::kBytesK),
+        q(begin + Shape::kRingBytes),
+        barriers(reinterpret_cast<typename Shape::Barriers*>(q + Shape::kGroups * Shape::kGroupBytes)),
+        lists(reinterpret_cast<typename Shape::Step*>(barriers + 1)),
+        most_steps(Shape::kGroups * group_tokens_of<Shape>(u) * u.num_selected) {}
 };
 
-// 16 tokens of one sequence and up to 16 heads of one KV head.
+// Consecutive tokens of one sequence and up to `head_slots` heads of one KV head.
 struct UnionTile {
   SequencePlace place;
   int32_t first_query;
@@ -72,34 +116,53 @@ struct UnionTile {
   }
 };
 
-__device__ inline UnionTile union_tile(const SelectedForwardParams& p, int64_t index, int64_t tiles) {
-  const Sequences& s = p.sequences;
-  const int32_t head_tiles = (s.group + 15) / 16;
-  const int64_t slots = tiles / (int64_t{s.heads_kv} * head_tiles);
-  const int64_t slot = index % (slots * head_tiles) / head_tiles;
-  const int32_t head_tile = static_cast<int32_t>(index % head_tiles);
-  const Tile tile = find_tile(s, s.cumulative_q, 1, s.length_q, 16, slot);
+template <typename Shape>
+__device__ inline UnionTile union_tile(const UnionParams& u, int32_t index) {
+  const Sequences& s = u.sequences;
+  const int32_t head_slots = head_slots_of<Shape>(u);
+  const int32_t head_tiles = (s.group + head_slots - 1) / head_slots;
+  const int32_t tokens = Shape::kGroups * group_tokens_of<Shape>(u);
+  const int32_t of_head = u.tiles / s.heads_kv;
+  const int32_t slot = index % of_head / head_tiles;
+  const int32_t head_tile = index % head_tiles;
+  const Tile tile = find_tile(s, s.cumulative_q, 1, s.length_q, tokens, slot);
   UnionTile result;
   result.place = place_of(s, tile.sequence);
-  result.first_query = tile.index * 16;
-  result.head_kv = static_cast<int32_t>(index / (slots * head_tiles));
-  result.first_head = result.head_kv * s.group + head_tile * 16;
-  result.heads = min(16, s.group - head_tile * 16);
+  result.first_query = tile.index * tokens;
+  result.head_kv = index / of_head;
+  result.first_head = result.head_kv * s.group + head_tile * head_slots;
+  result.heads = min(head_slots, s.group - head_tile * head_slots);
   return result;
+}
+
+// The bits of a step's tokens that belong to a warpgroup.
+template <typename Shape>
+__device__ inline uint32_t tokens_of_group(typename Shape::Step step, int group, int group_tokens) {
+  return static_cast<uint32_t>(step >> (group * group_tokens)) & ((1u << group_tokens) - 1);
+}
+// A bit for each warp that has one of these tokens.
+__device__ inline uint32_t warps_of_tokens(uint32_t tokens, int group_tokens) {
+  return group_tokens == 4 ? tokens : (tokens | tokens >> 1) & 0x55;
+}
+// Whether the group's warps take a block alone, each for itself: where few chose it, and all of it is seen.
+template <typename Shape>
+__device__ inline bool taken_alone(uint32_t tokens, int group_tokens, int32_t block, int32_t limit) {
+  return __popc(warps_of_tokens(tokens, group_tokens)) <= Shape::kMostAlone && (block + 1) * Shape::kKeys <= limit;
 }
 
 // Joins the lists of a tile's tokens, lane i holding token i's, by taking the lowest of all heads over and over. What
 // begins past what a token sees is left out. Returns how many steps it wrote.
-__device__ inline int32_t merge_lists(uint32_t* to, const SelectedForwardParams& p, const UnionTile& tile, int lane) {
+template <typename Shape>
+__device__ inline int32_t merge_lists(typename Shape::Step* to, const UnionParams& u, const UnionTile& tile, int lane) {
   constexpr int32_t kNone = 0x7fffffff;
-  const int32_t limit = lane < 16 ? tile.limit(lane) : 0;
-  const int64_t token = tile.place.batch * p.sequences.length_q + tile.place.q_begin + tile.first_query + lane;
-  const int32_t* next = p.block_indices + (token * p.sequences.heads_kv + tile.head_kv) * p.num_selected;
-  const int32_t* const end = limit > 0 ? next + p.num_selected : next;
+  const int32_t limit = lane < Shape::kGroups * group_tokens_of<Shape>(u) ? tile.limit(lane) : 0;
+  const int64_t token = tile.place.batch * u.sequences.length_q + tile.place.q_begin + tile.first_query + lane;
+  const int32_t* next = u.block_indices + (token * u.sequences.heads_kv + tile.head_kv) * u.num_selected;
+  const int32_t* const end = limit > 0 ? next + u.num_selected : next;
   const auto take = [&] {
     while (next != end) {
-      const int32_t block = *next++;
-      if (block >= 0 && int64_t{block} * p.select_size < limit) {
+      const int32_t block = __ldg(next++);  // from L1, for the most part
+      if (block >= 0 && int64_t{block} * Shape::kKeys < limit) {
         return block;
       }
     }
@@ -114,7 +177,7 @@ __device__ inline int32_t merge_lists(uint32_t* to, const SelectedForwardParams&
     }
     const uint32_t tokens = __ballot_sync(0xffffffffu, head == block);
     if (lane == 0) {
-      to[steps] = pack_step(block, tokens);
+      to[steps] = static_cast<typename Shape::Step>(block) << Shape::kTokenBits | tokens;
     }
     ++steps;
     if (head == block) {

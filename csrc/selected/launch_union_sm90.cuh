@@ -1,0 +1,53 @@
+// What launches of the kernels for Hopper that walk unions of lists share.
+#pragma once
+
+#include "common/launch_sm90.cuh"
+#include "selected/union_sm90.cuh"
+
+namespace nsa {
+
+inline bool union_fits_sm90(const Sequences& s, int32_t select_size, int32_t num_selected, const TensorView& q,
+                            const TensorView& k, const TensorView& v) {
+  const int64_t batch = s.packed() ? 1 : s.batch;
+  return select_size == 64 && num_selected <= 64 && q.width <= 192 && v.width <= 128 && s.length_k > 0 &&
+         s.length_k <= int64_t{kMostUnionBlocks} * select_size &&
+         copies_by_map(q, batch, s.length_q, int64_t{s.heads_kv} * s.group) &&
+         copies_by_map(k, batch, s.length_k, s.heads_kv) && copies_by_map(v, batch, s.length_k, s.heads_kv);
+}
+
+// Whether 16 bits hold a tile's tokens, and lists are short.
+inline bool narrow_union(const Sequences& s, int32_t num_selected) { return s.group > 8 && num_selected <= 16; }
+
+// All but the map of the gradient.
+template <typename Shape>
+UnionParams union_params(const Sequences& s, const int32_t* block_indices, int32_t num_selected, const TensorView& q,
+                         const TensorView& k, const TensorView& v, const char* name) {
+  constexpr ElementType kType = kElementType<typename Shape::Element>;
+  const int64_t batch = s.packed() ? 1 : s.batch;
+  const int32_t head_slots = s.group > 8 ? 16 : 8;
+  const int32_t tokens = 64 / head_slots;
+  UnionParams u{.sequences = s,
+                .block_indices = block_indices,
+                .num_selected = num_selected,
+                .head_slots = head_slots,
+                .tiles = static_cast<int32_t>(count_slots(s, s.length_q, Shape::kGroups * tokens) * s.heads_kv *
+                                              ceil_div(s.group, head_slots)),
+                .k = tensor_map(k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
+                .v = tensor_map(v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
+                .q = tensor_map(q, kType, batch, s.length_q, int64_t{s.heads_kv} * s.group, head_slots, tokens, name),
+                .grad_out = {}};
+  return u;
+}
+
+template <typename Shape, typename Params>
+void launch_union(void (*kernel)(Params), const Params& params, int32_t num_selected, int32_t group_tokens,
+                  cudaStream_t stream, const char* name) {
+  int device = 0;
+  int multiprocessors = 0;
+  check_cuda(cudaGetDevice(&device), name);
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
+  launch(kernel, min_of(params.walk.tiles, multiprocessors), Shape::kThreads,
+         union_shared_bytes<Shape>(Shape::kGroups * group_tokens, num_selected), stream, name, params);
+}
+
+}  // namespace nsa

@@ -1,0 +1,206 @@
+// Rows of a union's tile: what a warpgroup of Hopper's selected attention does with its own, besides the walk.
+#pragma once
+
+#include "selected/row_products_sm90.cuh"
+#include "selected/union_sm90.cuh"
+
+namespace nsa {
+
+// This thread's lane, read anew: what is computed from it is not kept in registers meanwhile.
+__device__ inline int fresh_lane() { return fresh_thread() & 31; }
+
+// Of a group's rows: which token, counted within the group, and which head.
+struct UnionRow {
+  int token;
+  int head;
+};
+template <typename Shape>
+__device__ inline UnionRow union_row(const UnionParams& u, int warp, int half, int lane) {
+  const int row = 16 * warp + 8 * half + lane / 4;
+  return head_slots_of<Shape>(u) == 16 ? UnionRow{row / 16, row % 16} : UnionRow{row / 8, row % 8};
+}
+// All bits, if the token of one of the lane's rows is among those.
+template <typename Shape>
+__device__ inline uint32_t chosen_row(const UnionParams& u, uint32_t tokens, int warp, int half) {
+  const int token = head_slots_of<Shape>(u) == 16 ? warp : 2 * warp + half;
+  return 0u - (tokens >> token & 1);
+}
+
+// A warp's 16 rows of a tile, as left operands.
+template <typename Tile, int kSteps>
+__device__ inline void load_rows(uint32_t (&rows)[kSteps][4], const Tile& tile, int warp) {
+  uint32_t mixed = 0;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    tile.load_left(rows[i], 16 * warp, 16 * i, fresh_lane());
+    mixed ^= rows[i][0];
+  }
+  // Nothing else reads the registers before the buffer is given back. An arrival may overtake loads under way, and the
+  // next copy come before they are done: here something depends on all of them.
+  if (__all_sync(0xffffffffu, mixed == 0x7fc07fc1u)) {
+    __nanosleep(1);
+  }
+}
+
+__device__ inline uint4 load_shared(uint32_t from) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(from)
+               : "memory");
+  return value;
+}
+__device__ inline void store_shared(uint32_t to, uint4 value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+// to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers.
+template <int kTiles, int kSteps, typename Tile>
+__device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
+                                           const Tile& b_tile, int first) {
+  clear(to);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+    for (int i = 0; i < kTiles / 2; ++i) {
+      uint32_t b[4];
+      b_tile.load_right_transposed(b, first + 16 * i, 16 * step, fresh_lane());
+      multiply_add<typename Tile::Element>(to[2 * i], rows[step], b[0], b[1]);
+      multiply_add<typename Tile::Element>(to[2 * i + 1], rows[step], b[2], b[3]);
+    }
+  }
+}
+// The same for a warpgroup's rows and a whole tile: starts it.
+template <int kSteps, typename Tile>
+__device__ inline void start_rows(float (&to)[8][4], const uint32_t (&rows)[kSteps][4], const Tile& b_tile) {
+  using Element = typename Tile::Element;
+  const uint64_t b = tile_descriptor(b_tile.begin, 0);
+  fence_products();
+  multiply_rows_first<Element>(to, rows[0], b);
+#pragma unroll
+  for (int i = 1; i < kSteps; ++i) {
+    multiply_rows<Element>(to, rows[i], advance(b, 2 * (i / 4 * Tile::kPanelSize + i % 4 * 16)));
+  }
+  commit_products();
+}
+
+// A warp's rows of Q: in registers or, where there are too few of those, its group's in shared memory.
+template <typename Shape>
+struct UnionQueries {
+  using Element = typename Shape::Element;
+  using KTile = typename Shape::KTile;
+
+  uint32_t rows[Shape::kQInRegisters ? Shape::kDimK / 16 : 1][4];
+  KTile own;
+  int group;
+  int warp;
+
+  __device__ UnionQueries(const UnionShared<Shape>& shared, int group_, int warp_)
+      : own{shared_address(shared.q) + group_ * Shape::kGroupBytes}, group(group_), warp(warp_) {}
+
+  __device__ void take(const KTile& from) {
+    if constexpr (Shape::kQInRegisters) {
+      load_rows(rows, from, warp);
+    } else {
+      const uint32_t first = 16 * warp * 128 + 16 * fresh_lane();
+#pragma unroll
+      for (int panel = 0; panel < KTile::kPanels; ++panel) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t at = panel * KTile::kPanelSize * 2 + first + 512 * i;
+          store_shared(own.begin + at, load_shared(from.begin + at));
+        }
+      }
+      fence_shared_writes();
+      sync_threads(1 + group, kWarpgroup);
+    }
+  }
+  // Q K^T of this warp's rows and keys from `first` on.
+  template <int kTiles>
+  __device__ void multiply_alone(float (&scores)[kTiles][4], const KTile& k_tile, int first) const {
+    if constexpr (Shape::kQInRegisters) {
+      multiply_rows_alone(scores, rows, k_tile, first);
+    } else {
+      clear(scores);
+#pragma unroll
+      for (int column = 0; column < Shape::kDimK; column += 16) {
+        uint32_t a[4];
+        own.load_left(a, 16 * warp, column, fresh_lane());
+#pragma unroll
+        for (int i = 0; i < kTiles / 2; ++i) {
+          uint32_t b[4];
+          k_tile.load_right_transposed(b, first + 16 * i, column, fresh_lane());
+          multiply_add<Element>(scores[2 * i], a, b[0], b[1]);
+          multiply_add<Element>(scores[2 * i + 1], a, b[2], b[3]);
+        }
+      }
+    }
+  }
+  // Starts Q K^T of the group's rows.
+  __device__ void start(float (&scores)[8][4], const KTile& k_tile) const {
+    if constexpr (Shape::kQInRegisters) {
+      start_rows(scores, rows, k_tile);
+    } else {
+      const uint64_t q = tile_descriptor(own.begin, 0);
+      const uint64_t k = tile_descriptor(k_tile.begin, 0);
+      fence_products();
+#pragma unroll
+      for (int column = 0; column < Shape::kDimK; column += 16) {
+        const int bytes = 2 * (column / 64 * KTile::kPanelSize + column % 64);
+        multiply_async<Element>(scores, advance(q, bytes), advance(k, bytes), column != 0);
+      }
+      commit_products();
+    }
+  }
+};
+
+// Rows of a tile from `count` on become zeros: what lies there need not be finite. By a warpgroup; `barrier` is its.
+template <typename Tile>
+__device__ inline void clear_rows(const Tile& tile, int count, int barrier) {
+  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+#pragma unroll 1
+  for (int i = 8 * count + thread; i < 8 * Tile::kRows; i += kWarpgroup) {
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      store_shared(tile.begin + panel * Tile::kPanelSize * 2 + 16 * i, uint4{});
+    }
+  }
+  fence_shared_writes();
+  sync_threads(barrier, kWarpgroup);
+}
+
+// Writes one of the lane's two rows, times `factor`: the four lanes of a row trade their pairs of columns for chunks of
+// 16 bytes. `to` is where column `first` of the row begins, or null; columns up to `width` exist.
+template <typename Element, int kTiles>
+__device__ inline void write_sums(Element* to, int32_t width, const float (&c)[kTiles][4], int half, float factor,
+                                  bool add, int lane) {
+#pragma unroll
+  for (int i = 0; i < kTiles; i += 4) {
+    uint32_t words[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      words[j] = pack<Element>(c[i + j][2 * half] * factor, c[i + j][2 * half + 1] * factor);
+    }
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+      const bool upper = (lane & bit) != 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if ((j & bit) == 0) {
+          const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[j] : words[j | bit], bit);
+          (upper ? words[j] : words[j | bit]) = got;
+        }
+      }
+    }
+    const int column = 8 * (i + lane % 4);
+    if (to != nullptr && column < width) {
+      uint4* const address = reinterpret_cast<uint4*>(to + column);
+      const uint4 value = make_uint4(words[0], words[1], words[2], words[3]);
+      *address = add ? add_chunks<Element>(value, *address) : value;
+    }
+  }
+}
+
+}  // namespace nsa

@@ -1,0 +1,246 @@
+// How a block of threads walks unions of lists: who copies, who merges, and what the consumers wait for.
+//
+// Blocks of threads are persistent: tile after tile, one KV head after the other, so that the keys in use stay in L2.
+// - The merging warp joins the tile's lists into steps (block, which tokens chose it), a tile ahead.
+// - The producer, one thread, copies each step's K and V block into two rings of buffers. Before the steps of a list
+//   come as many as there are warpgroups, whose K and V are a warpgroup's Q and gradient of the output.
+// - Consumer warpgroups own 64 rows each. They take the blocks that one of their tokens chose and pass over the others
+//   without a wait.
+#pragma once
+
+#include "selected/union_rows_sm90.cuh"
+
+namespace nsa {
+
+// What a group's tokens see.
+struct UnionSeen {
+  int32_t first_limit;  // keys that the first token would see if keys had no end: the next tokens see one more each
+  int32_t k_length;
+
+  __device__ int32_t limit(int token) const { return min(first_limit + token, k_length); }
+};
+
+template <typename Shape>
+__device__ inline void start_union(const UnionShared<Shape>& shared) {
+  if (threadIdx.x == 0) {
+    auto& barriers = *shared.barriers;
+    for (int i = 0; i < Shape::kStagesK; ++i) {
+      init_barrier(&barriers.k_full[i], 1);
+      init_barrier(&barriers.k_empty[i], Shape::kWarps);
+    }
+    for (int i = 0; i < Shape::kStagesV; ++i) {
+      init_barrier(&barriers.v_full[i], 1);
+      init_barrier(&barriers.v_empty[i], Shape::kWarps);
+    }
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(&barriers.list_full[i], 1);
+      init_barrier(&barriers.list_empty[i], Shape::kWarps + 1);
+    }
+    barriers.issued = 0;
+    for (int i = 0; i < Shape::kWarps; ++i) {
+      barriers.turns[i] = 0;
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+}
+
+// Copies every step's blocks. By one thread.
+template <typename Shape>
+__device__ inline void produce_union(const UnionParams& u, const UnionShared<Shape>& shared) {
+  auto& barriers = *shared.barriers;
+  prefetch_map(&u.q);
+  prefetch_map(&u.k);
+  prefetch_map(&u.v);
+  const int group_tokens = group_tokens_of<Shape>(u);
+  uint32_t step = 0;  // of all tiles
+  uint32_t turn = 0;  // tiles so far
+  for (int32_t index = blockIdx.x; index < u.tiles; index += gridDim.x, ++turn) {
+    const UnionTile tile = union_tile<Shape>(u, index);
+    const typename Shape::Step* const list = shared.lists + (turn & 1) * shared.most_steps;
+    wait(&barriers.list_full[turn & 1], turn / 2 & 1);
+    const int32_t steps = barriers.steps[turn & 1];
+    // Copies panels, or nothing where there is no map, for a step that `needed` warps take.
+    const auto copy = [&]<typename Panels>(Panels, const CUtensorMap* map, unsigned char* ring, Barrier* full,
+                                           Barrier* empty, uint32_t stages, int needed, int32_t head, int32_t token) {
+      const uint32_t stage = step % stages;
+      const uint32_t lap = step / stages;
+      if (lap > 0) {
+        wait(&empty[stage], (lap - 1) & 1);
+      }
+      if (needed < Shape::kWarps) {
+        arrive(&empty[stage], Shape::kWarps - needed);
+      }
+      if (map == nullptr) {
+        arrive(&full[stage]);
+        return;
+      }
+      arrive_expecting(&full[stage], Panels::kSize * 2);
+#pragma unroll
+      for (int panel = 0; panel < Panels::kPanels; ++panel) {
+        copy_box(ring + stage * (Panels::kSize * 2) + panel * Panels::kPanelSize * 2, map, &full[stage], panel * 64,
+                 head, token, static_cast<int32_t>(tile.place.batch), kEvictLast);
+      }
+    };
+    const auto copy_both = [&](const CUtensorMap* k, const CUtensorMap* v, int needed, int32_t head, int32_t token) {
+      const auto copy_k = [&] {
+        copy(typename Shape::KTile(), k, shared.k, barriers.k_full, barriers.k_empty, Shape::kStagesK, needed, head,
+             token);
+      };
+      const auto copy_v = [&] {
+        copy(typename Shape::VTile(), v, shared.v, barriers.v_full, barriers.v_empty, Shape::kStagesV,
+             v == nullptr ? 0 : needed, head, token);
+      };
+      if constexpr (Shape::kGradients) {  // in the order of their first use
+        copy_v();
+        copy_k();
+      } else {
+        copy_k();
+        copy_v();
+      }
+      publish(&barriers.issued, ++step);
+    };
+#pragma unroll 1
+    for (int group = 0; group < Shape::kGroups; ++group) {
+      copy_both(&u.q, Shape::kGradients ? &u.grad_out : nullptr, 4, tile.first_head,
+                static_cast<int32_t>(tile.place.q_begin) + tile.first_query + group * group_tokens);
+    }
+    for (int32_t i = 0; i < steps; ++i) {
+      const int32_t block = static_cast<int32_t>(list[i] >> Shape::kTokenBits);
+      int needed = 0;
+#pragma unroll
+      for (int group = 0; group < Shape::kGroups; ++group) {
+        const uint32_t tokens = tokens_of_group<Shape>(list[i], group, group_tokens);
+        const bool alone = taken_alone<Shape>(tokens, group_tokens, block, tile.limit(group * group_tokens));
+        needed += tokens == 0 ? 0 : alone ? __popc(warps_of_tokens(tokens, group_tokens)) : 4;
+      }
+      copy_both(&u.k, &u.v, needed, tile.head_kv,
+                static_cast<int32_t>(tile.place.k_begin + int64_t{block} * Shape::kKeys));
+    }
+    arrive(&barriers.list_empty[turn & 1]);
+  }
+}
+
+// The blocks of a step, as a consumer warp gets and drains them.
+template <typename Shape>
+struct UnionRing {
+  UnionShared<Shape> shared;
+  uint32_t issued;  // what the warp knows of it
+
+  __device__ void await(Barrier* full, uint32_t step, uint32_t stages) {
+    if (issued <= step) {
+      wait_until([&] { return (issued = observe(&shared.barriers->issued)) > step; });
+    }
+    wait(&full[step % stages], step / stages & 1);
+  }
+  __device__ typename Shape::KTile wait_k(uint32_t step) {
+    await(shared.barriers->k_full, step, Shape::kStagesK);
+    return {shared_address(shared.k) + step % Shape::kStagesK * Shape::kBytesK};
+  }
+  __device__ typename Shape::VTile wait_v(uint32_t step) {
+    await(shared.barriers->v_full, step, Shape::kStagesV);
+    return {shared_address(shared.v) + step % Shape::kStagesV * Shape::kBytesV};
+  }
+  __device__ void release(Barrier* empty) const {
+    __syncwarp();
+    if (fresh_lane() == 0) {
+      arrive(empty);
+    }
+  }
+  __device__ void release_k(uint32_t step) const { release(&shared.barriers->k_empty[step % Shape::kStagesK]); }
+  __device__ void release_v(uint32_t step) const { release(&shared.barriers->v_empty[step % Shape::kStagesV]); }
+};
+
+// Writes every tile's list. By one warp.
+template <typename Shape>
+__device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shape>& shared) {
+  auto& barriers = *shared.barriers;
+  const int lane = fresh_lane();
+  uint32_t turn = 0;
+  for (int32_t index = blockIdx.x; index < u.tiles; index += gridDim.x, ++turn) {
+    if (turn >= 2) {
+      wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
+    }
+    const int32_t steps =
+        merge_lists<Shape>(shared.lists + (turn & 1) * shared.most_steps, u, union_tile<Shape>(u, index), lane);
+    if (lane == 0) {
+      barriers.steps[turn & 1] = steps;
+      arrive(&barriers.list_full[turn & 1]);
+    }
+    __syncwarp();
+  }
+}
+
+// A consumer warp's step.
+struct UnionStep {
+  uint32_t number;  // among all of this block of threads
+  int32_t key;      // the block's first
+  uint32_t tokens;  // of the group, that chose it
+  bool alone;       // whether each warp takes it for itself
+};
+
+// A consumer warp's walk. begin(tile), take_rows(number of the step that holds them), then take(step, what the tokens
+// see) for each step that is its, then end(tile).
+template <typename Shape, typename Begin, typename TakeRows, typename Take, typename End>
+__device__ inline void consume_unions(const UnionParams& u, const UnionShared<Shape>& shared, int group, int warp,
+                                      const Begin& begin, const TakeRows& take_rows, const Take& take, const End& end) {
+  auto& barriers = *shared.barriers;
+  const int group_tokens = group_tokens_of<Shape>(u);
+  const uint32_t own = group_tokens == 4 ? 1u << warp : 3u << 2 * warp;
+  uint32_t before = 0;  // steps of the tiles so far
+  // Tiles so far: kept in shared memory, for registers are few.
+  uint32_t* const turns = &barriers.turns[4 * group + warp];
+  const auto turn = [&] { return observe(turns); };
+  const auto index = [&] { return static_cast<int32_t>(blockIdx.x + turn() * gridDim.x); };
+  while (index() < u.tiles) {
+    UnionSeen seen;
+    {
+      const UnionTile tile = union_tile<Shape>(u, index());
+      seen.first_limit = tile.place.offset + tile.first_query + group * group_tokens + 1;
+      seen.k_length = tile.place.k_length;
+      begin(tile);
+    }
+    wait(&barriers.list_full[turn() & 1], turn() / 2 & 1);
+    take_rows(__shfl_sync(0xffffffffu, before + group, 0));
+    before += Shape::kGroups;
+    const int32_t steps = barriers.steps[turn() & 1];
+    for (int32_t first = 0; first < steps; first += 32) {
+      uint32_t together = 0;  // steps that the group's warps take together
+      uint32_t chosen = 0;    // those, and the steps of this warp's tokens
+      typename Shape::Step entry = 0;
+      {
+        const int at = first + fresh_lane();
+        entry = at < steps ? shared.lists[(turn() & 1) * shared.most_steps + at] : 0;
+        const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
+        const bool alone =
+            taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits), seen.limit(0));
+        together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
+        chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
+      }
+      while (chosen != 0) {
+        const int at = __ffs(static_cast<int>(chosen)) - 1;
+        chosen &= chosen - 1;
+        const typename Shape::Step own_entry = __shfl_sync(0xffffffffu, entry, at);
+        UnionStep step;
+        step.number = __shfl_sync(0xffffffffu, before + first + at, 0);  // uniform, as the compiler sees then
+        step.key = static_cast<int32_t>(own_entry >> Shape::kTokenBits) * Shape::kKeys;
+        step.tokens = tokens_of_group<Shape>(own_entry, group, group_tokens);
+        step.alone = (together >> at & 1) == 0;
+        take(step, seen);
+      }
+    }
+    before += steps;
+    __syncwarp();
+    if (fresh_lane() == 0) {
+      arrive(&barriers.list_empty[turn() & 1]);
+    }
+    end(union_tile<Shape>(u, index()));
+    __syncwarp();
+    if (fresh_lane() == 0) {
+      publish(turns, turn() + 1);
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace nsa
