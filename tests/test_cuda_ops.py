@@ -38,7 +38,7 @@ def check(shape: Shape, dtype: torch.dtype) -> None:
     check_choice(make_inputs("select_blocks", shape), shape, target)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3, 6, 8, 12, 16, 32])
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 6, 8, 12, 16, 32, 40])
 @dtypes
 def test_groups(group: int, dtype: torch.dtype) -> None:
     check(replace(WHOLE, name=f"group_{group}", heads_q=2 * group), dtype)

@@ -29,6 +29,10 @@ __device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
                "r"(bytes)
                : "memory");
 }
+// Arrives when all copies of single numbers that this thread started (common/matrix.cuh) are complete.
+__device__ inline void arrive_after_copies(Barrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(shared_address(barrier)) : "memory");
+}
 __device__ inline bool try_wait(Barrier* barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

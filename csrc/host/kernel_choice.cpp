@@ -72,8 +72,7 @@ KernelChoice choose_cuda_kernel(const KernelQuery& query) {
                                      " of 16"
                                : "rows are queries times the " + heads;
   const std::string products =
-      name == "select_" ? "tensor cores by mma.sync; "
-                        : "tensor cores by mma.sync, or on compute capability 9.0 by wgmma where tensors suit it; ";
+      "tensor cores by mma.sync, or on compute capability 9.0 by wgmma where tensors suit it; ";
   return {name + "sm80_" + query.dtype, products + rows};
 #else
   if (query.op == "nsa_attention") {

@@ -51,6 +51,7 @@ void select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tenso
                                   .q = view_of(q_read),
                                   .k = view_of(k_read),
                                   .lse = rows_of(lse_read),
+                                  .num_keys = k_read.size(-3),
                                   .block_indices = block_indices.mutable_data_ptr<int32_t>()};
   launch_select_blocks(params, type, c10::cuda::getCurrentCUDAStream());
 }

@@ -2,6 +2,7 @@
 #include "common/dispatch.h"
 #include "selection/launch.h"
 #include "selection/launch_sm80.cuh"
+#include "selection/launch_sm90.cuh"
 
 namespace nsa {
 
@@ -14,6 +15,12 @@ extern template void launch_select_blocks_sm80<BFloat16, 64>(const SelectBlocksP
 extern template void launch_select_blocks_sm80<BFloat16, 128>(const SelectBlocksParams&, cudaStream_t);
 extern template void launch_select_blocks_sm80<BFloat16, 192>(const SelectBlocksParams&, cudaStream_t);
 extern template void launch_select_blocks_sm80<BFloat16, 256>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<Half, 64>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<Half, 128>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<Half, 192>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<BFloat16, 64>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<BFloat16, 128>(const SelectBlocksParams&, cudaStream_t);
+extern template bool try_select_blocks_sm90<BFloat16, 192>(const SelectBlocksParams&, cudaStream_t);
 
 namespace {
 
@@ -21,6 +28,16 @@ void check(bool supported, const char* what) {
   if (!supported) {
     throw std::runtime_error(std::string("nsa_torch: choice of blocks: there is no kernel for ") + what);
   }
+}
+
+template <typename Element, int kDim>
+void launch_select_blocks_of(const SelectBlocksParams& params, cudaStream_t stream) {
+  if constexpr (kDim <= 192) {
+    if (try_select_blocks_sm90<Element, kDim>(params, stream)) {
+      return;
+    }
+  }
+  launch_select_blocks_sm80<Element, kDim>(params, stream);
 }
 
 }  // namespace
@@ -37,9 +54,9 @@ void launch_select_blocks(const SelectBlocksParams& params, ElementType type, cu
   check(params.sequences.group <= kMostHeads, "more than 256 heads of 16 bits a group");
   with_tile_dims(params.q.width, 0, [&](auto dim, auto) {
     if (type == ElementType::kFloat16) {
-      launch_select_blocks_sm80<Half, dim>(params, stream);
+      launch_select_blocks_of<Half, dim>(params, stream);
     } else {
-      launch_select_blocks_sm80<BFloat16, dim>(params, stream);
+      launch_select_blocks_of<BFloat16, dim>(params, stream);
     }
   });
 }

@@ -21,6 +21,7 @@ struct SelectBlocksParams {
   TensorView q;            // (B, Tq, Hq, Dk)
   TensorView k;            // (B, M, Hkv, Dk), compressed
   RowView lse;             // (B, Hq, Tq) of compressed attention
+  int64_t num_keys;        // compressed keys: dense, of every sequence; packed, of all
   int32_t* block_indices;  // (B, Tq, Hkv, n) or (sum Tq, Hkv, n), contiguous
 };
 

@@ -34,7 +34,7 @@ struct TileSteps {
   int32_t blocks;
   int32_t keys;
 
-  __device__ explicit TileSteps(const SelectBlocksParams& params)
+  NSA_HOST_DEVICE explicit TileSteps(const SelectBlocksParams& params)
       : pieces_per_compressed(params.block_size / params.block_stride),
         pieces_per_selected(params.select_size / params.block_stride),
         blocks(kKeysPerTile / pieces_per_selected),
