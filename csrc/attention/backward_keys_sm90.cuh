@@ -2,9 +2,10 @@
 // formulas.
 //
 // A block of threads holds 128 keys of one KV head, 64 for each of two warpgroups, and walks the rows that see any of
-// them, or one split of those rows: the G heads of 64 / G queries a step. Warps of a third warpgroup feed it: one copies
-// Q and dO, one gathers lse, gate and delta. Blocks that run together walk the same queries at about the same time, so
-// that rows leave memory about once: splits end at the same queries for every key of a sequence, and the last go first.
+// them, or one split of those rows: the G heads of 64 / G queries a step. Warps of a third warpgroup feed it: one
+// copies Q and dO, one gathers lse, gate and delta. Blocks that run together walk the same queries at about the same
+// time, so that rows leave memory about once: splits end at the same queries for every key of a sequence, and the last
+// go first.
 //
 // Shared memory: K, V of both warpgroups | a ring of stages, each Q, dO and numbers of a step's rows.
 #pragma once
@@ -43,7 +44,8 @@ struct RangeKeyTileSm90 {
     return max(first_query, (first_query - origin) / split_queries * split_queries + origin + split * split_queries);
   }
   __device__ int32_t end(int32_t split, int32_t split_queries) const {
-    return min(end_query, (first_query - origin) / split_queries * split_queries + origin + (split + 1) * split_queries);
+    return min(end_query,
+               (first_query - origin) / split_queries * split_queries + origin + (split + 1) * split_queries);
   }
 };
 
@@ -148,7 +150,8 @@ __device__ inline void copy_range_rows(const RangeBackwardKeysSm90Params& params
     if (!s.packed() || query + params.step_queries <= place.q_length) {
       copy(params.q, params.grad_out, 0, token);
     } else {
-      // Rows after the end of a sequence may be NaN, which 0 does not undo: those are read from outside the tensor, as 0.
+      // Rows after the end of a sequence may be NaN, which 0 does not undo: those are read from outside the tensor, as
+      // 0.
       for (int32_t i = 0; i < params.step_queries; ++i) {
         copy(params.q_token, params.grad_out_token, i * s.group,
              query + i < place.q_length ? token + i : static_cast<int32_t>(s.length_q));
@@ -244,10 +247,10 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     return;
   }
   const int64_t key = item.tile.keys_begin + place.first_key;
-  store_gradients(range.grad_k.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_k.token_stride, place.count,
-                  range.grad_k.width, sums.k, range.scale);
-  store_gradients(range.grad_v.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_v.token_stride, place.count,
-                  range.grad_v.width, sums.v, 1.f);
+  store_gradients(range.grad_k.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_k.token_stride,
+                  place.count, range.grad_k.width, sums.k, range.scale);
+  store_gradients(range.grad_v.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_v.token_stride,
+                  place.count, range.grad_v.width, sums.v, 1.f);
 }
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.

@@ -11,7 +11,8 @@
 namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
-using RangeKeysSm90Shape = KeyGradientsSm90Shape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 64 ? 6 : 4)>;
+using RangeKeysSm90Shape =
+    KeyGradientsSm90Shape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 64 ? 6 : 4)>;
 
 // Keys of a block of threads.
 constexpr int64_t kKeysPerRangeTileSm90 = 128;
@@ -34,8 +35,8 @@ inline bool range_backward_keys_fits_sm90(const RangeBackwardParams& params) {
 }
 
 // Into which splits to cut the queries that see a tile of keys. Of a few numbers of splits, the one whose last block is
-// expected to end first: blocks of more than half the length run in rounds, shorter ones fill gaps, and every partial sum is
-// written and read.
+// expected to end first: blocks of more than half the length run in rounds, shorter ones fill gaps, and every partial
+// sum is written and read.
 inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& params, int multiprocessors) {
   constexpr int64_t kMostSplits = 24;
   constexpr int64_t kSampledTiles = 32;
@@ -48,8 +49,7 @@ inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& para
   const int64_t slots = count_slots(s, params.num_keys, kKeysPerRangeTileSm90);
   const int64_t tiles = slots * s.heads_kv;
   const bool window = seen.window != Visibility::kNoWindow;
-  const int64_t queries =
-      window ? min_of(s.length_q, int64_t{seen.window} + kKeysPerRangeTileSm90 - 1) : s.length_q;
+  const int64_t queries = window ? min_of(s.length_q, int64_t{seen.window} + kKeysPerRangeTileSm90 - 1) : s.length_q;
   const int64_t tile_floats = kKeysPerRangeTileSm90 * tile_row_size(params.q.width, params.v.width);
   // The first query of a tile, as if all sequences were one.
   const int64_t offset = s.packed() ? 0 : s.length_k - s.length_q;

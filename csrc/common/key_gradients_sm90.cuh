@@ -2,12 +2,12 @@
 // warpgroup of Hopper: what the backward of attention over a range and over listed blocks share.
 //   S^T = K Q^T        P^T = exp(scale S^T - lse)                   dV += (gate P^T) dO
 //   D^T = V dO^T       dS^T = gate P^T (D^T - delta)                dK += dS^T Q, times scale at the end
-// Keys are the rows of the transposed scores, so the accumulators of S^T and D^T, rounded, are left operands of the sums
-// as they stand in registers. All that a step reads from shared memory is K, V, its rows of Q and dO, each both along
-// and across, and three numbers a row.
+// Keys are the rows of the transposed scores, so the accumulators of S^T and D^T, rounded, are left operands of the
+// sums as they stand in registers. All that a step reads from shared memory is K, V, its rows of Q and dO, each both
+// along and across, and three numbers a row.
 //
-// A step starts S^T and D^T together and takes P^T while D^T runs, and dS^T while dV runs. The products of one warpgroup
-// run under what another computes.
+// A step starts S^T and D^T together and takes P^T while D^T runs, and dS^T while dV runs. The products of one
+// warpgroup run under what another computes.
 #pragma once
 
 #include "common/hopper_products.cuh"
@@ -41,7 +41,7 @@ template <int kRows>
 struct RowNumbers {
   alignas(16) float2 weights[kRows];  // log2(e) lse, gate
   alignas(8) float delta[kRows];
-  int32_t position[kRows];  // ascending
+  alignas(8) int32_t position[kRows];  // ascending or descending
 };
 
 // The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by warps of consumers.
@@ -164,23 +164,27 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     start_scores<typename Shape::VTile, GradOutTile>(grads, v_at, grad_out);
 
     const RowNumbers<kRows>& numbers = ring.numbers[stage];
-    const bool all_seen = numbers.position[0] >= all_first && numbers.position[kRows - 1] <= all_last;
+    const int32_t of_ends[2] = {numbers.position[0], numbers.position[kRows - 1]};
+    const bool all_seen = min(of_ends[0], of_ends[1]) >= all_first && max(of_ends[0], of_ends[1]) <= all_last;
     wait_products<1>();
     hold(scores);
     if (!all_seen) {
       const int first_key = place.first_key + fresh_thread() % kWarpgroup / 32 * 16 + lane / 4;
+      int32_t first[2];
+      uint32_t most[2];  // positions after the first that see the key
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t first = visibility.first_position(first_key + 8 * half);
-        const int32_t last = visibility.last_position(first_key + 8 * half);
+        first[half] = visibility.first_position(first_key + 8 * half);
+        most[half] = static_cast<uint32_t>(visibility.last_position(first_key + 8 * half) - first[half]);
+      }
 #pragma unroll
-        for (int i = 0; i < kRows / 8; ++i) {
+      for (int i = 0; i < kRows / 8; ++i) {
+        const int2 positions = reinterpret_cast<const int2*>(numbers.position)[4 * i + lane % 4];
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int32_t position = numbers.position[8 * i + 2 * (lane % 4) + j];
-            if (position < first || position > last) {
-              scores[i][2 * half + j] = scale > 0.f ? kMinusInfinity : -kMinusInfinity;
-            }
+        for (int j = 0; j < 4; ++j) {
+          const int32_t position = j % 2 == 0 ? positions.x : positions.y;
+          if (static_cast<uint32_t>(position - first[j / 2]) > most[j / 2]) {
+            scores[i][j] = scale > 0.f ? kMinusInfinity : -kMinusInfinity;
           }
         }
       }

@@ -2,8 +2,10 @@
 // formulas.
 //
 // A block of threads has two warpgroups that work for themselves: each holds the 64 keys of one block and KV head, and
-// sums over the queries that chose it, or one segment of them (ChosenBy). Of a third warpgroup, two warps feed each: one
-// copies Q and dO of a step's queries, each query's G heads by a box of their own, the other gathers lse, gate and delta.
+// sums over the queries that chose it, or one segment of them (ChosenBy). Of a third warpgroup, two warps feed each:
+// one copies Q and dO of a step's queries, each query's G heads by a box of their own, the other gathers lse, gate and
+// delta. Lists are walked from their ends: there blocks that are worked on together are chosen equally often, whatever
+// their number, so that they meet the same queries at about the same time.
 //
 // Shared memory, of each: K, V | a ring of stages, each Q, dO and numbers of a step's rows.
 #pragma once
@@ -104,12 +106,12 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
     arrive_expecting(&part.keys_full, Shape::kKeyBytes);
     const int32_t key = static_cast<int32_t>(place.k_begin) + item.tile.first_key;
     for (int panel = 0; panel < Shape::KTile::kPanels; ++panel) {
-      copy_box(part.k + panel * Shape::KTile::kPanelSize, &params.k, &part.keys_full, 64 * panel, item.tile.head_kv, key,
-               batch, kEvictNormal);
+      copy_box(part.k + panel * Shape::KTile::kPanelSize, &params.k, &part.keys_full, 64 * panel, item.tile.head_kv,
+               key, batch, kEvictNormal);
     }
     for (int panel = 0; panel < Shape::VTile::kPanels; ++panel) {
-      copy_box(part.v + panel * Shape::VTile::kPanelSize, &params.v, &part.keys_full, 64 * panel, item.tile.head_kv, key,
-               batch, kEvictNormal);
+      copy_box(part.v + panel * Shape::VTile::kPanelSize, &params.v, &part.keys_full, 64 * panel, item.tile.head_kv,
+               key, batch, kEvictNormal);
     }
   }
 
@@ -118,25 +120,25 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
   const int32_t* const list = item.list;
   const int32_t queries = item.queries;
   const auto index_of = [&](int box) { return (lane + 32 * box) / kPanels; };
-  const auto query_at = [&](int32_t first, int box) { return list[min(first + index_of(box), queries - 1)]; };
+  const auto query_at = [&](int32_t end, int box) { return list[max(end - 1 - index_of(box), 0)]; };
   RowRing<Shape>& ring = part.ring;
   RingPlace<Shape::kStages> ring_place;
   int32_t next[kMostBoxes];
   if (queries > 0) {
 #pragma unroll
     for (int box = 0; box < kMostBoxes; ++box) {
-      next[box] = query_at(0, box);
+      next[box] = query_at(queries, box);
     }
   }
   const uint32_t bytes = params.step_queries * s.group * (Shape::kDimK + Shape::kDimV) * 2;
-  for (int32_t first = 0; first < queries; first += params.step_queries) {
+  for (int32_t end = queries; end > 0; end -= params.step_queries) {
     const int stage = ring_place.stage;
     Barrier* const full = &ring.full[stage];
     int32_t query[kMostBoxes];
 #pragma unroll
     for (int box = 0; box < kMostBoxes; ++box) {
       query[box] = next[box];
-      next[box] = query_at(first + params.step_queries, box);
+      next[box] = query_at(end - params.step_queries, box);
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
     if (lane == 0) {
@@ -147,9 +149,8 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
     for (int box = 0; box < kMostBoxes; ++box) {
       const int index = index_of(box);
       if (index < params.step_queries) {
-        // After the last query, rows are read from outside the tensor: zeros.
-        const int32_t token =
-            first + index < queries ? query[box] + to_token : static_cast<int32_t>(s.length_q);
+        // Where no query is left, rows are read from outside the tensor: zeros.
+        const int32_t token = index < end ? query[box] + to_token : static_cast<int32_t>(s.length_q);
         const int panel = (lane + 32 * box) % kPanels;
         const int32_t head = item.tile.head_kv * s.group;
         if (panel < QTile::kPanels) {
@@ -187,9 +188,9 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
     const Row at = row_at(s, item.tile.head_kv, lane + 32 * i);
     index[i] = at.query;
     head[i] = at.head;
-    next[i] = queries > 0 ? list[min(at.query, queries - 1)] : 0;
+    next[i] = queries > 0 ? list[max(queries - 1 - at.query, 0)] : 0;
   }
-  for (int32_t first = 0; first < queries; first += params.step_queries) {
+  for (int32_t end = queries; end > 0; end -= params.step_queries) {
     const int stage = ring_place.stage;
     float lse[kPerLane];
     float gate[kPerLane];
@@ -197,9 +198,9 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
     int32_t position[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const bool valid = index[i] < params.step_queries && first + index[i] < queries;
+      const bool valid = index[i] < params.step_queries && index[i] < end;
       const int64_t token = next[i] + to_token;
-      next[i] = list[min(first + params.step_queries + index[i], queries - 1)];
+      next[i] = list[max(end - params.step_queries - 1 - index[i], 0)];
       lse[i] = valid ? selected.lse.at(place.batch, head[i], token) * kLog2E : -kMinusInfinity;
       delta[i] = valid ? selected.delta.at(place.batch, head[i], token) : 0.f;
       gate[i] = valid && selected.gate.data != nullptr ? selected.gate.at(place.batch, head[i], token) : 1.f;
@@ -234,11 +235,13 @@ __device__ inline void sum_chosen_gradients(const SelectedBackwardKeysSm90Params
   wait(&part.keys_full, 0);
   sum_key_gradients(sums, part.ring, ring_place, part.k, part.v, part.place,
                     {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()},
-                    selected.scale, selected.sequences, selected.grad_lse, (part.item.queries + params.step_queries - 1) / params.step_queries);
+                    selected.scale, selected.sequences, selected.grad_lse,
+                    (part.item.queries + params.step_queries - 1) / params.step_queries);
   const SelectedKeyItem& item = part.item;
   if (item.segments > 1) {
     const int64_t index = int64_t{selected.chosen_by.partials[item.id]} + item.segment;
-    store_partial_sums(selected.partials + index * (Shape::kKeys * (Shape::kDimK + Shape::kDimV)), sums, selected.scale);
+    store_partial_sums(selected.partials + index * (Shape::kKeys * (Shape::kDimK + Shape::kDimV)), sums,
+                       selected.scale);
     return;
   }
   const SelectedKeyTile& tile = item.tile;

@@ -19,9 +19,9 @@ inline bool selected_backward_keys_fits_sm90(const SelectedBackwardParams& param
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;
   const int32_t rows = selected_keys_step_rows(params.q.width);
-  return params.select_size == 64 && s.group >= 4 && rows / s.group * s.group >= rows / 4 * 3 &&
-         params.scale != 0.f && params.q.width <= 192 && params.v.width <= 128 &&
-         s.length_k > 0 && copies_by_map(params.q, batch, s.length_q, heads) &&
+  return params.select_size == 64 && s.group >= 4 && rows / s.group * s.group >= rows / 4 * 3 && params.scale != 0.f &&
+         params.q.width <= 192 && params.v.width <= 128 && s.length_k > 0 &&
+         copies_by_map(params.q, batch, s.length_q, heads) &&
          copies_by_map(params.grad_out, batch, s.length_q, heads) &&
          copies_by_map(params.k, batch, s.length_k, s.heads_kv) &&
          copies_by_map(params.v, batch, s.length_k, s.heads_kv);

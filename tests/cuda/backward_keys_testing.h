@@ -69,8 +69,8 @@ struct Sums {
   double error_k, norm_k, error_v, norm_v;
 };
 
-// Adds up the gradients of a key that kWarps warps hold parts of, a lane every 32nd column, and notes the errors of what
-// a kernel made of them.
+// Adds up the gradients of a key that kWarps warps hold parts of, a lane every 32nd column, and notes the errors of
+// what a kernel made of them.
 template <typename Element>
 __device__ void add_errors(const float (&grad_k)[6], const float (&grad_v)[6], float scale, const Element* got_k,
                            int width_k, const Element* got_v, int width_v, Sums* sums) {

@@ -74,8 +74,8 @@ template <typename Element>
 __global__ void compare_keys(const __grid_constant__ RangeBackwardParams p, bool skip_odd, Sums* sums) {
   const Sequences& s = p.sequences;
   const int head_kv = blockIdx.x % s.heads_kv;
-  const Tile tile = find_tile(s, p.compressed ? s.cumulative_cmp : s.cumulative_k, 1, p.num_keys, 1,
-                              blockIdx.x / s.heads_kv);
+  const Tile tile =
+      find_tile(s, p.compressed ? s.cumulative_cmp : s.cumulative_k, 1, p.num_keys, 1, blockIdx.x / s.heads_kv);
   const SequencePlace place = place_of(s, tile.sequence);
   KeysPlace keys = keys_of(place, p.visibility, p.compressed);
   if (!s.packed()) {
@@ -99,8 +99,7 @@ __global__ void compare_keys(const __grid_constant__ RangeBackwardParams p, bool
     const Element* q = p.q.row<Element>(place.batch, token, head);
     const Element* grad_out = p.grad_out.row<Element>(place.batch, token, head);
     const float gate = p.gate.data == nullptr ? 1.f : p.gate.at(place.batch, head, token);
-    const float weight =
-        gate * expf(p.scale * dot(q, k, p.q.width, lane) - p.lse.at(place.batch, head, token));
+    const float weight = gate * expf(p.scale * dot(q, k, p.q.width, lane) - p.lse.at(place.batch, head, token));
     const float grad = weight * (dot(grad_out, v, p.v.width, lane) - p.delta.at(place.batch, head, token));
     for (int i = 0; i < 6; ++i) {
       const int column = lane + 32 * i;
@@ -108,8 +107,9 @@ __global__ void compare_keys(const __grid_constant__ RangeBackwardParams p, bool
       grad_v[i] += column < p.v.width ? weight * to_float(grad_out[column]) : 0.f;
     }
   }
-  add_errors<Element>(grad_k, grad_v, p.scale, p.grad_k.row<Element>(place.batch, keys.begin + key, head_kv), p.grad_k.width,
-                      p.grad_v.row<Element>(place.batch, keys.begin + key, head_kv), p.grad_v.width, sums);
+  add_errors<Element>(grad_k, grad_v, p.scale, p.grad_k.row<Element>(place.batch, keys.begin + key, head_kv),
+                      p.grad_k.width, p.grad_v.row<Element>(place.batch, keys.begin + key, head_kv), p.grad_v.width,
+                      sums);
 }
 
 struct Case {
@@ -188,7 +188,7 @@ struct Problem {
         fill_value<<<64, 256>>>(x.data + begin * row, (end - begin) * row, nan);
       };
       for (size_t i = 0; i + 1 < cu.size(); ++i) {
-        const int64_t begin = i % 2 == 1     ? cu[i]
+        const int64_t begin = i % 2 == 1       ? cu[i]
                               : c.used.empty() ? cu[i + 1]
                                                : cu[i] + (c.stride == 1 ? c.used[i] : blocks(c, c.used[i]));
         spoil(k, begin, cu[i + 1], c.heads_kv * (c.dim_k + c.padding));
@@ -314,8 +314,9 @@ void check(Problem<Element>& problem, const Kernel& kernel, Device<float>& parti
   run(problem, kernel, partials);
   Device<Sums> sums(1);
   sums.set({Sums{}});
-  compare_keys<Element><<<static_cast<unsigned>(count_slots(problem.params.sequences, problem.keys, 1) * c.heads_kv),
-                          32 * kWarps>>>(problem.params, c.poison, sums.data);
+  compare_keys<Element>
+      <<<static_cast<unsigned>(count_slots(problem.params.sequences, problem.keys, 1) * c.heads_kv), 32 * kWarps>>>(
+          problem.params, c.poison, sums.data);
   check_cuda(cudaDeviceSynchronize(), c.name);
   const std::vector<Element> first_k = problem.grad_k.get();
   const std::vector<Element> first_v = problem.grad_v.get();

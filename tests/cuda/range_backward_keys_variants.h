@@ -45,7 +45,8 @@ constexpr Kernel kernel(const char* name, bool many = false) {
 
 template <typename Element, int kDimK, int kDimV>
 void check_dims(const char* name) {
-  const std::vector<Kernel> kernels = {kernel<Element, kDimK, kDimV>("sm90"), kernel<Element, kDimK, kDimV>("many", true)};
+  const std::vector<Kernel> kernels = {kernel<Element, kDimK, kDimV>("sm90"),
+                                       kernel<Element, kDimK, kDimV>("many", true)};
   Device<float> partials(int64_t{96} << 20);
   for (Case c : kCases) {
     c.dim_k = c.dim_k == 128 ? kDimK : kDimK - 24;

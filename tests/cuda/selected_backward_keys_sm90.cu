@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
+#include "backward_keys_testing.h"
 #include "selected/launch.h"
 #include "selected/launch_keys_sm90.cuh"
 #include "selected/launch_sm80.cuh"
-#include "backward_keys_testing.h"
 
 using namespace nsa;
 
@@ -77,7 +77,8 @@ __global__ void fill_rows(const __grid_constant__ SelectedBackwardParams p, int6
   }
 }
 
-// The gradients of a key by the definition, a block of threads a key and KV head, and how far the kernel's are from them.
+// The gradients of a key by the definition, a block of threads a key and KV head, and how far the kernel's are from
+// them.
 template <typename Element>
 __global__ void compare_keys(const __grid_constant__ SelectedBackwardParams p, Sums* sums) {
   const Sequences& s = p.sequences;
@@ -234,8 +235,9 @@ struct Problem {
     for (int b = 0; b < sequences; ++b) {
       const int64_t begin = packed ? c.cu_q[b] : b * c.tokens_q;
       const auto length_q = static_cast<int>(packed ? c.cu_q[b + 1] - c.cu_q[b] : c.tokens_q);
-      const auto length_k =
-          static_cast<int>(!packed ? c.tokens_k : c.used.empty() ? c.cu_k[b + 1] - c.cu_k[b] : c.used[b]);
+      const auto length_k = static_cast<int>(!packed          ? c.tokens_k
+                                             : c.used.empty() ? c.cu_k[b + 1] - c.cu_k[b]
+                                                              : c.used[b]);
       make_lists(all.data() + begin * c.heads_kv * c.n, c, length_q, length_k, random);
       if (!c.used.empty()) {  // what lies in unused slots is nobody's
         const int64_t first = c.cu_k[b] + c.used[b];
@@ -278,8 +280,7 @@ struct Problem {
     p.delta = numbers(delta.data);
     p.gate = extra == kGate ? numbers(gate.data) : RowView{};
     p.grad_lse = extra == kGradLse ? numbers(grad_lse.data) : RowView{};
-    fill_rows<Element>
-        <<<static_cast<unsigned>((lse.size + kWarps - 1) / kWarps), 32 * kWarps>>>(p, lse.size, exact);
+    fill_rows<Element><<<static_cast<unsigned>((lse.size + kWarps - 1) / kWarps), 32 * kWarps>>>(p, lse.size, exact);
     check_cuda(cudaDeviceSynchronize(), "rows");
 
     const int64_t segment =
@@ -349,9 +350,8 @@ void check(const Case& c, Extra extra, const std::vector<Kernel>& kernels) {
     const std::vector<Element> first_k = problem.grad_k.get();
     const std::vector<Element> first_v = problem.grad_v.get();
     kernel.launch(problem.p, nullptr);
-    const bool same =
-        std::memcmp(first_k.data(), problem.grad_k.get().data(), first_k.size() * sizeof(Element)) == 0 &&
-        std::memcmp(first_v.data(), problem.grad_v.get().data(), first_v.size() * sizeof(Element)) == 0;
+    const bool same = std::memcmp(first_k.data(), problem.grad_k.get().data(), first_k.size() * sizeof(Element)) == 0 &&
+                      std::memcmp(first_v.data(), problem.grad_v.get().data(), first_v.size() * sizeof(Element)) == 0;
     const Sums e = sums.get()[0];
     const double error_k = std::sqrt(e.error_k / (e.norm_k + 1e-30));
     const double error_v = std::sqrt(e.error_v / (e.norm_v + 1e-30));
