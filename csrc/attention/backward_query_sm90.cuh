@@ -272,8 +272,8 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   const auto write = [&] {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      write_gradient(to[half], range.grad_q.width, grad_q, half, range.scale * gates[half], range.add_to_grad_q,
-                     fresh_thread() % 32);
+      write_row(to[half], range.grad_q.width, grad_q, half, range.scale * gates[half], range.add_to_grad_q,
+                fresh_thread() % 32);
     }
   };
 #pragma unroll 1

@@ -249,8 +249,8 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
 #pragma unroll
       for (int part = 0; part < Parts::kCount; ++part) {
         const int first = part * Parts::kColumns;
-        write_sums(to == nullptr ? nullptr : to + first, p.grad_q.width - first, grad[part], half, factor,
-                   p.add_to_grad_q, lane);
+        write_row(to == nullptr ? nullptr : to + first, p.grad_q.width - first, grad[part], half, factor,
+                  p.add_to_grad_q, lane);
       }
     }
   };

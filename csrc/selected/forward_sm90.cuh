@@ -210,7 +210,7 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
               empty ? kMinusInfinity : (sums.maximum[half] * scale_log2 + log2f(total)) * kLn2;
         }
       }
-      write_sums(to, p.out.width, sums.out, half, empty ? 0.f : 1.f / total, false, lane);
+      write_row(to, p.out.width, sums.out, half, empty ? 0.f : 1.f / total, false, lane);
     }
   };
   consume_unions(u, shared, group, warp, begin, take_rows, take, end);

@@ -1,6 +1,7 @@
 // Rows of a union's tile: what a warpgroup of Hopper's selected attention does with its own, besides the walk.
 #pragma once
 
+#include "common/write_row_sm90.cuh"
 #include "selected/row_products_sm90.cuh"
 #include "selected/union_sm90.cuh"
 
@@ -169,38 +170,6 @@ __device__ inline void clear_rows(const Tile& tile, int count, int barrier) {
   }
   fence_shared_writes();
   sync_threads(barrier, kWarpgroup);
-}
-
-// Writes one of the lane's two rows, times `factor`: the four lanes of a row trade their pairs of columns for chunks of
-// 16 bytes. `to` is where column `first` of the row begins, or null; columns up to `width` exist.
-template <typename Element, int kTiles>
-__device__ inline void write_sums(Element* to, int32_t width, const float (&c)[kTiles][4], int half, float factor,
-                                  bool add, int lane) {
-#pragma unroll
-  for (int i = 0; i < kTiles; i += 4) {
-    uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      words[j] = pack<Element>(c[i + j][2 * half] * factor, c[i + j][2 * half + 1] * factor);
-    }
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-      const bool upper = (lane & bit) != 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if ((j & bit) == 0) {
-          const uint32_t got = __shfl_xor_sync(0xffffffffu, upper ? words[j] : words[j | bit], bit);
-          (upper ? words[j] : words[j | bit]) = got;
-        }
-      }
-    }
-    const int column = 8 * (i + lane % 4);
-    if (to != nullptr && column < width) {
-      uint4* const address = reinterpret_cast<uint4*>(to + column);
-      const uint4 value = make_uint4(words[0], words[1], words[2], words[3]);
-      *address = add ? add_chunks<Element>(value, *address) : value;
-    }
-  }
 }
 
 }  // namespace nsa
