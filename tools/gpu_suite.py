@@ -38,13 +38,13 @@ def files_of(paths: list[str]) -> list[str]:
     return found
 
 
-def run_tests(paths: list[str], more: list[str]) -> tuple[int, ElementTree.Element, str]:
-    """Exit status, report and output of one process of pytest."""
+def run_tests(paths: list[str], more: list[str], threads: int) -> tuple[int, ElementTree.Element, str]:
+    """Exit status, report and output of one process of pytest, whose references run on so many threads."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         ignored = [f"--ignore=tests/{name}" for name in LEFT_OUT]
         command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *ignored, f"--junit-xml={report}", *more, *paths]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -60,9 +60,12 @@ def run_tests(paths: list[str], more: list[str]) -> tuple[int, ElementTree.Eleme
 def run_files(paths: list[str], more: list[str], jobs: int) -> tuple[int, list[ElementTree.Element]]:
     """All tests, by `jobs` processes at a time when that is more than one, a file each."""
     shares = [paths] if jobs == 1 else [[path] for path in files_of(paths)]
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     status, reports = 0, []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for future in concurrent.futures.as_completed([pool.submit(run_tests, share, more) for share in shares]):
+        for future in concurrent.futures.as_completed(
+            [pool.submit(run_tests, share, more, threads) for share in shares]
+        ):
             code, report, output = future.result()
             print(output if code not in (0, NO_TESTS) else output.strip().rpartition("\n")[2], flush=True)
             status = status if code in (0, NO_TESTS) else code
