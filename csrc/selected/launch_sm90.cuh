@@ -12,15 +12,16 @@ inline bool selected_forward_fits_sm90(const SelectedForwardParams& params) {
          union_fits_sm90(params.sequences, params.select_size, params.num_selected, params.q, params.k, params.v);
 }
 
-template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 2>
+// kHeadSlots: 16, or 8 where a group has at most 8 heads. kLong: lists of more than 16 blocks.
+template <typename Element, int kDimK, int kDimV, int kHeadSlots, bool kLong, int kMostAlone = 2>
 using SelectedForwardShapeFor = UnionShape<Element, kDimK, kDimV, false, 3,
-                                           (kDimK == 64    ? 13
-                                            : kDimK == 128 ? (kWide ? 6 : 7)
-                                                           : (kWide ? 3 : 4)),
-                                           (kDimK == 64    ? 13
-                                            : kDimK == 128 ? (kWide ? 6 : 7)
+                                           (kDimK == 64    ? (kHeadSlots == 8 ? 12 : 13)
+                                            : kDimK == 128 ? (kLong ? 6 : 7)
+                                                           : (kHeadSlots == 8 ? 3 : 4)),
+                                           (kDimK == 64    ? (kHeadSlots == 8 ? 12 : 13)
+                                            : kDimK == 128 ? (kLong ? 6 : 7)
                                                            : 3),
-                                           kWide, kMostAlone>;
+                                           kHeadSlots == 8, kMostAlone, kHeadSlots>;
 
 template <typename Shape>
 void launch_selected_forward_shape(const SelectedForwardParams& selected, cudaStream_t stream) {
@@ -36,14 +37,20 @@ void launch_selected_forward_shape(const SelectedForwardParams& selected, cudaSt
 // Whether it ran: it does not where the GPU, the build or the tensors do not suit it.
 template <typename Element, int kDimK, int kDimV>
 bool try_selected_forward_sm90(const SelectedForwardParams& params, cudaStream_t stream) {
-  using Narrow = SelectedForwardShapeFor<Element, kDimK, kDimV, false>;
-  using Wide = SelectedForwardShapeFor<Element, kDimK, kDimV, true>;
+  using Narrow = SelectedForwardShapeFor<Element, kDimK, kDimV, 16, false>;
+  using Long = SelectedForwardShapeFor<Element, kDimK, kDimV, 16, kDimK == 128>;  // elsewhere both fit
+  using Wide = SelectedForwardShapeFor<Element, kDimK, kDimV, 8, true>;
+  static_assert(union_shared_bytes<Narrow>(12, 16) <= kMostUnionSharedBytes &&
+                union_shared_bytes<Long>(12, kMostUnionSelected) <= kMostUnionSharedBytes &&
+                union_shared_bytes<Wide>(24, kMostUnionSelected) <= kMostUnionSharedBytes);
   if (!selected_forward_fits_sm90(params) || tensor_map_encoder() == nullptr ||
       !runs_on_this_device(selected_forward_sm90<Wide>, "selected attention")) {
     return false;
   }
   if (narrow_union(params.sequences, params.num_selected)) {
     launch_selected_forward_shape<Narrow>(params, stream);
+  } else if (params.sequences.group > 8) {
+    launch_selected_forward_shape<Long>(params, stream);
   } else {
     launch_selected_forward_shape<Wide>(params, stream);
   }

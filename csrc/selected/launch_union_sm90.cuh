@@ -9,8 +9,8 @@ namespace nsa {
 inline bool union_fits_sm90(const Sequences& s, int32_t select_size, int32_t num_selected, const TensorView& q,
                             const TensorView& k, const TensorView& v) {
   const int64_t batch = s.packed() ? 1 : s.batch;
-  return select_size == 64 && num_selected <= 64 && q.width <= 192 && v.width <= 128 && s.length_k > 0 &&
-         s.length_k <= int64_t{kMostUnionBlocks} * select_size &&
+  return select_size == 64 && num_selected <= kMostUnionSelected && q.width <= 192 && v.width <= 128 &&
+         s.length_k > 0 && s.length_k <= int64_t{kMostUnionBlocks} * select_size &&
          copies_by_map(q, batch, s.length_q, int64_t{s.heads_kv} * s.group) &&
          copies_by_map(k, batch, s.length_k, s.heads_kv) && copies_by_map(v, batch, s.length_k, s.heads_kv);
 }

@@ -8,10 +8,11 @@
 namespace nsa {
 
 // kGroups warpgroups own 64 rows each: the heads of four tokens, or of eight where a group has at most eight heads.
-// kGradients: rows have a gradient of the output beside Q. kWide: more than 16 tokens, or lists that may be long.
+// kGradients: rows have a gradient of the output beside Q. kWide: tiles may have more than 16 tokens.
 // Up to kMostAlone warps of a warpgroup take a block by themselves, by mma.sync; more take it together, by wgmma.
+// kHeadSlots: rows of a token, 16 or 8; 0 where the launch says which.
 template <typename Element_, int kDimK_, int kDimV_, bool kGradients_, int kGroups_, int kStagesK_, int kStagesV_,
-          bool kWide_, int kMostAlone_>
+          bool kWide_, int kMostAlone_, int kHeadSlots_ = kWide_ ? 0 : 16>
 struct UnionShape {
   using Element = Element_;
   static constexpr int kDimK = kDimK_;
@@ -22,6 +23,7 @@ struct UnionShape {
   static constexpr int kStagesV = kStagesV_;
   static constexpr bool kWide = kWide_;
   static constexpr int kMostAlone = kMostAlone_;
+  static constexpr int kHeadSlots = kHeadSlots_;
   static constexpr int kKeys = 64;
   static constexpr int kRows = 64;
   static constexpr int kWarps = 4 * kGroups;  // consumers
@@ -54,6 +56,8 @@ struct UnionShape {
   };
 };
 constexpr int32_t kMostUnionBlocks = 1 << 16;
+constexpr int32_t kMostUnionSelected = 64;         // blocks of a list
+constexpr int64_t kMostUnionSharedBytes = 232448;  // what a block of threads may have
 
 struct UnionParams {
   Sequences sequences;
@@ -66,10 +70,10 @@ struct UnionParams {
   CUtensorMap grad_out;
 };
 
-// Rows of a token, and tokens of a warpgroup: known at compile time unless the shape is wide.
+// Rows of a token, and tokens of a warpgroup.
 template <typename Shape>
 NSA_HOST_DEVICE inline int head_slots_of(const UnionParams& u) {
-  return Shape::kWide ? u.head_slots : 16;
+  return Shape::kHeadSlots == 0 ? u.head_slots : Shape::kHeadSlots;
 }
 template <typename Shape>
 NSA_HOST_DEVICE inline int group_tokens_of(const UnionParams& u) {
