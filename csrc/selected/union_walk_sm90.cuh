@@ -73,6 +73,7 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
       }
       if (map == nullptr) {
         arrive(&full[stage]);
+        wait(&full[stage], lap & 1);  // complete at once, and nobody else looks at it
         return;
       }
       arrive_expecting(&full[stage], Panels::kSize * 2);
