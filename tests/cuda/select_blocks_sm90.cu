@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "common/dispatch.h"
+#include "device_data.h"
 #include "selection/launch_sm80.cuh"
 #include "selection/launch_sm90.cuh"
 
@@ -31,34 +32,6 @@ extern template bool try_select_blocks_sm90<BFloat16, 192>(const SelectBlocksPar
 using namespace nsa;
 
 namespace {
-
-template <typename T>
-struct Device {
-  T* data = nullptr;
-  int64_t size = 0;
-  explicit Device(int64_t n) : size(n) { check_cuda(cudaMalloc(&data, std::max<int64_t>(n, 1) * sizeof(T)), "malloc"); }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(data); }
-  void set(const std::vector<T>& from) {
-    check_cuda(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
-  }
-};
-
-// About normal: the sum of four uniform numbers.
-template <typename Element>
-__global__ void fill_normal(Element* to, int64_t count, uint64_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t x = (i + seed * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
-    x ^= x >> 31;
-    x *= 0x94d049bb133111ebull;
-    x ^= x >> 29;
-    float sum = 0.f;
-    for (int j = 0; j < 4; ++j) {
-      sum += static_cast<float>((x >> (16 * j)) & 0xffff) / 65536.f - 0.5f;
-    }
-    to[i] = from_float<Element>(sum * 1.7320508f);
-  }
-}
 
 // One thread a (query of the batch, head): the lse of its visible keys. `rough`: about that, for data without meaning.
 template <typename Element>

@@ -12,6 +12,7 @@
 
 #include "common/launch.cuh"
 #include "common/matrix.cuh"
+#include "device_data.h"
 #include "selected/params.h"
 
 namespace nsa_tests {
@@ -28,40 +29,7 @@ struct Random {
   bool chance(float p) { return (*this)() < p * 4294967296.0; }
 };
 
-template <typename T>
-struct Device {
-  T* data = nullptr;
-  int64_t size = 0;
-  explicit Device(int64_t n) : size(n) { check_cuda(cudaMalloc(&data, std::max<int64_t>(n, 1) * sizeof(T)), "malloc"); }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(data); }
-  void set(const std::vector<T>& from) {
-    check_cuda(cudaMemcpy(data, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "copy");
-  }
-  std::vector<T> get() const {
-    std::vector<T> to(size);
-    check_cuda(cudaMemcpy(to.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost), "copy");
-    return to;
-  }
-};
-
 constexpr int kMostSamples = 500;  // queries of a check: the plain kernels are slow
-
-// About normal: the sum of four uniform numbers.
-template <typename Element>
-__global__ void fill_normal(Element* to, int64_t count, uint64_t seed) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t x = (i + seed * 0x9e3779b97f4a7c15ull) * 0xbf58476d1ce4e5b9ull;
-    x ^= x >> 31;
-    x *= 0x94d049bb133111ebull;
-    x ^= x >> 29;
-    float sum = 0.f;
-    for (int j = 0; j < 4; ++j) {
-      sum += static_cast<float>((x >> (16 * j)) & 0xffff) / 65536.f - 0.5f;
-    }
-    to[i] = from_float<Element>(sum * 1.7320508f);
-  }
-}
 
 enum class Choice { kRandom, kCorrelated, kHostile };
 
