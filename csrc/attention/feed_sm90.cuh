@@ -18,7 +18,9 @@ __device__ inline void list_range_tiles(const RangeForwardSm90Params& params, ty
       set_range_tile(tile, params, number);
     }
     __syncwarp();
-    if (tile.first_row > tile.last_row) {
+    const bool empty = tile.first_row > tile.last_row;
+    __syncwarp();  // the next tile is written to the same place
+    if (empty) {
       return;
     }
     if (is_first()) {
