@@ -66,6 +66,14 @@ def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
     check(replace(WHOLE, name=f"dims_{dims}", dim_k=dims[0], dim_v=dims[1]), dtype)
 
 
+@pytest.mark.parametrize("group", [4, 16, 48, 64])
+@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (192, 64)], ids=str)
+def test_groups_whose_keys_and_values_differ(group: int, dims: tuple[int, int]) -> None:
+    """Tiles are those of the wider of the two, and so are the rows that a step holds."""
+    shape = replace(WHOLE, name=f"group_{group}_{dims}", heads_q=2 * group, dim_k=dims[0], dim_v=dims[1])
+    check(shape, torch.bfloat16)
+
+
 @pytest.mark.parametrize("select_size", [32, 64])
 @pytest.mark.parametrize("count", [1, 4, 16, 64])
 @dtypes

@@ -1,6 +1,7 @@
 // Launches of Hopper's gradients of k and v over listed blocks, and which calls they take.
 #pragma once
 
+#include "common/dispatch.h"
 #include "common/launch_sm90.cuh"
 #include "selected/backward_keys_sm90.cuh"
 
@@ -18,7 +19,9 @@ inline bool selected_backward_keys_fits_sm90(const SelectedBackwardParams& param
   const Sequences& s = params.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;
-  const int32_t rows = selected_keys_step_rows(params.q.width);
+  // Of the tiles: values wider than 64 take keys of 64 columns to tiles of 128, too.
+  int32_t rows = 0;
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto) { rows = selected_keys_step_rows(k); });
   return params.select_size == 64 && s.group >= 4 && rows / s.group * s.group >= rows / 4 * 3 && params.scale != 0.f &&
          params.q.width <= 192 && params.v.width <= 128 && s.length_k > 0 &&
          copies_by_map(params.q, batch, s.length_q, heads) &&

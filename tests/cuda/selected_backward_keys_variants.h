@@ -36,6 +36,9 @@ void check_dims(const char* name, const std::vector<Kernel>& kernels) {
     const std::string packed = "packed, G " + std::to_string(group);
     check<Element>({dense.c_str(), 2, 377, 377, 2, group, kDimK, kDimV, 4}, kGate, kernels);
     check<Element>({packed.c_str(), 1, 0, 0, 1, group, kDimK, kDimV, 5, false, kCu, kCu}, kGate, kernels);
+    if (kDimK == 128) {  // the tiles of 64 / 128 too
+      check<Element>({dense.c_str(), 2, 377, 377, 2, group, 64, kDimV, 4}, kGate, kernels);
+    }
   }
   std::printf("%s %d/%d checked: %d right, %d wrong, %d fall back; largest error of the right ones %.1e\n", name, kDimK,
               kDimV, right, wrong, left_out, largest_error);

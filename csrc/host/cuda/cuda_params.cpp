@@ -104,6 +104,8 @@ RowView no_rows() { return {.data = nullptr, .batch_stride = 0, .head_stride = 0
 
 CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
                              bool compressed, int64_t block_size, int64_t block_stride) {
+  // The stride, which divides it, too. Larger ones, that no sequence has room for, would lose their upper bits.
+  TORCH_CHECK_VALUE(!compressed || block_size <= 0x7fffffff, "block_size must be below 2^31 on CUDA, got ", block_size);
   CallSequences call{};
   Sequences& s = call.sequences;
   s.heads_kv = static_cast<int32_t>(k.size(-2));
