@@ -1,7 +1,7 @@
 """Runs the tests with CUDA from a checkout with a built library; prints a table of the files, and writes JSON.
 
     python tools/gpu_suite.py --out suite.json
-    python tools/gpu_suite.py --jobs 4                      # files shared out to four processes
+    python tools/gpu_suite.py --jobs 8                      # shared out to eight processes
     python tools/gpu_suite.py tests/test_packed.py -- --maxfail=5
 
 Tests that need pip, a compiler or long training on a CPU are left out: they run in `make test`.
@@ -29,22 +29,28 @@ NO_TESTS = 5  # pytest's exit status for a file in which -k leaves nothing
 LEFT_OUT = ("test_packaging.py", "test_cpp_example.py", "test_example_train.py")
 
 
-def files_of(paths: list[str]) -> list[str]:
-    """Test files, the largest first: they tend to take longest. A path that names no folder stands for itself."""
-    found: list[str] = []
-    for path in paths:
-        inside = sorted((ROOT / path).rglob("test_*.py"), key=lambda file: -file.stat().st_size)
-        found += [str(file.relative_to(ROOT)) for file in inside if file.name not in LEFT_OUT] or [path]
-    return found
-
-
-def run_tests(paths: list[str], more: list[str], threads: int) -> tuple[int, ElementTree.Element, str]:
-    """Exit status, report and output of one process of pytest, whose references run on so many threads."""
+def run_share(paths: list[str], more: list[str], share: int, shares: int) -> tuple[int, ElementTree.Element, str]:
+    """Exit status, report and output of one process of pytest, which runs every `shares`-th test."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         ignored = [f"--ignore=tests/{name}" for name in LEFT_OUT]
-        command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", *ignored, f"--junit-xml={report}", *more, *paths]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "tools.share_tests",
+            "-k",
+            "cuda",
+            *ignored,
+            f"--junit-xml={report}",
+            *more,
+            *paths,
+        ]
+        threads = max(1, (os.cpu_count() or 1) // shares)  # of the references
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        environment |= {"NSA_TEST_SHARE": f"{share}/{shares}"}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -57,14 +63,12 @@ def run_tests(paths: list[str], more: list[str], threads: int) -> tuple[int, Ele
         return result.returncode, nothing, result.stdout
 
 
-def run_files(paths: list[str], more: list[str], jobs: int) -> tuple[int, list[ElementTree.Element]]:
-    """All tests, by `jobs` processes at a time when that is more than one, a file each."""
-    shares = [paths] if jobs == 1 else [[path] for path in files_of(paths)]
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def run_tests(paths: list[str], more: list[str], jobs: int) -> tuple[int, list[ElementTree.Element]]:
+    """All tests, by so many processes."""
     status, reports = 0, []
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         for future in concurrent.futures.as_completed(
-            [pool.submit(run_tests, share, more, threads) for share in shares]
+            [pool.submit(run_share, paths, more, share, jobs) for share in range(jobs)]
         ):
             code, report, output = future.result()
             print(output if code not in (0, NO_TESTS) else output.strip().rpartition("\n")[2], flush=True)
@@ -108,7 +112,7 @@ def main() -> int:
         print("gpu_suite: no GPU is visible to torch", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    status, reports = run_files(options.paths, more, options.jobs)
+    status, reports = run_tests(options.paths, more, options.jobs)
     files, failures = summarize(reports)
     total: collections.Counter[str] = collections.Counter()
     print(f"\n{'file':32} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
