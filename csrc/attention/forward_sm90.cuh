@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init_barrier(&shared.tile_full[i], 1);
       init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup / 32 + 2);
     }
-    init_barrier(&shared.others_full, 2);
+    init_barrier(&shared.others_full, 1 + 32);
     init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup / 32);
     init_barrier(&shared.out_empty, 1);
     fence_barrier_init();

@@ -125,10 +125,7 @@ __device__ inline void store_range(const RangeForwardSm90Params& params, typenam
       if constexpr (Shape::kSums) {
         if (sums) {
           load_tile_gates<Shape>(params, tile, shared.gates);
-          __syncwarp();
-          if (fresh_thread() % 32 == 0) {
-            arrive(&shared.others_full);
-          }
+          arrive(&shared.others_full);
         }
       }
       wait(&shared.out_full, parity_of<1>(seen));

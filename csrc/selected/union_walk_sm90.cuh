@@ -33,8 +33,8 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
       init_barrier(&barriers.v_empty[i], Shape::kWarps);
     }
     for (int i = 0; i < 2; ++i) {
-      init_barrier(&barriers.list_full[i], 1);
-      init_barrier(&barriers.list_empty[i], Shape::kWarps + 1);
+      init_barrier(&barriers.list_full[i], 32);
+      init_barrier(&barriers.list_empty[i], 32 * Shape::kWarps + 1);
     }
     barriers.issued = 0;
     for (int i = 0; i < Shape::kWarps; ++i) {
@@ -166,9 +166,8 @@ __device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shap
         merge_lists<Shape>(shared.lists + (turn & 1) * shared.most_steps, u, union_tile<Shape>(u, index), lane);
     if (lane == 0) {
       barriers.steps[turn & 1] = steps;
-      arrive(&barriers.list_full[turn & 1]);
     }
-    __syncwarp();
+    arrive(&barriers.list_full[turn & 1]);
   }
 }
 
@@ -231,10 +230,7 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       }
     }
     before += steps;
-    __syncwarp();
-    if (fresh_lane() == 0) {
-      arrive(&barriers.list_empty[turn() & 1]);
-    }
+    arrive(&barriers.list_empty[turn() & 1]);
     end(union_tile<Shape>(u, index()));
     __syncwarp();
     if (fresh_lane() == 0) {
