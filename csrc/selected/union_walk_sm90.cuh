@@ -34,7 +34,7 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&barriers.list_full[i], 32);
-      init_barrier(&barriers.list_empty[i], 32 * Shape::kWarps + 1);
+      init_barrier(&barriers.list_empty[i], Shape::kWarps + 1);
     }
     barriers.issued = 0;
     for (int i = 0; i < Shape::kWarps; ++i) {
@@ -230,7 +230,10 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       }
     }
     before += steps;
-    arrive(&barriers.list_empty[turn() & 1]);
+    __syncwarp();
+    if (fresh_lane() == 0) {
+      arrive(&barriers.list_empty[turn() & 1]);
+    }
     end(union_tile<Shape>(u, index()));
     __syncwarp();
     if (fresh_lane() == 0) {
