@@ -52,9 +52,10 @@ struct RowRing {
   RowNumbers<Shape::kRows> numbers[Shape::kStages];
   Barrier full[Shape::kStages], empty[Shape::kStages];
 
-  __device__ void init_barriers(int consumers) {
+  // `fillers`: arrivals that fill a stage.
+  __device__ void init_barriers(int consumers, int fillers = 2) {
     for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(&full[i], 2);
+      init_barrier(&full[i], fillers);
       init_barrier(&empty[i], consumers * kWarpgroup / 32);
     }
   }
@@ -120,13 +121,21 @@ __device__ inline void start_sums(float (&to)[kTiles][4], const uint32_t (&left)
   commit_products();
 }
 
+// What a caller may do with the gradients of a step's scores, left operands: here nothing. keep(gradients) is called in
+// the end of a step, send() when the first products of the next step run, and after the last step.
+struct HandsNothingOver {
+  template <int kSteps>
+  __device__ void keep(const uint32_t (&)[kSteps][4]) const {}
+  __device__ void send() const {}
+};
+
 // Sums over `steps` steps of the ring. K and V are whole in shared memory. Each warp releases what it has read.
-template <typename Shape>
+template <typename Shape, typename HandOver = HandsNothingOver>
 __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
                                          RingPlace<Shape::kStages>& ring_place, const typename Shape::Element* k_data,
                                          const typename Shape::Element* v_data, const KeyGradientsPlace& place,
                                          const Visibility& visibility, float scale, const Sequences& sequences,
-                                         const RowView& grad_lse, int32_t steps) {
+                                         const RowView& grad_lse, int32_t steps, HandOver&& hand_over = HandOver()) {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using GradOutTile = typename Shape::GradOutTile;
@@ -163,6 +172,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     start_scores<typename Shape::KTile, QTile>(scores, k_at, q);
     start_scores<typename Shape::VTile, GradOutTile>(grads, v_at, grad_out);
 
+    hand_over.send();
     const RowNumbers<kRows>& numbers = ring.numbers[stage];
     const int32_t of_ends[2] = {numbers.position[0], numbers.position[kRows - 1]};
     const bool all_seen = min(of_ends[0], of_ends[1]) >= all_first && max(of_ends[0], of_ends[1]) <= all_last;
@@ -242,6 +252,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     }
     start_sums<Element>(sums.k, score_grads, q);
     wait_products<0>();
+    hand_over.keep(score_grads);
     hold(sums.k);
     hold(sums.v);
     if (lane == 0) {
@@ -249,6 +260,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     }
     ring_place.advance();
   }
+  hand_over.send();
 }
 
 // Passes over steps in which the consumer has no part.

@@ -63,6 +63,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&to)[4], uint32_t addr
                : "memory");
 }
 
+// An 8 x 8 matrix, of which a lane holds two numbers of row lane / 4, turned round.
+__device__ inline uint32_t turn_matrix(uint32_t from) {
+  uint32_t to;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(to) : "r"(from));
+  return to;
+}
+
 // c (16 x 8, float32) += a (16 x 16) b (16 x 8).
 template <typename Element>
 __device__ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

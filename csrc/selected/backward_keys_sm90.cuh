@@ -17,6 +17,8 @@ namespace nsa {
 
 struct SelectedBackwardKeysSm90Params {
   SelectedBackwardParams selected;
+  int64_t first_block;  // of ChosenBy: those of the KV heads that are worked on
+  int64_t end_block;
   int32_t step_queries;  // of a step: floor(kRows / G)
   CUtensorMap q;         // boxes of 64 columns, G heads, one token
   CUtensorMap grad_out;
@@ -32,6 +34,7 @@ struct SelectedKeyItem {
   int32_t segments;     // that the block has
   const int32_t* list;  // queries, counted through the batch
   int32_t queries;
+  int32_t handed_begin;  // where scores of the batch's first query go, in units of 32 bytes
 };
 
 template <typename Shape>
@@ -40,6 +43,8 @@ struct SelectedBackwardKeysShared {
     alignas(1024) typename Shape::Element k[Shape::KTile::kSize];
     alignas(1024) typename Shape::Element v[Shape::VTile::kSize];
     RowRing<Shape> ring;
+    // Where a row's scores go, in units of 32 bytes; below 0: nowhere. Of the step that was released last, too.
+    int32_t handed_at[Shape::kStages + 1][Shape::kRows];
     Barrier keys_full;
     SelectedKeyItem item;
     KeyGradientsPlace place;
@@ -64,11 +69,11 @@ __device__ inline int64_t find_block_of_segment(const ChosenBy& chosen_by, int64
 
 // By a warp, into shared memory. Tiles without keys, and segments that do not exist, have count 0.
 template <typename Shape>
-__device__ inline void find_item(const SelectedBackwardParams& params, int64_t segment,
+__device__ inline void find_item(const SelectedBackwardParams& params, int64_t segment, int64_t end,
                                  typename SelectedBackwardKeysShared<Shape>::Part& part, int lane) {
   const ChosenBy& chosen_by = params.chosen_by;
   SelectedKeyItem item{};
-  if (segment < chosen_by.segments[chosen_by.blocks]) {
+  if (segment < end) {
     item.id = find_block_of_segment(chosen_by, segment, lane);
     item.tile = selected_key_tile<Shape::kKeys>(params, item.id, 0);
     const int32_t first_segment = chosen_by.segments[item.id];
@@ -77,6 +82,9 @@ __device__ inline void find_item(const SelectedBackwardParams& params, int64_t s
     item.segments = chosen_by.segments[item.id + 1] - first_segment;
     item.list = chosen_by.queries + begin + int64_t{item.segment} * chosen_by.segment;
     item.queries = min(chosen_by.begins[item.id + 1] - begin - item.segment * chosen_by.segment, chosen_by.segment);
+    item.handed_begin = static_cast<int32_t>((item.tile.head_kv - params.handed.first_head) * params.handed.queries *
+                                             static_cast<int64_t>(chosen_by.ranks.divisor) *
+                                             HandedScores::units(params.sequences.group));
   }
   if (lane == 0) {
     part.item = item;
@@ -120,7 +128,10 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
   const int32_t* const list = item.list;
   const int32_t queries = item.queries;
   const auto index_of = [&](int box) { return (lane + 32 * box) / kPanels; };
-  const auto query_at = [&](int32_t end, int box) { return list[max(end - 1 - index_of(box), 0)]; };
+  const auto query_at = [&](int32_t end, int box) {
+    return static_cast<int32_t>(
+        params.selected.chosen_by.ranks.divide(static_cast<uint32_t>(list[max(end - 1 - index_of(box), 0)])));
+  };
   RowRing<Shape>& ring = part.ring;
   RingPlace<Shape::kStages> ring_place;
   int32_t next[kMostBoxes];
@@ -180,15 +191,12 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
   const int32_t queries = item.queries;
   RowRing<Shape>& ring = part.ring;
   RingPlace<Shape::kStages> ring_place;
-  int32_t index[kPerLane];  // of the row's query in a step
-  int32_t head[kPerLane];
-  int32_t next[kPerLane];
+  int32_t next[kPerLane];  // the row's query in the next step
+  const Divisor& ranks = selected.chosen_by.ranks;
+  int handed_slot = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const Row at = row_at(s, item.tile.head_kv, lane + 32 * i);
-    index[i] = at.query;
-    head[i] = at.head;
-    next[i] = queries > 0 ? list[max(queries - 1 - at.query, 0)] : 0;
+    next[i] = queries > 0 ? list[max(queries - 1 - row_at(s, 0, lane + 32 * i).query, 0)] : 0;
   }
   for (int32_t end = queries; end > 0; end -= params.step_queries) {
     const int stage = ring_place.stage;
@@ -196,14 +204,20 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
     float gate[kPerLane];
     float delta[kPerLane];
     int32_t position[kPerLane];
+    int32_t handed_at[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const bool valid = index[i] < params.step_queries && index[i] < end;
-      const int64_t token = next[i] + to_token;
-      next[i] = list[max(end - params.step_queries - 1 - index[i], 0)];
-      lse[i] = valid ? selected.lse.at(place.batch, head[i], token) * kLog2E : -kMinusInfinity;
-      delta[i] = valid ? selected.delta.at(place.batch, head[i], token) : 0.f;
-      gate[i] = valid && selected.gate.data != nullptr ? selected.gate.at(place.batch, head[i], token) : 1.f;
+      const Row at = row_at(s, 0, fresh_thread() % 32 + 32 * i);
+      const int32_t head = item.tile.head_kv * s.group + at.head;
+      const bool valid = at.query < params.step_queries && at.query < end;
+      const auto query = static_cast<int32_t>(ranks.divide(static_cast<uint32_t>(next[i])));
+      handed_at[i] =
+          valid ? item.handed_begin + next[i] * HandedScores::units(s.group) + HandedScores::head_units(at.head) : -1;
+      const int64_t token = query + to_token;
+      next[i] = list[max(end - params.step_queries - 1 - at.query, 0)];
+      lse[i] = valid ? selected.lse.at(place.batch, head, token) * kLog2E : -kMinusInfinity;
+      delta[i] = valid ? selected.delta.at(place.batch, head, token) : 0.f;
+      gate[i] = valid && selected.gate.data != nullptr ? selected.gate.at(place.batch, head, token) : 1.f;
       position[i] = static_cast<int32_t>(token) + to_position;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
@@ -215,15 +229,61 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
         to.weights[row] = make_float2(lse[i], gate[i]);
         to.delta[row] = delta[i];
         to.position[row] = position[i];
+        part.handed_at[handed_slot][row] = handed_at[i];
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      arrive(&ring.full[stage]);
-    }
+    arrive(&ring.full[stage]);
     ring_place.advance();
+    handed_slot = handed_slot == Shape::kStages ? 0 : handed_slot + 1;
   }
 }
+
+// Hands the gradients of a step's scores over, turned round so that they are left operands of the gradient of q: while
+// the first products of the next step run.
+template <typename Shape>
+struct HandsScoresOver {
+  const typename SelectedBackwardKeysShared<Shape>::Part& part;
+  uint2* to;  // may be null
+  int key_units;
+  int slot;  // in handed_at, of the step that is kept: at first one with no place to go
+  uint32_t kept[Shape::kRows / 16][4];
+
+  __device__ HandsScoresOver(const typename SelectedBackwardKeysShared<Shape>::Part& part_,
+                             const SelectedBackwardParams& params)
+      : part(part_),
+        to(static_cast<uint2*>(params.handed.data)),
+        key_units(HandedScores::key_units(params.sequences.group)),
+        slot(Shape::kStages),
+        kept{} {}
+  __device__ void keep(const uint32_t (&score_grads)[Shape::kRows / 16][4]) {
+    slot = slot == Shape::kStages ? 0 : slot + 1;
+#pragma unroll
+    for (int i = 0; i < Shape::kRows / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        kept[i][j] = score_grads[i][j];
+      }
+    }
+  }
+  __device__ void send() const {
+    if (to == nullptr) {
+      return;
+    }
+    const int lane = fresh_thread() % 32;
+    const int warp = fresh_thread() % kWarpgroup / 32;
+    // Keys after the end of a sequence may be anything.
+    const int32_t keys = part.place.count - 16 * warp - lane / 4;
+#pragma unroll
+    for (int i = 0; i < Shape::kRows / 8; ++i) {
+      const uint32_t first = turn_matrix(keys > 0 ? kept[i / 2][2 * (i % 2)] : 0u);
+      const uint32_t second = turn_matrix(keys > 8 ? kept[i / 2][2 * (i % 2) + 1] : 0u);
+      const int32_t at = part.handed_at[slot][8 * i + lane / 4];
+      if (at >= 0) {
+        __stcs(to + (int64_t{at} + key_units * warp) * 4 + lane % 4, make_uint2(first, second));
+      }
+    }
+  }
+};
 
 template <typename Shape>
 __device__ inline void sum_chosen_gradients(const SelectedBackwardKeysSm90Params& params,
@@ -232,11 +292,12 @@ __device__ inline void sum_chosen_gradients(const SelectedBackwardKeysSm90Params
   const SelectedBackwardParams& selected = params.selected;
   KeyGradientSums<Shape> sums;
   RingPlace<Shape::kStages> ring_place;
+  HandsScoresOver<Shape> hand_over(part, selected);
   wait(&part.keys_full, 0);
   sum_key_gradients(sums, part.ring, ring_place, part.k, part.v, part.place,
                     {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()},
                     selected.scale, selected.sequences, selected.grad_lse,
-                    (part.item.queries + params.step_queries - 1) / params.step_queries);
+                    (part.item.queries + params.step_queries - 1) / params.step_queries, hand_over);
   const SelectedKeyItem& item = part.item;
   if (item.segments > 1) {
     const int64_t index = int64_t{selected.chosen_by.partials[item.id]} + item.segment;
@@ -264,12 +325,17 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
   if (warp < 2) {
     auto& part = shared.parts[warp];
-    find_item<Shape>(params.selected, 2 * int64_t{blockIdx.x} + warp, part, lane);
+    const ChosenBy& chosen_by = params.selected.chosen_by;
+    find_item<Shape>(params.selected, chosen_by.segments[params.first_block] + 2 * int64_t{blockIdx.x} + warp,
+                     chosen_by.segments[params.end_block], part, lane);
     if (lane == 0) {
-      part.ring.init_barriers(1);
+      part.ring.init_barriers(1, 1 + 32);
       init_barrier(&part.keys_full, 1);
       fence_barrier_init();
     }
+  }
+  if (thread < Shape::kRows) {
+    shared.parts[0].handed_at[Shape::kStages][thread] = shared.parts[1].handed_at[Shape::kStages][thread] = -1;
   }
   const int unfilled = params.step_queries * params.selected.sequences.group;
   for (int part = 0; part < 2; ++part) {

@@ -17,13 +17,6 @@ struct SelectedBackwardQuerySm90Params {
   UnionParams walk;
 };
 
-// The panels of a gradient of q that one product adds to: 64 or 128 columns.
-template <int kDimK>
-struct GradientParts {
-  static constexpr int kColumns = kDimK == 128 ? 128 : 64;
-  static constexpr int kCount = kDimK / kColumns;
-};
-
 template <typename Shape>
 __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Params& params,
                                               const UnionShared<Shape>& shared, int group, int warp) {

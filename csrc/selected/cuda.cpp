@@ -22,7 +22,7 @@ struct InvertedLists {
   at::Tensor storage;
 };
 
-InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, int32_t select_size,
+InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, int32_t select_size, bool ranked,
                            cudaStream_t stream) {
   // Enough segments for every multiprocessor to have several, so that the long lists of the first blocks hold nobody
   // up.
@@ -35,7 +35,11 @@ InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, 
   TORCH_CHECK_VALUE(blocks < 0x7fffffff && pairs < 0x7fffffff,
                     "block_indices must hold fewer than 2^31 numbers for fewer than 2^31 blocks on CUDA, got ",
                     lists.sizes());
-  const int64_t segment = max_of(ceil_div(pairs, kSegmentsPerMultiprocessor * multiprocessors()), kLeastQueries);
+  // The long lists of the last KV head begin when the others are nearly done: they may take no longer than one head
+  // does.
+  const int64_t of_all = ceil_div(pairs, kSegmentsPerMultiprocessor * multiprocessors());
+  const int64_t of_head = ceil_div(pairs, int64_t{2} * sequences.heads_kv * multiprocessors());
+  const int64_t segment = max_of(min_of(of_all, of_head), kLeastQueries);
   const int64_t temporary_bytes = invert_lists_temporary_bytes(pairs, blocks);
   const auto ints = lists.options().dtype(at::kInt);
   const at::Tensor storage = at::empty({pairs + 3 * (blocks + 1)}, ints);
@@ -50,6 +54,7 @@ InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, 
                                  .pairs = pairs,
                                  .blocks = blocks,
                                  .segment = static_cast<int32_t>(segment),
+                                 .ranked = ranked,
                                  .keys = keys,
                                  .sorted_keys = keys + pairs,
                                  .values = keys + 2 * pairs,
@@ -62,6 +67,7 @@ InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, 
   launch_invert_lists(params, stream);
   return {{.blocks = blocks,
            .segment = params.segment,
+           .ranks = ranked ? Divisor(static_cast<uint32_t>(params.num_selected)) : Divisor(),
            .queries = params.queries,
            .begins = params.begins,
            .segments = params.segments,
@@ -135,13 +141,12 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   const at::Tensor dk_written = writable(dk);
   const at::Tensor dv_written = writable(dv);
   const bool separate = !dq_written.is_same(dq) && grad_q.defined();  // the sum with grad_q is then taken here
-  const InvertedLists inverted = invert_lists(call.sequences, lists, checked_select_size(options), stream);
   SelectedBackwardParams params{.sequences = call.sequences,
                                 .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
                                 .select_size = checked_select_size(options),
                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
                                 .block_indices = lists.const_data_ptr<int32_t>(),
-                                .chosen_by = inverted.chosen_by,
+                                .chosen_by = {},
                                 .q = view_of(q_read),
                                 .k = view_of(k_read),
                                 .v = view_of(v_read),
@@ -154,8 +159,19 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .grad_k = view_of(dk_written),
                                 .grad_v = view_of(dv_written),
                                 .add_to_grad_q = grad_q.defined() && !separate,
-                                .partials = nullptr};
+                                .partials = nullptr,
+                                .handed = {}};
+  const SelectedHanding handing = is_16_bit(type) ? selected_handing(params, type) : SelectedHanding{};
+  const bool hands_over = handing.heads > 0;
+  const InvertedLists inverted = invert_lists(call.sequences, lists, params.select_size, hands_over, stream);
+  params.chosen_by = inverted.chosen_by;
   if (is_16_bit(type)) {
+    at::Tensor handed;
+    if (hands_over) {
+      handed = at::empty({handing.bytes}, q.options().dtype(at::kByte));
+      params.handed.data = handed.mutable_data_ptr();
+      params.handed.heads = handing.heads;
+    }
     const at::Tensor partials = at::empty({selected_partial_floats(params)}, q.options().dtype(at::kFloat));
     params.partials = partials.mutable_data_ptr<float>();
     launch_selected_backward(params, type, stream);

@@ -1,5 +1,6 @@
 // Which instantiation runs.
 #include "selected/launch.h"
+#include "selected/launch_handed_sm90.cuh"
 #include "selected/launch_keys_sm90.cuh"
 #include "selected/launch_query_sm90.cuh"
 #include "selected/launch_sm80.cuh"
@@ -56,6 +57,21 @@ extern template bool try_selected_backward_query_sm90<Half, 192, 128>(const Sele
 extern template bool try_selected_backward_query_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template SelectedHanding selected_handing_sm90<Half, 64, 64>(const SelectedBackwardParams&);
+extern template SelectedHanding selected_handing_sm90<Half, 128, 128>(const SelectedBackwardParams&);
+extern template SelectedHanding selected_handing_sm90<Half, 192, 128>(const SelectedBackwardParams&);
+extern template SelectedHanding selected_handing_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&);
+extern template SelectedHanding selected_handing_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&);
+extern template SelectedHanding selected_handing_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&);
+extern template void launch_selected_backward_handed_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_handed_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_handed_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_handed_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_handed_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                              cudaStream_t);
+extern template void launch_selected_backward_handed_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                              cudaStream_t);
 
 namespace {
 
@@ -89,6 +105,18 @@ void launch_selected_backward_query_of(const SelectedBackwardParams& params, cud
   launch_selected_backward_query_sm80<Element, kDimK, kDimV>(params, stream);
 }
 
+template <typename Element, int kDimK, int kDimV>
+void launch_selected_backward_of(const SelectedBackwardParams& params, cudaStream_t stream) {
+  if constexpr (kDimK <= 192) {
+    if (params.handed.data != nullptr) {
+      launch_selected_backward_handed_sm90<Element, kDimK, kDimV>(params, stream);
+      return;
+    }
+  }
+  launch_selected_backward_query_of<Element, kDimK, kDimV>(params, stream);
+  launch_selected_backward_keys_of<Element, kDimK, kDimV>(params, stream);
+}
+
 }  // namespace
 
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream) {
@@ -104,13 +132,22 @@ void launch_selected_forward(const SelectedForwardParams& params, ElementType ty
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream) {
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
     if (type == ElementType::kFloat16) {
-      launch_selected_backward_query_of<Half, k, v>(params, stream);
-      launch_selected_backward_keys_of<Half, k, v>(params, stream);
+      launch_selected_backward_of<Half, k, v>(params, stream);
     } else {
-      launch_selected_backward_query_of<BFloat16, k, v>(params, stream);
-      launch_selected_backward_keys_of<BFloat16, k, v>(params, stream);
+      launch_selected_backward_of<BFloat16, k, v>(params, stream);
     }
   });
+}
+
+SelectedHanding selected_handing(const SelectedBackwardParams& params, ElementType type) {
+  SelectedHanding result{};
+  with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
+    if constexpr (k <= 192) {
+      result = type == ElementType::kFloat16 ? selected_handing_sm90<Half, k, v>(params)
+                                             : selected_handing_sm90<BFloat16, k, v>(params);
+    }
+  });
+  return result;
 }
 
 int64_t selected_partial_floats(const SelectedBackwardParams& params) {

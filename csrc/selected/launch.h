@@ -11,7 +11,15 @@ namespace nsa {
 // tensor start at multiples of 16 bytes, and widths are multiples of 8, at most 256.
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream);
-// What params.partials of the latter must hold.
+// KV heads at a time whose scores' gradients one kernel of the backward hands to the other, in a workspace of so many
+// bytes; 0 where none does.
+struct SelectedHanding {
+  int32_t heads;
+  int64_t bytes;
+};
+// Of the parameters it needs all but chosen_by, partials and handed.
+SelectedHanding selected_handing(const SelectedBackwardParams& params, ElementType type);
+// What params.partials of the backward must hold.
 int64_t selected_partial_floats(const SelectedBackwardParams& params);
 
 // float32, without tensor cores: any head dimensions up to 256, any strides whose last is 1.

@@ -30,27 +30,45 @@ inline bool selected_backward_keys_fits_sm90(const SelectedBackwardParams& param
          copies_by_map(params.v, batch, s.length_k, s.heads_kv);
 }
 
+// Of the KV heads [first_head, first_head + heads), whose partial sums are left as they are.
 template <typename Shape>
-void launch_selected_backward_keys_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {
+void launch_selected_backward_keys_heads(const SelectedBackwardParams& selected, int32_t first_head, int32_t heads_kv,
+                                         cudaStream_t stream) {
   constexpr const char* kName = "gradients of k and v of selected attention";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
   const Sequences& s = selected.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;
   const auto group = static_cast<uint32_t>(s.group);
+  const ChosenBy& chosen_by = selected.chosen_by;
+  const int64_t slots = chosen_by.blocks / s.heads_kv;
+  // All heads have as many pairs.
+  const int64_t most_segments = (chosen_by.full_segments + 1) * heads_kv / s.heads_kv + 1 + slots * heads_kv;
   SelectedBackwardKeysSm90Params params{
       .selected = selected,
+      .first_block = first_head * slots,
+      .end_block = (first_head + heads_kv) * slots,
       .step_queries = Shape::kRows / s.group,
       .q = tensor_map(selected.q, kType, batch, s.length_q, heads, group, 1, kName),
       .grad_out = tensor_map(selected.grad_out, kType, batch, s.length_q, heads, group, 1, kName),
       .k = tensor_map(selected.k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, kName),
       .v = tensor_map(selected.v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, kName)};
-  launch(selected_backward_keys_sm90<Shape>, ceil_div(selected.chosen_by.max_segments, 2), 3 * kWarpgroup,
+  launch(selected_backward_keys_sm90<Shape>, ceil_div(most_segments, 2), 3 * kWarpgroup,
          sizeof(SelectedBackwardKeysShared<Shape>), stream, kName, params);
+}
+
+template <typename Shape>
+void launch_selected_add_partials(const SelectedBackwardParams& selected, cudaStream_t stream) {
   if (selected.chosen_by.full_segments > 0) {
     launch(selected_add_partials<Shape>, selected.chosen_by.blocks, 256, 0, stream,
            "sums of gradients of selected attention", selected);
   }
+}
+
+template <typename Shape>
+void launch_selected_backward_keys_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {
+  launch_selected_backward_keys_heads<Shape>(selected, 0, selected.sequences.heads_kv, stream);
+  launch_selected_add_partials<Shape>(selected, stream);
 }
 
 // Whether it ran: it does not where the GPU, the build or the tensors do not suit it.

@@ -32,10 +32,13 @@ UnionParams union_params(const Sequences& s, const int32_t* block_indices, int32
                 .head_slots = head_slots,
                 .tiles = static_cast<int32_t>(count_slots(s, s.length_q, Shape::kGroups * tokens) * s.heads_kv *
                                               ceil_div(s.group, head_slots)),
+                .first_tile = 0,
+                .end_tile = 0,
                 .k = tensor_map(k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
                 .v = tensor_map(v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, name),
                 .q = tensor_map(q, kType, batch, s.length_q, int64_t{s.heads_kv} * s.group, head_slots, tokens, name),
                 .grad_out = {}};
+  u.end_tile = u.tiles;
   return u;
 }
 
@@ -46,7 +49,7 @@ void launch_union(void (*kernel)(Params), const Params& params, int32_t num_sele
   int multiprocessors = 0;
   check_cuda(cudaGetDevice(&device), name);
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
-  launch(kernel, min_of(params.walk.tiles, multiprocessors), Shape::kThreads,
+  launch(kernel, min_of(params.walk.end_tile - params.walk.first_tile, multiprocessors), Shape::kThreads,
          union_shared_bytes<Shape>(Shape::kGroups * group_tokens, num_selected), stream, name, params);
 }
 

@@ -13,6 +13,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kScanThreads = 1024;
 
+__device__ inline bool readable_block(const InvertListsParams& params, const SequencePlace& place, const Tile& at,
+                                      int64_t block) {
+  const int64_t first_key = block * params.select_size;
+  return block >= 0 && first_key <= place.offset + at.index && first_key < place.k_length;
+}
+
 // Entry i of all lists as (block, query). What no query may read, such as -1, gets the block after the last.
 __global__ void list_pairs(const __grid_constant__ InvertListsParams params) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
@@ -26,15 +32,22 @@ __global__ void list_pairs(const __grid_constant__ InvertListsParams params) {
   const Tile at = find_query(s, token);
   const SequencePlace place = place_of(s, at.sequence);
   const int64_t block = params.block_indices[i];
-  const int64_t first_key = block * params.select_size;
   int64_t id = params.blocks;
-  if (block >= 0 && first_key <= place.offset + at.index && first_key < place.k_length) {
+  if (readable_block(params, place, at, block)) {
     const int64_t before = s.packed() ? place.k_begin / params.select_size + at.sequence
                                       : at.sequence * ceil_div(s.length_k, params.select_size);
     id = head_kv * (params.blocks / s.heads_kv) + before + block;
   }
   params.keys[i] = static_cast<int32_t>(id);
-  params.values[i] = static_cast<int32_t>(token);
+  int64_t value = token;
+  if (params.ranked) {
+    int32_t rank = 0;
+    for (int64_t j = list * params.num_selected; j < i; ++j) {
+      rank += readable_block(params, place, at, params.block_indices[j]) ? 1 : 0;
+    }
+    value = token * params.num_selected + rank;
+  }
+  params.values[i] = static_cast<int32_t>(value);
 }
 
 __global__ void find_begins(const __grid_constant__ InvertListsParams params) {

@@ -20,10 +20,12 @@ struct SelectedForwardParams {
 
 // The lists turned round: which queries chose each block. A block's queries are cut into segments, for balance.
 struct ChosenBy {
-  int64_t blocks;           // slots of blocks, times Hkv
-  int32_t segment;          // queries per segment, at most
-  const int32_t* queries;   // (pairs,) queries (counted through the whole batch), sorted by block, ascending
-  const int32_t* begins;    // (blocks + 1,) where each block's queries begin
+  int64_t blocks;          // slots of blocks, times Hkv
+  int32_t segment;         // queries per segment, at most
+  Divisor ranks;           // n where queries have ranks, else 1
+  const int32_t* queries;  // (pairs,) queries (counted through the whole batch), sorted by block, ascending; with ranks
+                           // query * n + rank, the block's place among those of its list that the query may read
+  const int32_t* begins;   // (blocks + 1,) where each block's queries begin
   const int32_t* segments;  // (blocks + 1,) segments before each block: at least one each
   const int32_t* partials;  // (blocks + 1,) segments before each block among blocks of more than one
   int64_t full_segments;    // pairs / segment: what the host knows of segments[blocks] ...
@@ -39,6 +41,7 @@ struct InvertListsParams {
   int64_t pairs;   // entries of all lists
   int64_t blocks;  // as in ChosenBy
   int32_t segment;
+  bool ranked;           // as ChosenBy.ranks says
   int32_t* keys;         // (pairs,) workspace
   int32_t* sorted_keys;  // (pairs,) workspace
   int32_t* values;       // (pairs,) workspace
@@ -48,6 +51,25 @@ struct InvertListsParams {
   int32_t* partials;
   void* temporary;  // workspace of temporary_bytes
   int64_t temporary_bytes;
+};
+
+// The gradients of scores, which on Hopper the kernel of the gradients of k and v hands to that of the gradient of q:
+// of a few KV heads at a time. (KV heads, queries, n, heads of the group / 8, 64 keys / 16, head mod 8, 4, 4): the last
+// two are lanes, and the keys that each holds of a product's left operand: 2 i, 2 i + 1, 2 i + 8, 2 i + 9.
+struct HandedScores {
+  void* data;  // nullptr: the kernel of the gradient of q computes them itself
+  int32_t first_head;
+  int32_t heads;
+  int64_t queries;  // of the batch
+
+  // In units of 32 bytes, 16 keys of a head. Of a query and block, whose heads fill left operands of 16 rows, or of
+  // eight where there are no more. Four heads or fewer leave the other half of the eight out.
+  NSA_HOST_DEVICE static int32_t units(int32_t group) {
+    return group > 8 ? (group + 15) / 16 * 64 : 4 * key_units(group);
+  }
+  NSA_HOST_DEVICE static int32_t head_units(int32_t head) { return head / 8 * 32 + head % 8; }
+  // From 16 keys to the next.
+  NSA_HOST_DEVICE static int32_t key_units(int32_t group) { return group > 4 ? 8 : 4; }
 };
 
 struct SelectedBackwardParams {
@@ -62,6 +84,7 @@ struct SelectedBackwardParams {
   TensorView grad_q, grad_k, grad_v;
   bool add_to_grad_q;
   float* partials;  // (partials[blocks], keys per block, Dk + Dv)
+  HandedScores handed;
 };
 
 }  // namespace nsa

@@ -10,6 +10,13 @@ namespace nsa {
 // This thread's lane, read anew: what is computed from it is not kept in registers meanwhile.
 __device__ inline int fresh_lane() { return fresh_thread() & 31; }
 
+// The panels of a gradient of q that one product adds to: 64 or 128 columns.
+template <int kDimK>
+struct GradientParts {
+  static constexpr int kColumns = kDimK == 128 ? 128 : 64;
+  static constexpr int kCount = kDimK / kColumns;
+};
+
 // Of a group's rows: which token, counted within the group, and which head.
 struct UnionRow {
   int token;

@@ -30,9 +30,10 @@ struct UnionShape {
   static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
   static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
+  static constexpr bool kOnlyKeys = false;         // whether steps have no V, and tiles no rows
   using KTile = PanelTile<Element, kKeys, kDimK>;  // of Q too: as many rows as keys
   using VTile = PanelTile<Element, kKeys, kDimV>;
-  static_assert(kRows == kKeys && (kGroups == 2 || kGroups == 3));
+  static_assert(kRows == kKeys);
   static constexpr int kBytesK = KTile::kSize * 2;
   static constexpr int kBytesV = VTile::kSize * 2;
   static constexpr int kRingBytes = kStagesK * kBytesK + kStagesV * kBytesV;
@@ -65,8 +66,10 @@ struct UnionParams {
   int32_t num_selected;
   int32_t head_slots;  // rows of a token: 16, or 8 where a group has at most 8 heads
   int32_t tiles;       // slots of tokens, times Hkv, times tiles of `head_slots` heads
-  CUtensorMap k, v;    // boxes of 64 columns, 64 tokens
-  CUtensorMap q;       // boxes of 64 columns, `head_slots` heads, 64 / head_slots tokens
+  int32_t first_tile;  // those of the heads that are worked on
+  int32_t end_tile;
+  CUtensorMap k, v;  // boxes of 64 columns, 64 tokens
+  CUtensorMap q;     // boxes of 64 columns, `head_slots` heads, 64 / head_slots tokens
   CUtensorMap grad_out;
 };
 

@@ -3,7 +3,8 @@
 // Blocks of threads are persistent: tile after tile, one KV head after the other, so that the keys in use stay in L2.
 // - The merging warp joins the tile's lists into steps (block, which tokens chose it), a tile ahead.
 // - The producer, one thread, copies each step's K and V block into two rings of buffers. Before the steps of a list
-//   come as many as there are warpgroups, whose K and V are a warpgroup's Q and gradient of the output.
+//   come as many as there are warpgroups, whose K and V are a warpgroup's Q and gradient of the output. (kOnlyKeys: no
+//   V, and no such steps.)
 // - Consumer warpgroups own 64 rows each. They take the blocks that one of their tokens chose and pass over the others
 //   without a wait.
 #pragma once
@@ -18,6 +19,11 @@ struct UnionSeen {
   int32_t k_length;
 
   __device__ int32_t limit(int token) const { return min(first_limit + token, k_length); }
+  // Keys of blocks that a warp may take alone: others need a mask or, where scores come masked, cleared rows.
+  template <typename Shape>
+  __device__ int32_t limit_alone() const {
+    return Shape::kOnlyKeys ? k_length : limit(0);
+  }
 };
 
 template <typename Shape>
@@ -49,13 +55,15 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
 template <typename Shape>
 __device__ inline void produce_union(const UnionParams& u, const UnionShared<Shape>& shared) {
   auto& barriers = *shared.barriers;
-  prefetch_map(&u.q);
   prefetch_map(&u.k);
-  prefetch_map(&u.v);
+  if constexpr (!Shape::kOnlyKeys) {
+    prefetch_map(&u.q);
+    prefetch_map(&u.v);
+  }
   const int group_tokens = group_tokens_of<Shape>(u);
   uint32_t step = 0;  // of all tiles
   uint32_t turn = 0;  // tiles so far
-  for (int32_t index = blockIdx.x; index < u.tiles; index += gridDim.x, ++turn) {
+  for (int32_t index = u.first_tile + blockIdx.x; index < u.end_tile; index += gridDim.x, ++turn) {
     const UnionTile tile = union_tile<Shape>(u, index);
     const typename Shape::Step* const list = shared.lists + (turn & 1) * shared.most_steps;
     wait(&barriers.list_full[turn & 1], turn / 2 & 1);
@@ -92,7 +100,9 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
         copy(typename Shape::VTile(), v, shared.v, barriers.v_full, barriers.v_empty, Shape::kStagesV,
              v == nullptr ? 0 : needed, head, token);
       };
-      if constexpr (Shape::kGradients) {  // in the order of their first use
+      if constexpr (Shape::kOnlyKeys) {
+        copy_k();
+      } else if constexpr (Shape::kGradients) {  // in the order of their first use
         copy_v();
         copy_k();
       } else {
@@ -101,8 +111,9 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
       }
       publish(&barriers.issued, ++step);
     };
+    constexpr int kRowSteps = Shape::kOnlyKeys ? 0 : Shape::kGroups;
 #pragma unroll 1
-    for (int group = 0; group < Shape::kGroups; ++group) {
+    for (int group = 0; group < kRowSteps; ++group) {
       copy_both(&u.q, Shape::kGradients ? &u.grad_out : nullptr, 4, tile.first_head,
                 static_cast<int32_t>(tile.place.q_begin) + tile.first_query + group * group_tokens);
     }
@@ -112,7 +123,8 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
 #pragma unroll
       for (int group = 0; group < Shape::kGroups; ++group) {
         const uint32_t tokens = tokens_of_group<Shape>(list[i], group, group_tokens);
-        const bool alone = taken_alone<Shape>(tokens, group_tokens, block, tile.limit(group * group_tokens));
+        const int32_t limit = Shape::kOnlyKeys ? tile.place.k_length : tile.limit(group * group_tokens);
+        const bool alone = taken_alone<Shape>(tokens, group_tokens, block, limit);
         needed += tokens == 0 ? 0 : alone ? __popc(warps_of_tokens(tokens, group_tokens)) : 4;
       }
       copy_both(&u.k, &u.v, needed, tile.head_kv,
@@ -158,7 +170,7 @@ __device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shap
   auto& barriers = *shared.barriers;
   const int lane = fresh_lane();
   uint32_t turn = 0;
-  for (int32_t index = blockIdx.x; index < u.tiles; index += gridDim.x, ++turn) {
+  for (int32_t index = u.first_tile + blockIdx.x; index < u.end_tile; index += gridDim.x, ++turn) {
     if (turn >= 2) {
       wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
     }
@@ -169,6 +181,13 @@ __device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shap
     }
     arrive(&barriers.list_full[turn & 1]);
   }
+}
+
+// The grid's size, read anew.
+__device__ inline uint32_t fresh_grid() {
+  uint32_t blocks;
+  asm volatile("mov.u32 %0, %%nctaid.x;\n" : "=r"(blocks));
+  return blocks;
 }
 
 // A consumer warp's step.
@@ -186,13 +205,14 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
                                       const Begin& begin, const TakeRows& take_rows, const Take& take, const End& end) {
   auto& barriers = *shared.barriers;
   const int group_tokens = group_tokens_of<Shape>(u);
-  const uint32_t own = group_tokens == 4 ? 1u << warp : 3u << 2 * warp;
   uint32_t before = 0;  // steps of the tiles so far
   // Tiles so far: kept in shared memory, for registers are few.
   uint32_t* const turns = &barriers.turns[4 * group + warp];
   const auto turn = [&] { return observe(turns); };
-  const auto index = [&] { return static_cast<int32_t>(blockIdx.x + turn() * gridDim.x); };
-  while (index() < u.tiles) {
+  const auto index = [&] {
+    return static_cast<int32_t>(u.first_tile + blockIdx.x + turn() * (Shape::kOnlyKeys ? fresh_grid() : gridDim.x));
+  };
+  while (index() < u.end_tile) {
     UnionSeen seen;
     {
       const UnionTile tile = union_tile<Shape>(u, index());
@@ -201,8 +221,10 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       begin(tile);
     }
     wait(&barriers.list_full[turn() & 1], turn() / 2 & 1);
-    take_rows(__shfl_sync(0xffffffffu, before + group, 0));
-    before += Shape::kGroups;
+    if constexpr (!Shape::kOnlyKeys) {
+      take_rows(__shfl_sync(0xffffffffu, before + group, 0));
+      before += Shape::kGroups;
+    }
     const int32_t steps = barriers.steps[turn() & 1];
     for (int32_t first = 0; first < steps; first += 32) {
       uint32_t together = 0;  // steps that the group's warps take together
@@ -212,9 +234,11 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
         const int at = first + fresh_lane();
         entry = at < steps ? shared.lists[(turn() & 1) * shared.most_steps + at] : 0;
         const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
-        const bool alone =
-            taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits), seen.limit(0));
+        const bool alone = taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits),
+                                              seen.template limit_alone<Shape>());
         together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
+        const int own_warp = fresh_thread() / 32 % 4;
+        const uint32_t own = group_tokens == 4 ? 1u << own_warp : 3u << 2 * own_warp;
         chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
       }
       while (chosen != 0) {

@@ -1,0 +1,184 @@
+// Attention over listed blocks, backward, for Hopper: the gradient of q, from the gradients of scores that the kernel
+// of the gradients of k and v handed over.
+//   dq = scale dS K
+//
+// The forward's tiles and walk (union_walk_sm90.cuh), without values and rows of Q: shared memory is one ring of K. A
+// warpgroup's 64 rows of dq stay in registers; a warp loads its tokens' dS of a block as it lies, as left operands. A
+// block that several of its tokens chose is taken by all of its warps, by wgmma; others by the tokens' warps, by
+// mma.sync.
+#pragma once
+
+#include "common/tile.cuh"
+#include "selected/union_walk_sm90.cuh"
+
+namespace nsa {
+
+struct SelectedQueryHandedSm90Params {
+  SelectedBackwardParams selected;
+  UnionParams walk;
+  int32_t block_units;  // of HandedScores, for the group
+  int32_t key_units;
+};
+
+template <typename Element_, int kDimK_, int kGroups_, int kStages_, bool kWide_, int kMostAlone_>
+struct HandedShape : UnionShape<Element_, kDimK_, 64, false, kGroups_, kStages_, 1, kWide_, kMostAlone_> {
+  static constexpr bool kOnlyKeys = true;
+  static constexpr int kProducerRegisters = kGroups_ != 4 ? 56 : kDimK_ == 128 ? 32 : 64;
+  static constexpr int kConsumerRegisters = kGroups_ != 4 ? 152 : kDimK_ == 128 ? 112 : 104;
+  static constexpr int kRingBytes = kStages_ * PanelTile<Element_, 64, kDimK_>::kSize * 2;
+  static constexpr int kGroupBytes = 0;
+};
+
+template <typename Shape>
+__device__ inline void consume_handed(const SelectedQueryHandedSm90Params& params, const UnionShared<Shape>& shared,
+                                      int group, int warp) {
+  using Element = typename Shape::Element;
+  using KTile = typename Shape::KTile;
+  using Parts = GradientParts<Shape::kDimK>;
+  const SelectedBackwardParams& p = params.selected;
+  const UnionParams& u = params.walk;
+  UnionRing<Shape> ring{shared, 0};
+  float grad[Parts::kCount][Parts::kColumns / 8][4];
+  // Where dS of the next block of the lane's rows lies, in units of 32 bytes. Where a token has 16 rows, the second is
+  // eight heads further. (What lies there of heads that do not exist may be anything: nobody stores what becomes of
+  // it.)
+  constexpr int kTokens = Shape::kHeadSlots == 16 ? 1 : 2;
+  int32_t from[kTokens];
+
+  const auto begin = [&](const UnionTile& tile) {
+    const int lane = fresh_lane();
+    const int32_t first_token = group * group_tokens_of<Shape>(u);
+#pragma unroll
+    for (int half = 0; half < kTokens; ++half) {
+      const UnionRow row = union_row<Shape>(u, warp, half, lane);
+      const int64_t query =
+          tile.place.batch * u.sequences.length_q + tile.place.q_begin + tile.first_query + first_token + row.token;
+      const int64_t list = (tile.head_kv - p.handed.first_head) * p.handed.queries + query;
+      const int32_t head = tile.first_head + row.head - tile.head_kv * u.sequences.group;
+      from[half] = static_cast<int32_t>(list * u.num_selected * params.block_units) + HandedScores::head_units(head);
+    }
+#pragma unroll
+    for (int i = 0; i < Parts::kCount; ++i) {
+      clear(grad[i]);
+    }
+  };
+
+  // dS of the warp's rows and a block that `tokens` chose.
+  const auto load = [&](uint32_t (&scores)[4][4], uint32_t tokens) {
+    const int warp = fresh_thread() % kWarpgroup / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool chosen = chosen_row<Shape>(u, tokens, warp, half) != 0;
+      const int32_t units = kTokens == 2 ? from[half % kTokens] : from[0] + half * HandedScores::head_units(8);
+      const uint2* const at = static_cast<const uint2*>(p.handed.data) + int64_t{units} * 4 + fresh_lane() % 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint2 keys = chosen ? __ldcs(at + 4 * params.key_units * i) : uint2{};
+        scores[i][half] = keys.x;
+        scores[i][half + 2] = keys.y;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kTokens; ++half) {
+      from[half] += chosen_row<Shape>(u, tokens, warp, half) & params.block_units;
+    }
+  };
+
+  const auto take_alone = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
+    const int lane = fresh_lane();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int column = 0; column < Shape::kDimK; column += 16) {
+        uint32_t b[4];
+        k_tile.load_right(b, 16 * i, column, lane);
+        auto& sums = grad[column / Parts::kColumns];
+        multiply_add<Element>(sums[column % Parts::kColumns / 8], scores[i], b[0], b[1]);
+        multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], scores[i], b[2], b[3]);
+      }
+    }
+  };
+
+  const auto take_together = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
+    const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
+#pragma unroll
+    for (int part = 0; part < Parts::kCount; ++part) {
+      hold(grad[part]);
+    }
+    fence_products();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int part = 0; part < Parts::kCount; ++part) {
+        multiply_async<Element>(grad[part], scores[i],
+                                advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)), true);
+      }
+    }
+    commit_products();
+    wait_products<0>();
+#pragma unroll
+    for (int part = 0; part < Parts::kCount; ++part) {
+      hold(grad[part]);
+    }
+  };
+
+  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
+    uint32_t scores[4][4];
+    load(scores, step.tokens);
+    const KTile k_tile = ring.wait_k(step.number);
+    if (step.alone) {
+      take_alone(scores, k_tile);
+    } else {
+      if (step.key + Shape::kKeys > seen.k_length) {
+        clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group);
+      }
+      take_together(scores, k_tile);
+    }
+    ring.release_k(step.number);
+  };
+
+  const auto end = [&](const UnionTile& tile) {
+    const int lane = fresh_lane();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const UnionRow row = union_row<Shape>(u, warp, half, lane);
+      const int32_t query = tile.first_query + group * group_tokens_of<Shape>(u) + row.token;
+      Element* const to =
+          query < tile.place.q_length && row.head < tile.heads
+              ? p.grad_q.row<Element>(tile.place.batch, tile.place.q_begin + query, tile.first_head + row.head)
+              : nullptr;
+#pragma unroll
+      for (int part = 0; part < Parts::kCount; ++part) {
+        const int first = part * Parts::kColumns;
+        write_row(to == nullptr ? nullptr : to + first, p.grad_q.width - first, grad[part], half, p.scale,
+                  p.add_to_grad_q, lane);
+      }
+    }
+  };
+  consume_unions(u, shared, group, warp, begin, [](uint32_t) {}, take, end);
+}
+
+// Empty unless it is compiled for sm_90a: see runs_on_this_device.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    selected_query_handed_sm90(const __grid_constant__ SelectedQueryHandedSm90Params params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char union_shared[];
+  const UnionShared<Shape> shared(union_shared, params.walk);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  start_union(shared);
+  if (warp >= Shape::kWarps) {
+    shrink_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x == 32 * Shape::kWarps) {
+      produce_union(params.walk, shared);
+    } else if (warp == Shape::kWarps + 1) {
+      merge_unions(params.walk, shared);
+    }
+  } else {
+    grow_registers<Shape::kConsumerRegisters>();
+    consume_handed(params, shared, warp / 4, warp % 4);
+  }
+#endif
+}
+
+}  // namespace nsa
