@@ -3,7 +3,7 @@
 // kernels that each compute scores for themselves. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/selected_backward_handed_sm90.cu csrc/selected/lists.cu -o selected_backward_handed_sm90
-//   ./selected_backward_handed_sm90 [check | time [cases whose names hold this] | profile]
+//   ./selected_backward_handed_sm90 [check | time | profile] [cases whose names hold this]
 #include <chrono>
 #include <limits>
 #include <thread>
@@ -118,9 +118,13 @@ void poison(const Device<T>& data) {
 }
 
 int bad = 0;
+std::string only;  // cases whose names hold this
 
 template <typename Element>
 void check(const Case& c, int samples, bool gated = true, bool add = false) {
+  if (std::string(c.name).find(only) == std::string::npos) {
+    return;
+  }
   HandedProblem<Element> x(c, gated, 1);
   if (!selected_backward_handed_fits_sm90(x.b)) {
     std::printf("%-28s not taken\n", c.name);
@@ -242,6 +246,7 @@ void time(const Case& c, const std::vector<int>& heads) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "both";
+  only = argc > 2 ? argv[2] : "";
   const Choice random = Choice::kRandom;
   const Choice correlated = Choice::kCorrelated;
   const Choice hostile = Choice::kHostile;
@@ -293,7 +298,6 @@ int main(int argc, char** argv) {
     std::printf(bad == 0 ? "all ok\n" : "%d BAD\n", bad);
   }
   if (what == "both" || what == "time") {
-    const std::string only = argc > 2 ? argv[2] : "";  // cases whose names hold this
     const auto time_case = [&](const Case& c, const std::vector<int>& heads) {
       if (std::string(c.name).find(only) != std::string::npos) {
         time<BFloat16>(c, heads);
