@@ -9,16 +9,19 @@
 
 namespace nsa {
 
-constexpr int64_t kMostHandedBytes = int64_t{1} << 32;  // at a time
-constexpr int64_t kHandedEnd = 4096;                    // bytes after the last that rows of no head may read
+constexpr int64_t kHandedEnd = 4096;  // bytes after the last that rows of no head may read
 
 inline int64_t handed_head_bytes(const Sequences& s, int32_t num_selected) {
   const int64_t queries = s.packed() ? s.length_q : s.batch * s.length_q;
   return queries * num_selected * HandedScores::units(s.group) * 32;
 }
-// KV heads at a time; 0 where one takes too much.
-inline int32_t handed_heads(const Sequences& s, int32_t num_selected) {
-  return static_cast<int32_t>(min_of(kMostHandedBytes / max_of(handed_head_bytes(s, num_selected), 1), s.heads_kv));
+// KV heads at a time; 0 where one takes too much: more than 2 GB, and than q twice.
+inline int32_t handed_heads(const Sequences& s, int32_t num_selected, int32_t q_width) {
+  const int64_t queries = s.packed() ? s.length_q : s.batch * s.length_q;
+  const int64_t twice_q = queries * s.heads_kv * s.group * q_width * 4;
+  const int64_t head = max_of(handed_head_bytes(s, num_selected), 1);
+  const int64_t least = head <= int64_t{1} << 31 ? 1 : 0;
+  return static_cast<int32_t>(min_of(max_of(max_of(twice_q, int64_t{1} << 30) / head, least), s.heads_kv));
 }
 
 // Whether these tensors suit the kernels.
@@ -26,7 +29,7 @@ inline bool selected_backward_handed_fits_sm90(const SelectedBackwardParams& par
   const Sequences& s = params.sequences;
   return selected_backward_keys_fits_sm90(params) &&
          union_fits_sm90(s, params.select_size, params.num_selected, params.q, params.k, params.v) &&
-         handed_heads(s, params.num_selected) > 0;
+         handed_heads(s, params.num_selected, params.q.width) > 0;
 }
 
 template <typename Element, int kDimK, bool kWide>
@@ -87,7 +90,7 @@ SelectedHanding selected_handing_sm90(const SelectedBackwardParams& params) {
                            "gradient of q of selected attention")) {
     return {0, 0};
   }
-  const int32_t heads = handed_heads(params.sequences, params.num_selected);
+  const int32_t heads = handed_heads(params.sequences, params.num_selected, params.q.width);
   return {heads, heads * handed_head_bytes(params.sequences, params.num_selected) + kHandedEnd};
 }
 

@@ -89,7 +89,9 @@ struct HandedProblem : BackwardProblem<Element> {
     launch_invert_lists(invert, nullptr);
     check_cuda(cudaDeviceSynchronize(), "lists");
   }
-  int heads_at_a_time(int wanted) const { return wanted > 0 ? wanted : handed_heads(this->p.sequences, this->c.n); }
+  int heads_at_a_time(int wanted) const {
+    return wanted > 0 ? wanted : handed_heads(this->p.sequences, this->c.n, this->c.dk);
+  }
 
   // With the tile dimensions as constants.
   template <typename Launch>
