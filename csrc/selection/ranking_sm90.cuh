@@ -186,59 +186,60 @@ class WarpLists {
     }
     __syncwarp();
 #pragma unroll 1
-    for (; full != 0; full &= full - 1) {
-      merge_queue(__ffs(static_cast<int>(full)) - 1);
+    while (full != 0) {
+      merge_first(full);
     }
   }
 
   // What is in a queue comes later than what is in the list, in ascending order. Each entry's new place is the number
   // of those that go before it, counted without predicates, whose latency is long.
-  __device__ void merge_queue(int pair) {
+  __device__ __forceinline__ void merge_first(unsigned& full) {
     const int place = lane_ % 16;
+    const int pair = __ffs(static_cast<int>(full)) - 1;
+    full &= full - 1;
     int32_t count = 0;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       count = i == pair ? counts_[i] : count;
     }
     const int query = 2 * pair + lane_ / 16;
-    CandidateQueue& queue = queues_[query];
-    BlockList& list = lists_[query];
-    const float score = queue.scores[place];
-    const int32_t block = queue.blocks[place];
-    const float listed_score = list.scores[place];
-    const int32_t listed_block = list.blocks[place];
+    const float score = queues_[query].scores[place];
+    const int32_t block = queues_[query].blocks[place];
+    const float listed_score = lists_[query].scores[place];
+    const int32_t listed_block = lists_[query].blocks[place];
     const int32_t added = place < count ? order_of(score) : -2;
     const int32_t listed = listed_block < 0 ? -2 : order_of(listed_score);
     int to_added = 0;
     int to_listed = place;
 #pragma unroll 8
     for (int from = 0; from < 16; ++from) {
+      const int32_t earlier = is_less(from, place);  // of two equal ones the earlier goes first
       const int32_t other = __shfl_sync(kWholeWarp, added, from, 16);
       const int32_t other_listed = __shfl_sync(kWholeWarp, listed, from, 16);
       to_listed += is_less(listed, other);
-      to_added += is_less(added, other + is_less(from, place));  // of two equal ones the earlier goes first
+      to_added += is_less(added, other + earlier);
       to_added += is_less(added, other_listed + 1);
     }
     __syncwarp();
     if (to_listed < 16) {
-      list.scores[to_listed] = listed_score;
-      list.blocks[to_listed] = listed_block;
+      lists_[query].scores[to_listed] = listed_score;
+      lists_[query].blocks[to_listed] = listed_block;
     }
     if (place < count && to_added < 16) {
-      list.scores[to_added] = score;
-      list.blocks[to_added] = block;
+      lists_[query].scores[to_added] = score;
+      lists_[query].blocks[to_added] = block;
     }
     if (count > 16) {
-      queue.scores[place] = queue.scores[16 + place];
-      queue.blocks[place] = queue.blocks[16 + place];
+      queues_[query].scores[place] = queues_[query].scores[16 + place];
+      queues_[query].blocks[place] = queues_[query].blocks[16 + place];
     }
     __syncwarp();
-    const float threshold = count > 0 ? list.scores[free_places(query) - 1] : kNone;
+    const float threshold = count > 0 ? lists_[query].scores[free_places(query) - 1] : kNone;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (i == pair) {
         thresholds_[i] = count > 0 ? threshold : thresholds_[i];
-        counts_[i] = max(count - 16, 0);
+        counts_[i] = max(counts_[i] - 16, 0);
       }
     }
     __syncwarp();
