@@ -9,10 +9,14 @@ namespace nsa {
 // Heads of a slot: of larger groups a query has several slots.
 constexpr int32_t kLargestSlot = 16;
 
-// As many consumers and stages as shared memory holds.
+// As many consumers, stages of keys and steps of strips as shared memory holds.
+template <int kDim, int kSlot>
+constexpr int kMostStripTiles = kDim > 128 || kSlot == 4 ? 1
+                                : kSlot == 8             ? 3
+                                                         : 7;
 template <typename Element, int kDim, int kSlot>
 using BestSelectSm90Shape = SelectSm90Shape<Element, kDim, kSlot, (kDim <= 128 || kSlot == kLargestSlot ? 3 : 2),
-                                            (kDim <= 128 && kSlot == 16 ? 4 : 2), (kDim <= 128 && kSlot >= 8 ? 3 : 1)>;
+                                            (kDim <= 128 && kSlot == 16 ? 4 : 2), kMostStripTiles<kDim, kSlot>>;
 
 // Whether this call suits the kernel; others run on the sm_80 kernel.
 inline bool select_blocks_fits_sm90(const SelectBlocksParams& params) {

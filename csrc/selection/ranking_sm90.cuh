@@ -1,11 +1,11 @@
 // From the probabilities of compressed blocks to lists, as ranking.cuh, by warps that do nothing else: each ranks the
 // blocks of two queries at once, in 16 lanes each.
 //
-// A query's probabilities are in strips of kStripRing numbers in shared memory, block m of a
-// walk at (base + m) % kStripRing, one for each
-// of its slots of heads. Its list is kept there too, in descending order. Blocks that beat the list's last free place,
-// whose score is the query's threshold, wait in a queue, and are merged with the list 16 at a time: the threshold may
-// lag behind, but a merge costs as much for one block as for 16.
+// A query's probabilities are in strips of kStripRing numbers in shared memory, block m of a walk at
+// (base + m) % kStripRing, one for each of its slots of heads. Its list is kept there too, in descending order. Blocks
+// that beat the list's last free place, whose score is the query's threshold, wait in a queue, and are merged with the
+// list 16 at a time: the threshold may lag behind, but a merge costs as much for one block as for 16. Thresholds and
+// lengths of queues stay in registers: what ranking costs is latency, of one warp's instructions one after the other.
 #pragma once
 
 #include "selection/shape_sm90.cuh"
@@ -18,63 +18,34 @@ __device__ inline int is_less(int32_t a, int32_t b) { return static_cast<int>(st
 // Scores, which are 0 or more, or -1 in place of NaN, as integers of the same order. -2: none.
 __device__ inline int32_t order_of(float score) { return max(__float_as_int(score), -1); }
 
-// Of one list of 16 places in each half of the warp, and up to 16 later blocks, which come in ascending order; lanes
-// that have none say so by `exists`. Each entry's new place is the number of those that go before it, counted without
-// predicates, whose latency is long.
-__device__ inline void merge(BlockList& list, bool exists, float score, int32_t block, int lane) {
-  const int place = lane % 16;
-  const float listed_score = list.scores[place];
-  const int32_t listed_block = list.blocks[place];
-  const int32_t listed = listed_block < 0 ? -2 : order_of(listed_score);
-  const int32_t added = exists ? order_of(score) : -2;
-  int to_listed = place;
-  int to_added = 0;
-#pragma unroll 8
-  for (int from = 0; from < 16; ++from) {
-    const int32_t other = __shfl_sync(kWholeWarp, added, from, 16);
-    const int32_t other_listed = __shfl_sync(kWholeWarp, listed, from, 16);
-    to_listed += is_less(listed, other);
-    to_added += is_less(added, other + is_less(from, place));  // of two equal ones the earlier goes first
-    to_added += is_less(added, other_listed + 1);
-  }
-  __syncwarp();
-  if (to_listed < 16) {
-    list.scores[to_listed] = listed_score;
-    list.blocks[to_listed] = listed_block;
-  }
-  if (exists && to_added < 16) {
-    list.scores[to_added] = score;
-    list.blocks[to_added] = block;
-  }
-  __syncwarp();
-}
-
-// The lists that a warp keeps of a consumer's queries, which it takes in pairs.
-template <int kStripRing>
+// The lists that a warp keeps of queries of one consumer, which it takes in pairs. What a query's queue holds, and the
+// score to beat, its lanes know.
+template <typename Shape>
 class WarpLists {
  public:
-  // `strips`, `queues` and `lists` are one consumer's, whose queries begin at this position; `queries` of them exist.
-  // `base`: where this walk begins in the strips.
-  __device__ WarpLists(const SelectSm90Params& params, const float* strips, CandidateQueue* queues, BlockList* lists,
-                       int32_t first_position, int32_t queries, int32_t base, int lane)
+  // Query `first` of the consumer and the next are this warp's: it has `places` for them, and the first `queries`
+  // exist, from this position on. `base`: where this walk begins in the strips.
+  __device__ WarpLists(const SelectSm90Params& params, typename Shape::Shared& shared, int consumer, int first,
+                       int32_t places, int32_t first_position, int32_t queries, int32_t base, int lane)
       : params_(params),
-        strips_(strips),
-        queues_(queues),
-        lists_(lists),
+        strips_(shared.strips[consumer][first * params.parts]),
+        queues_(shared.queues[consumer] + first),
+        lists_(shared.lists[consumer] + first),
+        places_(places),
         first_position_(first_position),
         queries_(queries),
         base_(base),
-        lane_(lane) {}
-
-  __device__ void start() {
-    for_each_pair([&](int query) {
-      if (lane_ % 16 == 0) {
-        queues_[query].threshold = query < queries_ && free_places(query) > 0 ? kMinusInfinity : kNone;
-        queues_[query].count = 0;
+        lane_(lane) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int query = 2 * i + lane_ / 16;
+      thresholds_[i] = query < queries_ && query < places_ && free_places(query) > 0 ? kMinusInfinity : kNone;
+      counts_[i] = 0;
+      if (2 * i < places_) {
+        lists_[query].scores[lane_ % 16] = kMinusInfinity;
+        lists_[query].blocks[lane_ % 16] = -1;
       }
-      lists_[query].scores[lane_ % 16] = kMinusInfinity;
-      lists_[query].blocks[lane_ % 16] = -1;
-    });
+    }
     __syncwarp();
   }
 
@@ -83,10 +54,10 @@ class WarpLists {
     const TileSteps& steps = params_.steps;
     const int32_t first = number * steps.blocks;
     if (steps.pieces_per_compressed == 2 && steps.pieces_per_selected == 4 && params_.parts == 1) {
-      const bool all_free = first >= params_.initial && first + 16 <= own_block(0) - params_.local + 1;
-#pragma unroll 1
-      for (int query = lane_ / 16; query < params_.queries; query += 2 * kTogether) {
-        rank_common(query, first + lane_ % 16, all_free);
+      const bool all_free = first >= params_.initial && first + 15 <= own_block(0) - params_.local;
+#pragma unroll
+      for (int i = 0; i < kPairs; i += kTogether) {
+        rank_common(i, first + lane_ % 16, all_free);
       }
       return;
     }
@@ -95,83 +66,66 @@ class WarpLists {
         merge_full();
       }
       const int32_t block = first + begin + lane_ % 16;
-      for_each_pair([&](int query) {
-        const float score = importance(query, block);
-        const bool candidate =
-            score > queues_[query].threshold && begin + lane_ % 16 < steps.blocks && is_free(query, block);
-        const unsigned candidates = __ballot_sync(kWholeWarp, candidate);
-        if (candidates != 0) {
-          enqueue(query, candidates, queues_[query].count, score, block);
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        if (2 * i < places_) {
+          const int query = 2 * i + lane_ / 16;
+          const float score = importance(query, block);
+          enqueue(i, score > thresholds_[i] && begin + lane_ % 16 < steps.blocks && is_free(query, block), score,
+                  block);
         }
-      });
+      }
     }
   }
 
   // Makes room in the queues for as many candidates as a step can have.
-  __device__ void merge_full() {
-    __syncwarp();
-    const int32_t count = lane_ < params_.queries ? queues_[lane_].count : 0;
-    for (unsigned full = __ballot_sync(kWholeWarp, count > kQueue - 16); full != 0;) {
-      const int pair = (__ffs(static_cast<int>(full)) - 1) / 2;
-      merge_queue(2 * pair + lane_ / 16);
-      full &= ~(3u << (2 * pair));
-    }
-  }
+  __device__ void merge_full() { merge_queues(kQueue - 16); }
 
   // Writes the lists. `list_of(query)` is where to.
   template <typename ListOf>
   __device__ void write(const ListOf& list_of) {
     merge_full();
-    for_each_pair([&](int query) {
-      merge_queue(query);
-      write_list(query, query < queries_ ? list_of(query) : nullptr);
-    });
+    merge_queues(0);
+#pragma unroll 1
+    for (int query = lane_ / 16; query - lane_ / 16 < places_; query += 2) {
+      write_list(query, query < places_ && query < queries_ ? list_of(query) : nullptr);
+    }
   }
 
  private:
-  static constexpr int kStripPitch = strip_pitch(kStripRing);
-  static constexpr int kTogether = 4;  // pairs: every slot size makes a multiple of it, where all are in use
+  static constexpr int kPairs = Shape::kPairs;
+  static constexpr int kTogether = 2;  // pairs ranked at once, to hide what each waits for
+  static constexpr int kStripRing = Shape::kStripRing;
+  static constexpr int kStripPitch = Shape::kStripPitch;
   static constexpr float kNone = -kMinusInfinity;  // a threshold that nothing passes
 
-  // Calls with this half's query of each pair. It may be one too many, where their number is odd: it has a list, and no
-  // candidates.
-  template <typename Function>
-  __device__ void for_each_pair(const Function& function) {
-#pragma unroll 1
-    for (int pair = 0; 2 * pair < params_.queries; ++pair) {
-      function(2 * pair + lane_ / 16);
-    }
-  }
-  __device__ const float* strip_of(int query, int part) const {
-    return strips_ + (min(query, params_.queries - 1) * params_.parts + part) * kStripPitch;
-  }
   __device__ int32_t own_block(int query) const { return own_block_of(params_, first_position_ + query); }
   __device__ int32_t free_places(int query) const {
     return params_.select.num_selected - min(params_.initial + params_.local, own_block(query) + 1);
   }
 
-  // Weights 1, 2, 2, 2, 1; a step has 16 blocks. Takes kTogether pairs at once, to hide what each waits for.
-  __device__ void rank_common(int first_query, int32_t block, bool all_free) {
+  // Weights 1, 2, 2, 2, 1; a step has 16 blocks.
+  __device__ void rank_common(int first_pair, int32_t block, bool all_free) {
+    const int32_t at = (base_ + 4 * block) & (kStripRing - 1);
+    const int32_t before_at = (at - 1) & (kStripRing - 1);
+    const float* const strip = strips_ + lane_ / 16 * kStripPitch;
     float scores[kTogether];
     bool candidate[kTogether];
-    int32_t counts[kTogether];
     bool any = false;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const int query = first_query + 2 * i;
-      const float* const strip = strips_ + query * kStripPitch;
-      const float4 inside = *reinterpret_cast<const float4*>(strip + ((base_ + 4 * block) & (kStripRing - 1)));
-      const float last = strip[(base_ + 4 * block - 1) & (kStripRing - 1)];
+      const float* const of_pair = strip + 2 * (first_pair + i) * kStripPitch;
+      const float4 inside = *reinterpret_cast<const float4*>(of_pair + at);
+      const float last = of_pair[before_at];
       const float before = block == 0 ? 0.f : last;
-      counts[i] = queues_[query].count;
       const float score = (before + inside.w) + 2.f * (inside.x + inside.y + inside.z);
       scores[i] = score == score ? score : -1.f;  // NaN counts as the lowest
-      candidate[i] = scores[i] > queues_[query].threshold;
+      candidate[i] = scores[i] > thresholds_[first_pair + i];
     }
     if (!all_free) {
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) {
-        candidate[i] = candidate[i] && is_free(first_query + 2 * i, block);
+        candidate[i] = candidate[i] && is_free(2 * (first_pair + i) + lane_ / 16, block);
       }
     }
 #pragma unroll
@@ -183,10 +137,7 @@ class WarpLists {
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      const unsigned candidates = __ballot_sync(kWholeWarp, candidate[i]);
-      if (candidates != 0) {
-        enqueue(first_query + 2 * i, candidates, counts[i], scores[i], block);
-      }
+      enqueue(first_pair + i, candidate[i], scores[i], block);
     }
   }
 
@@ -197,7 +148,7 @@ class WarpLists {
     float importance = 0.f;
 #pragma unroll 1
     for (int part = 0; part < params_.parts; ++part) {
-      const float* const strip = strip_of(query, part);
+      const float* const strip = strips_ + (min(query, places_ - 1) * params_.parts + part) * kStripPitch;
 #pragma unroll 1
       for (int32_t m = max(first - steps.pieces_per_compressed + 1, 0); m < end; ++m) {
         const int32_t count = min(m + steps.pieces_per_compressed, end) - max(m, first);
@@ -211,36 +162,84 @@ class WarpLists {
     return block >= params_.initial && block <= own_block(query) - params_.local;
   }
 
-  __device__ void enqueue(int query, unsigned candidates, int32_t count, float score, int32_t block) {
-    CandidateQueue& queue = queues_[query];
-    const unsigned of_half = candidates & 0xffffu << (lane_ & 16);
-    if (candidates >> lane_ & 1) {
-      const int place = count + __popc(of_half & ((1u << lane_) - 1));
+  __device__ void enqueue(int pair, bool candidate, float score, int32_t block) {
+    const unsigned of_half = __ballot_sync(kWholeWarp, candidate) & 0xffffu << (lane_ & 16);
+    if (candidate) {
+      CandidateQueue& queue = queues_[2 * pair + lane_ / 16];
+      const int place = counts_[pair] + __popc(of_half & ((1u << lane_) - 1));
       queue.scores[place] = score;
       queue.blocks[place] = block;
     }
+    counts_[pair] += __popc(of_half);
+  }
+
+  // Of all pairs whose queues hold more than so many: 16 of each queue move to the list.
+  __device__ void merge_queues(int32_t more_than) {
+    unsigned full = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      full |= counts_[i] > more_than ? 1u << i : 0u;
+    }
+    full = __reduce_or_sync(kWholeWarp, full);
+    if (full == 0) {
+      return;
+    }
     __syncwarp();
-    if (lane_ % 16 == 0) {
-      queue.count = count + __popc(of_half);
+#pragma unroll 1
+    while (full != 0) {
+      merge_first(full);
     }
   }
 
-  // The first 16 of the queue leave it.
-  __device__ void merge_queue(int query) {
-    CandidateQueue& queue = queues_[query];
+  // What is in a queue comes later than what is in the list, in ascending order. Each entry's new place is the number
+  // of those that go before it, counted without predicates, whose latency is long.
+  __device__ __forceinline__ void merge_first(unsigned& full) {
     const int place = lane_ % 16;
-    const int32_t count = queue.count;
-    const float score = queue.scores[place];
-    const int32_t block = queue.blocks[place];
-    const float next_score = queue.scores[16 + place];
-    const int32_t next_block = queue.blocks[16 + place];
-    merge(lists_[query], place < count, score, block, lane_);
-    queue.scores[place] = next_score;
-    queue.blocks[place] = next_block;
-    if (place == 0) {
-      queue.count = max(count - 16, 0);
-      if (count > 0) {
-        queue.threshold = lists_[query].scores[free_places(query) - 1];
+    const int pair = __ffs(static_cast<int>(full)) - 1;
+    full &= full - 1;
+    int32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      count = i == pair ? counts_[i] : count;
+    }
+    const int query = 2 * pair + lane_ / 16;
+    const float score = queues_[query].scores[place];
+    const int32_t block = queues_[query].blocks[place];
+    const float listed_score = lists_[query].scores[place];
+    const int32_t listed_block = lists_[query].blocks[place];
+    const int32_t added = place < count ? order_of(score) : -2;
+    const int32_t listed = listed_block < 0 ? -2 : order_of(listed_score);
+    int to_added = 0;
+    int to_listed = place;
+#pragma unroll 8
+    for (int from = 0; from < 16; ++from) {
+      const int32_t earlier = is_less(from, place);  // of two equal ones the earlier goes first
+      const int32_t other = __shfl_sync(kWholeWarp, added, from, 16);
+      const int32_t other_listed = __shfl_sync(kWholeWarp, listed, from, 16);
+      to_listed += is_less(listed, other);
+      to_added += is_less(added, other + earlier);
+      to_added += is_less(added, other_listed + 1);
+    }
+    __syncwarp();
+    if (to_listed < 16) {
+      lists_[query].scores[to_listed] = listed_score;
+      lists_[query].blocks[to_listed] = listed_block;
+    }
+    if (place < count && to_added < 16) {
+      lists_[query].scores[to_added] = score;
+      lists_[query].blocks[to_added] = block;
+    }
+    if (count > 16) {
+      queues_[query].scores[place] = queues_[query].scores[16 + place];
+      queues_[query].blocks[place] = queues_[query].blocks[16 + place];
+    }
+    __syncwarp();
+    const float threshold = count > 0 ? lists_[query].scores[free_places(query) - 1] : kNone;
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      if (i == pair) {
+        thresholds_[i] = count > 0 ? threshold : thresholds_[i];
+        counts_[i] = max(counts_[i] - 16, 0);
       }
     }
     __syncwarp();
@@ -282,10 +281,13 @@ class WarpLists {
   const float* const strips_;
   CandidateQueue* const queues_;
   BlockList* const lists_;
+  const int32_t places_;
   const int32_t first_position_;
   const int32_t queries_;
   const int32_t base_;
   const int lane_;
+  float thresholds_[kPairs];
+  int32_t counts_[kPairs];
 };
 
 }  // namespace nsa

@@ -5,8 +5,9 @@
 // The product is K Q^T: a step's 64 keys are the rows, the heads of several queries lie side by side along the columns,
 // so that summing over the heads takes additions within a thread and exchanges between the four lanes of a row. One
 // warp feeds tiles of keys to consumer warpgroups, which share them; each has queries of its own, whose Q, copied by
-// another warp, stays in shared memory for the whole walk over the keys. A third warp for each consumer ranks. A block
-// of threads walks many tiles of queries, the longest first.
+// another warp, stays in shared memory for the whole walk over the keys. Two more warps for each consumer rank. A block
+// of threads walks many tiles of queries, the longest first. Consumers take turns at starting products, so that the
+// exponentials of one run under the products of the others.
 //
 // A consumer's step: wait for S_j; exponentials and sums over heads; start S_{j+1}; p to the strips, for the ranking
 // warp. Shared memory: shape_sm90.cuh. Figures: docs/hopper_select_blocks.md.
@@ -149,8 +150,7 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
   constexpr int kTiles = Shape::kColumns / 8;
   constexpr int kKept = Shape::kSlots / 2;
   const SelectBlocksParams& select = params.select;
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
-  const int lane = thread % 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
   const auto release = [&](Barrier* barrier) {
     if (lane == 0) {
       arrive(barrier);
@@ -160,6 +160,11 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
   const float scale_log2 = select.scale * kLog2E;
   const uint64_t q_at = tile_descriptor(shared_address(shared.q[consumer]), 0);
   const uint64_t k_at = tile_descriptor(shared_address(shared.k), 0);
+  const auto await_turn = [&] { sync_threads(kTurnBarrier + consumer, 2 * kWarpgroup); };
+  const auto pass_turn = [&] { arrive_threads(kTurnBarrier + (consumer + 1) % Shape::kConsumers, 2 * kWarpgroup); };
+  if (consumer == Shape::kConsumers - 1) {
+    pass_turn();
+  }
   RingPlace<Shape::kStages> ring;
   uint32_t q_parity = 0;
   int32_t base = 0;  // where a walk begins in the strips: after the one before, some of which may not be ranked yet
@@ -169,6 +174,8 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
     const int32_t first_query = tile.first_query + consumer * params.queries;
     if (first_query >= tile.end_query || tile.steps == 0) {
       for (int32_t step = 0; step < tile.steps; ++step) {
+        await_turn();
+        pass_turn();
         wait(&shared.k_full[ring.stage], ring.parity);
         release(&shared.k_empty[ring.stage]);
         ring.advance();
@@ -182,12 +189,25 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
     wait(&shared.q_full[consumer], q_parity);
     q_parity ^= 1;
     sync_threads(kConsumerBarrier + consumer, kWarpgroup);
+    const int thread = fresh_thread() % kWarpgroup;
     shared.shifts[consumer][thread] = -kLog2E * shared.lse[consumer][thread];
+    shared.first_positions[consumer] = first_position;
     sync_threads(kConsumerBarrier + consumer, kWarpgroup);
 
+    float shifts[kTiles][2];
+    const auto load_shifts = [&](int begin, int end) {
+#pragma unroll
+      for (int i = begin; i < end; ++i) {
+        const float2 pair = *reinterpret_cast<const float2*>(&shared.shifts[consumer][8 * i + 2 * (lane % 4)]);
+        shifts[i][0] = pair.x;
+        shifts[i][1] = pair.y;
+      }
+    };
+    load_shifts(0, Shape::kKeptShifts);
     float scores[kTiles][4];
     const auto start_scores = [&] {
       wait(&shared.k_full[ring.stage], ring.parity);
+      await_turn();
       const uint64_t k = advance(k_at, ring.stage * KTile::kSize * static_cast<int>(sizeof(Element)));
       hold(scores);
       fence_products();
@@ -199,16 +219,11 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
                                 advance(q_at, 2 * (panel * QTile::kPanelSize + inside)), column != 0);
       }
       commit_products();
+      pass_turn();
     };
     // `next`: starts the next step's product, if there is one.
     const auto finish_step = [&](int32_t step, const auto& next) {
-      float shifts[kTiles][2];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        const float2 pair = *reinterpret_cast<const float2*>(&shared.shifts[consumer][8 * i + 2 * (lane % 4)]);
-        shifts[i][0] = pair.x;
-        shifts[i][1] = pair.y;
-      }
+      load_shifts(Shape::kKeptShifts, kTiles);
       wait_products<0>();
       hold(scores);
       release(&shared.k_empty[ring.stage]);
@@ -222,6 +237,7 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
       const int own_slot = fresh / 2 % 2;
       // Key m is seen from m d + l - 1 on. Those that a query doesn't see may hold anything.
       if (step >= whole_steps) {
+        const int32_t first_position = shared.first_positions[consumer];
         const int64_t seen_from = int64_t{key} * select.block_stride + select.block_size - 1;
 #pragma unroll
         for (int i = 0; i < kKept; ++i) {
@@ -235,8 +251,7 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
       for (int i = 0; i < kKept; ++i) {
         strip[2 * i * Shape::kStripPitch] = sums[i];
       }
-      __syncwarp();
-      release(&shared.strips_full[consumer][strips.stage]);
+      arrive(&shared.strips_full[consumer][strips.stage]);
       strips.advance();
     };
     start_scores();
@@ -249,22 +264,24 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
   });
 }
 
-// A warp keeps the lists of one consumer's queries.
+// A warp keeps the lists of a half of one consumer's queries.
 template <typename Shape>
-__device__ inline void rank_select(const SelectSm90Params& params, typename Shape::Shared& shared, int consumer) {
+__device__ inline void rank_select(const SelectSm90Params& params, typename Shape::Shared& shared, int consumer,
+                                   int ranker) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  constexpr int kOfAll = 2 * Shape::kRankers;  // pairs stay together
+  const int32_t each = (params.queries + kOfAll - 1) / kOfAll * 2;
+  const int32_t first = ranker * each;
   RingPlace<Shape::kStripTiles> strips;
   int32_t base = 0;  // as the consumer's
   for_each_select_tile(params, [&](const SelectSm90Tile& tile) {
     const int32_t first_query = tile.first_query + consumer * params.queries;
-    const int32_t queries = min(tile.end_query - first_query, params.queries);
-    if (queries <= 0) {
+    if (first_query >= tile.end_query) {
       return;
     }
-    WarpLists<Shape::kStripRing> warp_lists(params, &shared.strips[consumer][0][0], shared.queues[consumer],
-                                            shared.lists[consumer], tile.place.offset + first_query, queries, base,
-                                            lane);
-    warp_lists.start();
+    WarpLists<Shape> warp_lists(params, shared, consumer, first, min(params.queries - first, each),
+                                tile.place.offset + first_query + first, tile.end_query - first_query - first, base,
+                                lane);
 #pragma unroll 1
     for (int32_t step = 0; step < tile.steps; ++step) {
       wait(&shared.strips_full[consumer][strips.stage], strips.parity);
@@ -277,7 +294,8 @@ __device__ inline void rank_select(const SelectSm90Params& params, typename Shap
       warp_lists.merge_full();
     }
     base += tile.steps * params.steps.keys;
-    warp_lists.write([&](int query) { return list_of(params.select, tile.place, first_query + query, tile.head_kv); });
+    warp_lists.write(
+        [&](int query) { return list_of(params.select, tile.place, first_query + first + query, tile.head_kv); });
   });
 }
 
@@ -295,8 +313,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init_barrier(&shared.q_full[i], 1 + 32);
       init_barrier(&shared.q_empty[i], kWarps);
       for (int j = 0; j < Shape::kStripTiles; ++j) {
-        init_barrier(&shared.strips_full[i][j], kWarps);
-        init_barrier(&shared.strips_empty[i][j], 1);
+        init_barrier(&shared.strips_full[i][j], kWarpgroup);
+        init_barrier(&shared.strips_empty[i][j], Shape::kRankers);
       }
     }
     for (int i = 0; i < Shape::kStages; ++i) {
@@ -318,18 +336,18 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 0) {
-      produce_keys<Shape>(params, shared);
-    } else if (threadIdx.x / 32 == 1) {
+  if (warpgroup < 2) {
+    shrink_registers<Shape::kHelperRegisters>();
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    const int ranker = warp - 2;
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        produce_keys<Shape>(params, shared);
+      }
+    } else if (warp == 1) {
       produce_queries<Shape>(params, shared);
-    }
-  } else if (warpgroup == 1) {
-    shrink_registers<Shape::kRankerRegisters>();
-    const int consumer = static_cast<int>(threadIdx.x) / 32 - kWarps;
-    if (consumer < Shape::kConsumers) {
-      rank_select<Shape>(params, shared, consumer);
+    } else if (ranker < Shape::kConsumers * Shape::kRankers) {
+      rank_select<Shape>(params, shared, ranker / Shape::kRankers, ranker % Shape::kRankers);
     }
   } else {
     grow_registers<Shape::kConsumerRegisters>();

@@ -39,12 +39,10 @@ struct BlockList {
 
 constexpr int kQueue = 32;
 
-// What waits to be merged with a query's list, and what it must beat: score and number of a block.
+// What waits to be merged with a query's list.
 struct CandidateQueue {
   float scores[kQueue];
   int32_t blocks[kQueue];
-  float threshold;
-  int32_t count;
 };
 
 // A consumer multiplies 64 keys with kColumns columns, slots of kSlot heads of one query.
@@ -53,18 +51,21 @@ struct SelectSm90Shape {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kSlot = kSlot_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups; one more produces, and one ranks
+  static constexpr int kConsumers = kConsumers_;  // warpgroups; two more produce and rank
+  static constexpr int kRankers = 2;              // warps for each consumer
   static constexpr int kStages = kStages_;
   static constexpr int kStripTiles = kStripTiles_;  // steps whose strips may wait to be ranked
-  static constexpr int kStripRing = kStripTiles == 1 ? kRing : 2 * kRing;
+  static constexpr int kStripRing = (kStripTiles + 1) * kKeysPerTile;
   static constexpr int kStripPitch = strip_pitch(kStripRing);
-  static_assert(kStripRing >= (kStripTiles + 1) * kKeysPerTile - 1);
+  static_assert(kStripRing >= kRing && (kStripRing & (kStripRing - 1)) == 0);
   static constexpr int kColumns = 128;
   static constexpr int kSlots = kColumns / kSlot;
   static constexpr int kThreads = (kConsumers + 2) * kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kRankerRegisters = 88;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 192 : 120;
+  static constexpr int kHelperRegisters = kConsumers == 2 ? 96 : kSlot == 16 ? 72 : 80;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 160 : kSlot == 16 ? 112 : 104;
+  static constexpr int kPairs = kSlots / 2 / kRankers;  // of queries, of a warp that ranks
+  // Accumulator tiles of whose columns threads keep the shifts, as far as registers suffice; others are read each step.
+  static constexpr int kKeptShifts = kSlot < 16 ? 0 : kDim <= 128 ? 14 : 8;
 
   using QTile = PanelTile<Element, kColumns, kDim>;
   using KTile = PanelTile<Element, kKeysPerTile, kDim>;
@@ -74,7 +75,8 @@ struct SelectSm90Shape {
     alignas(1024) Element k[kStages][KTile::kSize];
     alignas(16) float strips[kConsumers][kSlots][kStripPitch];
     alignas(16) float lse[kConsumers][kColumns];     // +inf: no head there
-    alignas(16) float shifts[kConsumers][kColumns];  // -lse log2(e): every thread reads a few in each step
+    alignas(16) float shifts[kConsumers][kColumns];  // -lse log2(e)
+    int32_t first_positions[kConsumers];             // of each consumer's queries
     CandidateQueue queues[kConsumers][kSlots];
     BlockList lists[kConsumers][kSlots];
     // Filled by the producer, drained by the warps of one consumer (q, lse) or of all (k).
@@ -86,7 +88,9 @@ struct SelectSm90Shape {
   static_assert(sizeof(Shared) <= 232448);
 };
 
-constexpr int kConsumerBarrier = 1;  // and the next: named barriers of each consumer's threads
+// Named barriers, and the next ones: of each consumer's threads; each consumer's turn to start a product.
+constexpr int kConsumerBarrier = 1;
+constexpr int kTurnBarrier = 4;
 
 // Queries of one sequence and one KV head that a block of threads chooses for at a time.
 struct SelectSm90Tile {

@@ -384,14 +384,18 @@ std::vector<Contender> both_kernels() {
 void time_case(const Case& c, std::vector<Contender> contenders) {
   Problem<BFloat16> x(c, true);
   double pairs = 0;
-  for (int i = 0; i < c.tq; ++i) {
-    pairs += static_cast<double>(num_compressed_blocks(c.tk - c.tq + i + 1, 32, 16)) * c.heads_kv * c.group * c.batch;
+  for (int b = 0; b < x.sequences; ++b) {
+    const int tq = x.packed ? c.cu_q[b + 1] - c.cu_q[b] : c.tq;
+    const int tk = x.packed ? c.cu_k[b + 1] - c.cu_k[b] : c.tk;
+    for (int i = 0; i < tq; ++i) {
+      pairs += static_cast<double>(num_compressed_blocks(tk - tq + i + 1, 32, 16)) * c.heads_kv * c.group;
+    }
   }
   cudaEvent_t begin;
   cudaEvent_t end;
   check_cuda(cudaEventCreate(&begin), "event");
   check_cuda(cudaEventCreate(&end), "event");
-  const int rounds = c.tq > 100000 ? 5 : c.tq > 20000 ? 11 : 21;
+  const int rounds = x.tokens > 100000 ? 5 : x.tokens > 20000 ? 11 : 21;
   for (int round = -2; round < rounds; ++round) {
     for (Contender& one : contenders) {
       check_cuda(cudaEventRecord(begin), "event");
@@ -438,6 +442,16 @@ int main(int argc, char** argv) {
     time_case({"32k, dim 64", 1, 32768, 32768, 4, 16, 64, 16}, both_kernels<64>());
     time_case({"32k, dim 192", 1, 32768, 32768, 4, 16, 192, 16}, both_kernels<192>());
     time_case({"32k, dim 192, group 8", 1, 32768, 32768, 8, 8, 192, 16}, both_kernels<192>());
+    time_case({"8 of 8k", 8, 8192, 8192, 4, 16, 128, 16}, both_kernels<128>());
+    Case packed{"packed, 8 of 8k", 1, 0, 0, 4, 16, 128, 16};
+    for (int i = 0; i <= 8; ++i) {
+      packed.cu_q.push_back(8192 * i);
+    }
+    packed.cu_k = packed.cu_q;
+    time_case(packed, both_kernels<128>());
+    packed.name = "packed, one of 64k";
+    packed.cu_q = packed.cu_k = {0, 65536};
+    time_case(packed, both_kernels<128>());
     time_case({"one query, 64k", 8, 1, 65536, 4, 16, 128, 16}, both_kernels<128>());
   }
   return bad != 0;
