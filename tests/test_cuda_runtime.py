@@ -220,3 +220,22 @@ def test_gradients_of_repeated_keys_agree_with_the_cpu() -> None:
     on_cpu = evaluate(nsa_torch.window_attention, inputs.to("cpu", torch.float32))
     on_gpu = evaluate(nsa_torch.window_attention, inputs.to("cuda", torch.float32))
     assert_close({name: t.cpu() for name, t in on_gpu.items()}, on_cpu, 1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lists_in_another_order_change_nothing(dtype: torch.dtype) -> None:
+    """The ops write ascending lists; what is read may be in any order (on CUDA nobody checks it)."""
+    shape = replace(SHAPE, seqlen_q=400, seqlen_k=400, heads_q=16, heads_kv=2, dim_k=128, dim_v=128)
+    inputs = make_inputs("selected_attention", shape).to("cuda", dtype)
+    inputs.options["select_size"] = 64
+    lists = torch.stack([torch.randperm(7, device="cuda")[:5] for _ in range(400 * 2)]).int()
+    lists = lists.view(1, 400, 2, 5).expand(inputs.tensors["q"].shape[0], -1, -1, -1)
+    results = []
+    for given in (lists.sort(-1).values, lists):
+        tensors = inputs.tensors | {"block_indices": given.contiguous()}
+        results.append(evaluate(nsa_torch.selected_attention, Inputs(tensors, inputs.options)))
+    for name, want in results[0].items():
+        seen = want.isfinite()
+        assert torch.equal(results[1][name].isfinite(), seen), name
+        difference = (results[1][name][seen] - want[seen]).float().norm()
+        assert difference <= (3e-3 if dtype == torch.bfloat16 else 1e-6) * want[seen].float().norm(), name

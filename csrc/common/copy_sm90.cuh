@@ -23,6 +23,19 @@ __device__ inline void arrive(Barrier* barrier, uint32_t arrivals = 1) {
                "r"(arrivals)
                : "memory");
 }
+// Arrives once `loaded`, a register that was loaded from shared memory, is there. A thread's loads come back in order;
+// an arrival may overtake them, and let the next copy come before they are done.
+__device__ inline void arrive_loaded(Barrier* barrier, uint32_t loaded) {
+  asm volatile(
+      "{\n"
+      ".reg .pred odd;\n"
+      "setp.eq.u32 odd, %1, 0x7fc07fc1;\n"
+      "@odd mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], 1;\n"
+      "@!odd mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(loaded)
+      : "memory");
+}
 // Arrives, and lets the phase wait for so many bytes of copies too.
 __device__ inline void arrive_expecting(Barrier* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
@@ -69,6 +82,20 @@ __device__ inline void wait(Barrier* barrier, uint32_t parity) {
   wait_until([&] { return try_wait(barrier, parity); });
 }
 
+// Whether this is the one thread of a whole warp that goes on alone. Known to the compiler as such, so that it reads
+// the operands of copies plainly, where it would otherwise go through all threads that may hold different ones.
+__device__ inline bool elect_one() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // 16 bytes of shared memory.
 __device__ inline uint4 load_chunk(uint32_t address) {
   uint4 x;
@@ -87,6 +114,11 @@ __device__ inline uint32_t observe(const uint32_t* from) {
   uint32_t value;
   asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];\n" : "=r"(value) : "r"(shared_address(from)) : "memory");
   return value;
+}
+
+// The same where what it tells of is in shared memory already, and known to be there: costs no fence.
+__device__ inline void publish_relaxed(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.cta.shared::cta.u32 [%0], %1;\n" ::"r"(shared_address(to)), "r"(value) : "memory");
 }
 
 // Where a ring of buffers stands. The parity is that of the fill to come.

@@ -37,7 +37,7 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
   using Parts = GradientParts<Shape::kDimK>;
   const SelectedBackwardParams& p = params.selected;
   const UnionParams& u = params.walk;
-  UnionRing<Shape> ring{shared, 0};
+  const UnionRing<Shape> ring{shared};
   float grad[Parts::kCount][Parts::kColumns / 8][4];
   // Where dS of the next block of the lane's rows lies, in units of 32 bytes. Where a token has 16 rows, the second is
   // eight heads further. (What lies there of heads that do not exist may be anything: nobody stores what becomes of
@@ -84,8 +84,10 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
     }
   };
 
+  // Returns the last register that it loads from the buffer.
   const auto take_alone = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
     const int lane = fresh_lane();
+    uint32_t last = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -95,8 +97,10 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
         auto& sums = grad[column / Parts::kColumns];
         multiply_add<Element>(sums[column % Parts::kColumns / 8], scores[i], b[0], b[1]);
         multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], scores[i], b[2], b[3]);
+        last = b[3];
       }
     }
+    return last;
   };
 
   const auto take_together = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
@@ -127,14 +131,14 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
     load(scores, step.tokens);
     const KTile k_tile = ring.wait_k(step.number);
     if (step.alone) {
-      take_alone(scores, k_tile);
+      ring.release_k(step.number, take_alone(scores, k_tile));
     } else {
       if (step.key + Shape::kKeys > seen.k_length) {
-        clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group);
+        clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
       }
       take_together(scores, k_tile);
+      ring.release_k(step.number);
     }
-    ring.release_k(step.number);
   };
 
   const auto end = [&](const UnionTile& tile) {
@@ -169,11 +173,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   start_union(shared);
   if (warp >= Shape::kWarps) {
     shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 32 * Shape::kWarps) {
-      produce_union(params.walk, shared);
-    } else if (warp == Shape::kWarps + 1) {
-      merge_unions(params.walk, shared);
-    }
+    feed_unions(params.walk, shared, warp - Shape::kWarps);
   } else {
     grow_registers<Shape::kConsumerRegisters>();
     consume_handed(params, shared, warp / 4, warp % 4);

@@ -27,7 +27,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   const SelectedBackwardParams& p = params.selected;
   const UnionParams& u = params.walk;
   const float scale_log2 = p.scale * kLog2E;
-  UnionRing<Shape> ring{shared, 0};
+  const UnionRing<Shape> ring{shared};
 
   // Of the lane's rows.
   float lse[2];
@@ -124,17 +124,17 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   UnionQueries<Shape> q(shared, group, warp);
   uint32_t grad_out[Shape::kDimV / 16][4];
   const auto take_rows = [&](uint32_t step) {
-    load_rows(grad_out, ring.wait_v(step), warp);
-    ring.release_v(step);
-    q.take(ring.wait_k(step));
-    ring.release_k(step);
+    uint32_t loaded = load_rows(grad_out, ring.wait_v(step), warp);
+    ring.release_v(step, loaded);
+    loaded = q.take(ring.wait_k(step));
+    ring.release_k(step, loaded);
   };
 
   const auto take_alone = [&](const UnionStep& step) {
     const int lane = fresh_lane();
     float grads[8][4];
-    multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
-    ring.release_v(step.number);
+    uint32_t loaded = multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
+    ring.release_v(step.number, loaded);
     const KTile k_tile = ring.wait_k(step.number);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
@@ -159,10 +159,11 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
           auto& sums = grad[column / Parts::kColumns];
           multiply_add<Element>(sums[column % Parts::kColumns / 8], a, b[0], b[1]);
           multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], a, b[2], b[3]);
+          loaded = b[3];
         }
       }
     }
-    ring.release_k(step.number);
+    ring.release_k(step.number, loaded);
   };
 
   const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -171,7 +172,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     const VTile v_tile = ring.wait_v(step.number);
     const KTile k_tile = ring.wait_k(step.number);
     if (step.key + Shape::kKeys > seen.k_length) {
-      clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group);
+      clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
     }
     q.start(scores, k_tile);
     start_rows(grads, grad_out, v_tile);
@@ -261,11 +262,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   start_union(shared);
   if (warp >= Shape::kWarps) {
     shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 32 * Shape::kWarps) {
-      produce_union(params.walk, shared);
-    } else if (warp == Shape::kWarps + 1) {
-      merge_unions(params.walk, shared);
-    }
+    feed_unions(params.walk, shared, warp - Shape::kWarps);
   } else {
     grow_registers<Shape::kConsumerRegisters>();
     consume_backward_query(params, shared, warp / 4, warp % 4);

@@ -1,11 +1,11 @@
 // Attention over listed blocks, forward, for Hopper: O_t = softmax(scale q_t K^T) V over the keys of token t's blocks.
 //
-// Every token's own reading of its blocks is bound by what leaves the L2 cache, so 16 consecutive tokens of one KV head
-// (32 where a group has at most eight heads) form a tile that walks the union of their lists once: see
-// union_walk_sm90.cuh. A warpgroup owns 64 rows of it, the heads of four (or eight) tokens, and holds their sums in
-// registers. It multiplies a block that several of its tokens chose with all its rows, by wgmma; rows of the others get
-// weights of 0. A block that one warp's tokens alone chose is left to that warp, which holds the same rows and columns
-// by mma.sync.
+// Every token's own reading of its blocks is bound by what leaves the L2 cache, so 12 consecutive tokens of one KV head
+// (24 where a group has at most eight heads, 48 where it has at most four) form a tile that walks the union of their
+// lists once: see union_walk_sm90.cuh. A warpgroup owns 64 rows of it, the heads of four, eight or sixteen tokens, and
+// holds their sums in registers. It multiplies a block that several of its tokens chose with all its rows, by wgmma;
+// rows of the others get weights of 0. A block that one or two warps' tokens alone chose is left to those warps, which
+// hold the same rows and columns by mma.sync.
 #pragma once
 
 #include "common/scores.cuh"
@@ -91,14 +91,14 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
   const SelectedForwardParams& p = params.selected;
   const UnionParams& u = params.walk;
   const float scale_log2 = fabsf(p.scale) * kLog2E;
-  UnionRing<Shape> ring{shared, 0};
+  const UnionRing<Shape> ring{shared};
   UnionQueries<Shape> q(shared, group, warp);
   RowSums<Shape::kDimV> sums;
 
   const auto begin = [&](const UnionTile&) { sums.reset(); };
   const auto take_rows = [&](uint32_t step) {
-    q.take(ring.wait_k(step));
-    ring.release_k(step);
+    const uint32_t loaded = q.take(ring.wait_k(step));
+    ring.release_k(step, loaded);
   };
 
   // Scores become weights: none for what a row does not see.
@@ -128,12 +128,12 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
   };
 
   const auto take_alone = [&](const UnionStep& step, const UnionSeen& seen) {
-    const int lane = fresh_lane();
     float scores[8][4];
-    q.multiply_alone(scores, ring.wait_k(step.number), 0);
-    ring.release_k(step.number);
+    uint32_t loaded = q.multiply_alone(scores, ring.wait_k(step.number), 0);
+    ring.release_k(step.number, loaded);
     weigh(scores, step, seen);
     const VTile v_tile = ring.wait_v(step.number);
+    const int lane = fresh_lane();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint32_t a[4];
@@ -144,9 +144,10 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
         v_tile.load_right(b, 16 * i, column, lane);
         multiply_add<Element>(sums.out[column / 8], a, b[0], b[1]);
         multiply_add<Element>(sums.out[column / 8 + 1], a, b[2], b[3]);
+        loaded = b[3];
       }
     }
-    ring.release_v(step.number);
+    ring.release_v(step.number, loaded);
   };
 
   const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -155,7 +156,7 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
     wait_products<0>();
     hold(scores);
     ring.release_k(step.number);
-    const bool chosen = (chosen_row<Shape>(u, step.tokens, warp, 0) | chosen_row<Shape>(u, step.tokens, warp, 1)) != 0;
+    const bool chosen = (step.tokens & tokens_of_warp(group_tokens_of<Shape>(u), warp)) != 0;
     if (chosen) {
       weigh(scores, step, seen);
     }
@@ -170,7 +171,7 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
     }
     const VTile v_tile = ring.wait_v(step.number);
     if (step.key + Shape::kKeys > seen.k_length) {
-      clear_rows(v_tile, max(seen.k_length - step.key, 0), 1 + group);
+      clear_rows(v_tile, max(seen.k_length - step.key, 0), 1 + group, static_cast<int>(threadIdx.x) % kWarpgroup);
     }
     const uint64_t v = tile_descriptor(v_tile.begin, VTile::kPanelSize * 2);
     hold(sums.out);
@@ -227,11 +228,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   start_union(shared);
   if (warp >= Shape::kWarps) {
     shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x == 32 * Shape::kWarps) {
-      produce_union(params.walk, shared);
-    } else if (warp == Shape::kWarps + 1) {
-      merge_unions(params.walk, shared);
-    }
+    feed_unions(params.walk, shared, warp - Shape::kWarps);
   } else {
     grow_registers<Shape::kConsumerRegisters>();
     consume_forward(params, shared, warp / 4, warp % 4);

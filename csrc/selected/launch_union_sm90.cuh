@@ -10,7 +10,7 @@ inline bool union_fits_sm90(const Sequences& s, int32_t select_size, int32_t num
                             const TensorView& k, const TensorView& v) {
   const int64_t batch = s.packed() ? 1 : s.batch;
   return select_size == 64 && num_selected <= kMostUnionSelected && q.width <= 192 && v.width <= 128 &&
-         s.length_k > 0 && s.length_k <= int64_t{kMostUnionBlocks} * select_size &&
+         s.length_k > 0 && s.length_k <= int64_t{1 << 16} * select_size &&
          copies_by_map(q, batch, s.length_q, int64_t{s.heads_kv} * s.group) &&
          copies_by_map(k, batch, s.length_k, s.heads_kv) && copies_by_map(v, batch, s.length_k, s.heads_kv);
 }
@@ -24,7 +24,7 @@ UnionParams union_params(const Sequences& s, const int32_t* block_indices, int32
                          const TensorView& k, const TensorView& v, const char* name) {
   constexpr ElementType kType = kElementType<typename Shape::Element>;
   const int64_t batch = s.packed() ? 1 : s.batch;
-  const int32_t head_slots = s.group > 8 ? 16 : 8;
+  const int32_t head_slots = Shape::kHeadSlots != 0 ? Shape::kHeadSlots : s.group > 8 ? 16 : 8;
   const int32_t tokens = 64 / head_slots;
   UnionParams u{.sequences = s,
                 .block_indices = block_indices,

@@ -41,9 +41,10 @@ __global__ void list_pairs(const __grid_constant__ InvertListsParams params) {
   params.keys[i] = static_cast<int32_t>(id);
   int64_t value = token;
   if (params.ranked) {
-    int32_t rank = 0;
-    for (int64_t j = list * params.num_selected; j < i; ++j) {
-      rank += readable_block(params, place, at, params.block_indices[j]) ? 1 : 0;
+    int32_t rank = 0;  // in ascending order, whatever that of the list is
+    for (int64_t j = list * params.num_selected; j < (list + 1) * params.num_selected; ++j) {
+      const int64_t other = params.block_indices[j];
+      rank += other >= 0 && (other < block || (other == block && j < i)) ? 1 : 0;
     }
     value = token * params.num_selected + rank;
   }

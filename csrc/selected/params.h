@@ -24,7 +24,8 @@ struct ChosenBy {
   int32_t segment;         // queries per segment, at most
   Divisor ranks;           // n where queries have ranks, else 1
   const int32_t* queries;  // (pairs,) queries (counted through the whole batch), sorted by block, ascending; with ranks
-                           // query * n + rank, the block's place among those of its list that the query may read
+                           // query * n + rank, the block's place among those of its list that the query may read,
+                           // in ascending order
   const int32_t* begins;   // (blocks + 1,) where each block's queries begin
   const int32_t* segments;  // (blocks + 1,) segments before each block: at least one each
   const int32_t* partials;  // (blocks + 1,) segments before each block among blocks of more than one

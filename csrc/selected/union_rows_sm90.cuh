@@ -25,29 +25,33 @@ struct UnionRow {
 template <typename Shape>
 __device__ inline UnionRow union_row(const UnionParams& u, int warp, int half, int lane) {
   const int row = 16 * warp + 8 * half + lane / 4;
+  if constexpr (Shape::kHeadSlots == 4) {
+    return UnionRow{row / 4, row % 4};
+  }
   return head_slots_of<Shape>(u) == 16 ? UnionRow{row / 16, row % 16} : UnionRow{row / 8, row % 8};
 }
 // All bits, if the token of one of the lane's rows is among those.
 template <typename Shape>
 __device__ inline uint32_t chosen_row(const UnionParams& u, uint32_t tokens, int warp, int half) {
-  const int token = head_slots_of<Shape>(u) == 16 ? warp : 2 * warp + half;
+  int token = head_slots_of<Shape>(u) == 16 ? warp : 2 * warp + half;
+  if constexpr (Shape::kHeadSlots == 4) {
+    token = 4 * warp + 2 * half + fresh_lane() / 16;
+  }
   return 0u - (tokens >> token & 1);
 }
+// A warp's tokens, among those of its group.
+__device__ inline uint32_t tokens_of_warp(int group_tokens, int warp) {
+  return group_tokens == 4 ? 1u << warp : group_tokens == 8 ? 3u << 2 * warp : 15u << 4 * warp;
+}
 
-// A warp's 16 rows of a tile, as left operands.
+// A warp's 16 rows of a tile, as left operands. Returns the last register that it loads.
 template <typename Tile, int kSteps>
-__device__ inline void load_rows(uint32_t (&rows)[kSteps][4], const Tile& tile, int warp) {
-  uint32_t mixed = 0;
+__device__ inline uint32_t load_rows(uint32_t (&rows)[kSteps][4], const Tile& tile, int warp) {
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     tile.load_left(rows[i], 16 * warp, 16 * i, fresh_lane());
-    mixed ^= rows[i][0];
   }
-  // Nothing else reads the registers before the buffer is given back. An arrival may overtake loads under way, and the
-  // next copy come before they are done: here something depends on all of them.
-  if (__all_sync(0xffffffffu, mixed == 0x7fc07fc1u)) {
-    __nanosleep(1);
-  }
+  return rows[kSteps - 1][3];
 }
 
 __device__ inline uint4 load_shared(uint32_t from) {
@@ -64,11 +68,13 @@ __device__ inline void store_shared(uint32_t to, uint4 value) {
                : "memory");
 }
 
-// to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers.
+// to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers. Returns the last register that it
+// loads.
 template <int kTiles, int kSteps, typename Tile>
-__device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
-                                           const Tile& b_tile, int first) {
+__device__ inline uint32_t multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
+                                               const Tile& b_tile, int first) {
   clear(to);
+  uint32_t last = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -77,8 +83,10 @@ __device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_
       b_tile.load_right_transposed(b, first + 16 * i, 16 * step, fresh_lane());
       multiply_add<typename Tile::Element>(to[2 * i], rows[step], b[0], b[1]);
       multiply_add<typename Tile::Element>(to[2 * i + 1], rows[step], b[2], b[3]);
+      last = b[3];
     }
   }
+  return last;
 }
 // The same for a warpgroup's rows and a whole tile: starts it.
 template <int kSteps, typename Tile>
@@ -108,9 +116,10 @@ struct UnionQueries {
   __device__ UnionQueries(const UnionShared<Shape>& shared, int group_, int warp_)
       : own{shared_address(shared.q) + group_ * Shape::kGroupBytes}, group(group_), warp(warp_) {}
 
-  __device__ void take(const KTile& from) {
+  // Returns the last register that it loads.
+  __device__ uint32_t take(const KTile& from) {
     if constexpr (Shape::kQInRegisters) {
-      load_rows(rows, from, warp);
+      return load_rows(rows, from, warp);
     } else {
       const uint32_t first = 16 * warp * 128 + 16 * fresh_lane();
 #pragma unroll
@@ -123,15 +132,17 @@ struct UnionQueries {
       }
       fence_shared_writes();
       sync_threads(1 + group, kWarpgroup);
+      return 0;  // all are stored by now
     }
   }
-  // Q K^T of this warp's rows and keys from `first` on.
+  // Q K^T of this warp's rows and keys from `first` on. Returns the last register that it loads.
   template <int kTiles>
-  __device__ void multiply_alone(float (&scores)[kTiles][4], const KTile& k_tile, int first) const {
+  __device__ uint32_t multiply_alone(float (&scores)[kTiles][4], const KTile& k_tile, int first) const {
     if constexpr (Shape::kQInRegisters) {
-      multiply_rows_alone(scores, rows, k_tile, first);
+      return multiply_rows_alone(scores, rows, k_tile, first);
     } else {
       clear(scores);
+      uint32_t last = 0;
 #pragma unroll
       for (int column = 0; column < Shape::kDimK; column += 16) {
         uint32_t a[4];
@@ -142,8 +153,10 @@ struct UnionQueries {
           k_tile.load_right_transposed(b, first + 16 * i, column, fresh_lane());
           multiply_add<Element>(scores[2 * i], a, b[0], b[1]);
           multiply_add<Element>(scores[2 * i + 1], a, b[2], b[3]);
+          last = b[3];
         }
       }
+      return last;
     }
   }
   // Starts Q K^T of the group's rows.
@@ -164,10 +177,10 @@ struct UnionQueries {
   }
 };
 
-// Rows of a tile from `count` on become zeros: what lies there need not be finite. By a warpgroup; `barrier` is its.
+// Rows of a tile from `count` on become zeros: what lies there need not be finite. By the threads of a warpgroup;
+// `barrier` is its.
 template <typename Tile>
-__device__ inline void clear_rows(const Tile& tile, int count, int barrier) {
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+__device__ inline void clear_rows(const Tile& tile, int count, int barrier, int thread) {
 #pragma unroll 1
   for (int i = 8 * count + thread; i < 8 * Tile::kRows; i += kWarpgroup) {
 #pragma unroll

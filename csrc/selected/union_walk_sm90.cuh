@@ -2,7 +2,7 @@
 //
 // Blocks of threads are persistent: tile after tile, one KV head after the other, so that the keys in use stay in L2.
 // - The merging warp joins the tile's lists into steps (block, which tokens chose it), a tile ahead.
-// - The producer, one thread, copies each step's K and V block into two rings of buffers. Before the steps of a list
+// - Two producers, a thread each, copy each step's K and V block into two rings of buffers. Before the steps of a list
 //   come as many as there are warpgroups, whose K and V are a warpgroup's Q and gradient of the output. (kOnlyKeys: no
 //   V, and no such steps.)
 // - Consumer warpgroups own 64 rows each. They take the blocks that one of their tokens chose and pass over the others
@@ -40,9 +40,9 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&barriers.list_full[i], 32);
-      init_barrier(&barriers.list_empty[i], Shape::kWarps + 1);
+      init_barrier(&barriers.list_empty[i], Shape::kWarps + (Shape::kOnlyKeys ? 1 : 2));
     }
-    barriers.issued = 0;
+    barriers.issued[0] = barriers.issued[1] = 0;
     for (int i = 0; i < Shape::kWarps; ++i) {
       barriers.turns[i] = 0;
     }
@@ -51,84 +51,67 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
   __syncthreads();
 }
 
-// Copies every step's blocks. By one thread.
-template <typename Shape>
+// Copies every step's K, or V. By one thread each: the time that a step takes of it is the least that steps are apart.
+template <bool kIsK, typename Shape>
 __device__ inline void produce_union(const UnionParams& u, const UnionShared<Shape>& shared) {
+  using Panels = std::conditional_t<kIsK, typename Shape::KTile, typename Shape::VTile>;
+  constexpr uint32_t kStages = kIsK ? Shape::kStagesK : Shape::kStagesV;
+  constexpr uint32_t kBytes = Panels::kSize * 2;
   auto& barriers = *shared.barriers;
-  prefetch_map(&u.k);
-  if constexpr (!Shape::kOnlyKeys) {
-    prefetch_map(&u.q);
-    prefetch_map(&u.v);
-  }
+  Barrier* const full = kIsK ? barriers.k_full : barriers.v_full;
+  Barrier* const empty = kIsK ? barriers.k_empty : barriers.v_empty;
+  unsigned char* const ring = kIsK ? shared.k : shared.v;
+  const CUtensorMap* const map = kIsK ? &u.k : &u.v;
+  const CUtensorMap* const rows_map = kIsK ? &u.q : &u.grad_out;
   const int group_tokens = group_tokens_of<Shape>(u);
+  RingPlace<kStages> place;
   uint32_t step = 0;  // of all tiles
   uint32_t turn = 0;  // tiles so far
+  // Waits until the buffer is free. `absent`: the warps that have no part in the step.
+  const auto begin = [&](int absent) {
+    wait(&empty[place.stage], place.parity ^ 1);
+    if (absent != 0) {
+      arrive(&empty[place.stage], absent);
+    }
+  };
+  const auto copy = [&](const CUtensorMap* from, int32_t head, int32_t token, int32_t batch) {
+    arrive_expecting(&full[place.stage], kBytes);
+#pragma unroll
+    for (int panel = 0; panel < Panels::kPanels; ++panel) {
+      copy_box(ring + place.stage * kBytes + panel * Panels::kPanelSize * 2, from, &full[place.stage], panel * 64, head,
+               token, batch, kEvictLast);
+    }
+  };
+  const auto end = [&] {
+    place.advance();
+    publish_relaxed(&barriers.issued[kIsK ? 0 : 1], ++step);
+  };
   for (int32_t index = u.first_tile + blockIdx.x; index < u.end_tile; index += gridDim.x, ++turn) {
     const UnionTile tile = union_tile<Shape>(u, index);
-    const typename Shape::Step* const list = shared.lists + (turn & 1) * shared.most_steps;
-    wait(&barriers.list_full[turn & 1], turn / 2 & 1);
-    const int32_t steps = barriers.steps[turn & 1];
-    // Copies panels, or nothing where there is no map, for a step that `needed` warps take.
-    const auto copy = [&]<typename Panels>(Panels, const CUtensorMap* map, unsigned char* ring, Barrier* full,
-                                           Barrier* empty, uint32_t stages, int needed, int32_t head, int32_t token) {
-      const uint32_t stage = step % stages;
-      const uint32_t lap = step / stages;
-      if (lap > 0) {
-        wait(&empty[stage], (lap - 1) & 1);
-      }
-      if (needed < Shape::kWarps) {
-        arrive(&empty[stage], Shape::kWarps - needed);
-      }
-      if (map == nullptr) {
-        arrive(&full[stage]);
-        wait(&full[stage], lap & 1);  // complete at once, and nobody else looks at it
-        return;
-      }
-      arrive_expecting(&full[stage], Panels::kSize * 2);
-#pragma unroll
-      for (int panel = 0; panel < Panels::kPanels; ++panel) {
-        copy_box(ring + stage * (Panels::kSize * 2) + panel * Panels::kPanelSize * 2, map, &full[stage], panel * 64,
-                 head, token, static_cast<int32_t>(tile.place.batch), kEvictLast);
-      }
-    };
-    const auto copy_both = [&](const CUtensorMap* k, const CUtensorMap* v, int needed, int32_t head, int32_t token) {
-      const auto copy_k = [&] {
-        copy(typename Shape::KTile(), k, shared.k, barriers.k_full, barriers.k_empty, Shape::kStagesK, needed, head,
-             token);
-      };
-      const auto copy_v = [&] {
-        copy(typename Shape::VTile(), v, shared.v, barriers.v_full, barriers.v_empty, Shape::kStagesV,
-             v == nullptr ? 0 : needed, head, token);
-      };
-      if constexpr (Shape::kOnlyKeys) {
-        copy_k();
-      } else if constexpr (Shape::kGradients) {  // in the order of their first use
-        copy_v();
-        copy_k();
-      } else {
-        copy_k();
-        copy_v();
-      }
-      publish(&barriers.issued, ++step);
-    };
-    constexpr int kRowSteps = Shape::kOnlyKeys ? 0 : Shape::kGroups;
+    const int32_t batch = static_cast<int32_t>(tile.place.batch);
 #pragma unroll 1
-    for (int group = 0; group < kRowSteps; ++group) {
-      copy_both(&u.q, Shape::kGradients ? &u.grad_out : nullptr, 4, tile.first_head,
-                static_cast<int32_t>(tile.place.q_begin) + tile.first_query + group * group_tokens);
-    }
-    for (int32_t i = 0; i < steps; ++i) {
-      const int32_t block = static_cast<int32_t>(list[i] >> Shape::kTokenBits);
-      int needed = 0;
-#pragma unroll
-      for (int group = 0; group < Shape::kGroups; ++group) {
-        const uint32_t tokens = tokens_of_group<Shape>(list[i], group, group_tokens);
-        const int32_t limit = Shape::kOnlyKeys ? tile.place.k_length : tile.limit(group * group_tokens);
-        const bool alone = taken_alone<Shape>(tokens, group_tokens, block, limit);
-        needed += tokens == 0 ? 0 : alone ? __popc(warps_of_tokens(tokens, group_tokens)) : 4;
+    for (int group = 0; group < (Shape::kOnlyKeys ? 0 : Shape::kGroups); ++group) {
+      if constexpr (kIsK || Shape::kGradients) {
+        begin(Shape::kWarps - 4);
+        copy(rows_map, tile.first_head,
+             static_cast<int32_t>(tile.place.q_begin) + tile.first_query + group * group_tokens, batch);
+      } else {
+        begin(Shape::kWarps);
+        arrive(&full[place.stage]);
+        wait(&full[place.stage], place.parity);  // complete at once, and nobody else looks at it
       }
-      copy_both(&u.k, &u.v, needed, tile.head_kv,
-                static_cast<int32_t>(tile.place.k_begin + int64_t{block} * Shape::kKeys));
+      end();
+    }
+    wait(&barriers.list_full[turn & 1], turn / 2 & 1);
+    const typename Shape::Step* next = shared.list(turn);
+    const typename Shape::Step* const last = next + barriers.steps[turn & 1];
+    const int32_t k_begin = static_cast<int32_t>(tile.place.k_begin);
+#pragma unroll 1
+    for (; next != last; ++next) {
+      const typename Shape::Step entry = *next;
+      begin(static_cast<int>(entry >> Shape::kAbsentBit) & 0xf);
+      copy(map, tile.head_kv, k_begin + static_cast<int32_t>(entry >> Shape::kTokenBits) * Shape::kKeys, batch);
+      end();
     }
     arrive(&barriers.list_empty[turn & 1]);
   }
@@ -138,30 +121,33 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
 template <typename Shape>
 struct UnionRing {
   UnionShared<Shape> shared;
-  uint32_t issued;  // what the warp knows of it
 
-  __device__ void await(Barrier* full, uint32_t step, uint32_t stages) {
-    if (issued <= step) {
-      wait_until([&] { return (issued = observe(&shared.barriers->issued)) > step; });
-    }
+  // `issued` is read anew each time: registers are few.
+  __device__ void await(Barrier* full, const uint32_t* issued, uint32_t step, uint32_t stages) const {
+    wait_until([&] { return observe(issued) > step; });
     wait(&full[step % stages], step / stages & 1);
   }
-  __device__ typename Shape::KTile wait_k(uint32_t step) {
-    await(shared.barriers->k_full, step, Shape::kStagesK);
+  __device__ typename Shape::KTile wait_k(uint32_t step) const {
+    await(shared.barriers->k_full, &shared.barriers->issued[0], step, Shape::kStagesK);
     return {shared_address(shared.k) + step % Shape::kStagesK * Shape::kBytesK};
   }
-  __device__ typename Shape::VTile wait_v(uint32_t step) {
-    await(shared.barriers->v_full, step, Shape::kStagesV);
+  __device__ typename Shape::VTile wait_v(uint32_t step) const {
+    await(shared.barriers->v_full, &shared.barriers->issued[1], step, Shape::kStagesV);
     return {shared_address(shared.v) + step % Shape::kStagesV * Shape::kBytesV};
   }
-  __device__ void release(Barrier* empty) const {
+  // Gives a buffer back. `loaded`: the last register that the warp loaded from it.
+  __device__ void release_k(uint32_t step, uint32_t loaded = 0) const {
+    release(&shared.barriers->k_empty[step % Shape::kStagesK], loaded);
+  }
+  __device__ void release_v(uint32_t step, uint32_t loaded = 0) const {
+    release(&shared.barriers->v_empty[step % Shape::kStagesV], loaded);
+  }
+  __device__ void release(Barrier* empty, uint32_t loaded) const {
     __syncwarp();
     if (fresh_lane() == 0) {
-      arrive(empty);
+      arrive_loaded(empty, loaded);
     }
   }
-  __device__ void release_k(uint32_t step) const { release(&shared.barriers->k_empty[step % Shape::kStagesK]); }
-  __device__ void release_v(uint32_t step) const { release(&shared.barriers->v_empty[step % Shape::kStagesV]); }
 };
 
 // Writes every tile's list. By one warp.
@@ -174,8 +160,7 @@ __device__ inline void merge_unions(const UnionParams& u, const UnionShared<Shap
     if (turn >= 2) {
       wait(&barriers.list_empty[turn & 1], (turn / 2 - 1) & 1);
     }
-    const int32_t steps =
-        merge_lists<Shape>(shared.lists + (turn & 1) * shared.most_steps, u, union_tile<Shape>(u, index), lane);
+    const int32_t steps = merge_lists<Shape>(shared, turn, u, lane);
     if (lane == 0) {
       barriers.steps[turn & 1] = steps;
     }
@@ -188,6 +173,20 @@ __device__ inline uint32_t fresh_grid() {
   uint32_t blocks;
   asm volatile("mov.u32 %0, %%nctaid.x;\n" : "=r"(blocks));
   return blocks;
+}
+
+// What the warps of the producing warpgroup do.
+template <typename Shape>
+__device__ inline void feed_unions(const UnionParams& u, const UnionShared<Shape>& shared, int warp) {
+  if (warp == 1) {
+    merge_unions(u, shared);
+  } else if (warp != 3 && elect_one()) {
+    if (warp == 0) {
+      produce_union<true>(u, shared);
+    } else if constexpr (!Shape::kOnlyKeys) {
+      produce_union<false>(u, shared);
+    }
+  }
 }
 
 // A consumer warp's step.
@@ -232,13 +231,13 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       typename Shape::Step entry = 0;
       {
         const int at = first + fresh_lane();
-        entry = at < steps ? shared.lists[(turn() & 1) * shared.most_steps + at] : 0;
+        entry = at < steps ? shared.list(turn())[at] : 0;
         const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
         const bool alone = taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits),
                                               seen.template limit_alone<Shape>());
         together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
         const int own_warp = fresh_thread() / 32 % 4;
-        const uint32_t own = group_tokens == 4 ? 1u << own_warp : 3u << 2 * own_warp;
+        const uint32_t own = tokens_of_warp(group_tokens, own_warp);
         chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
       }
       while (chosen != 0) {

@@ -171,6 +171,9 @@ int main(int argc, char** argv) {
     time_case({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16});
     time_case({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated});
     time_case({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
+    const std::vector<int32_t> whole = {0, 65536};
+    time_case({"64k random packed", 0, 0, 0, 4, 16, 128, 128, 16, random, 1.f, whole, whole});
+    time_case({"64k correlated packed", 0, 0, 0, 4, 16, 128, 128, 16, correlated, 1.f, whole, whole});
     time_case({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
     time_case({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
     time_case({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});

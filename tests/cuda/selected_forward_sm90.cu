@@ -273,6 +273,11 @@ int main(int argc, char** argv) {
     good &= check<BFloat16>({"negative scale", 1, 1000, 1000, 2, 16, 128, 128, 16, random, -1.f}, 1000);
     good &= check<BFloat16>({"G 1", 1, 1000, 1000, 2, 1, 128, 128, 16}, 1000);
     good &= check<BFloat16>({"G 4", 1, 1000, 1000, 4, 4, 128, 128, 16}, 1000);
+    good &= check<BFloat16>({"G 3, any lists", 2, 501, 501, 2, 3, 128, 128, 16, hostile}, 1000);
+    good &= check<BFloat16>({"G 4, n 32", 1, 3000, 3000, 2, 4, 128, 128, 32}, 1000);
+    good &= check<BFloat16>({"G 4, 256k keys", 1, 100, 262144, 1, 4, 128, 128, 16}, 100);
+    good &= check<BFloat16>({"G 4, more keys", 1, 100, 262145, 1, 4, 128, 128, 16}, 100);
+    good &= check<BFloat16>({"G 4, d 192 / 128", 1, 1000, 1000, 2, 4, 192, 128, 16, correlated}, 1000);
     good &= check<BFloat16>({"G 8", 1, 1000, 1000, 2, 8, 128, 128, 16}, 1000);
     good &= check<BFloat16>({"G 8, n 64", 1, 5000, 5000, 1, 8, 128, 128, 64}, 1000);
     good &= check<BFloat16>({"G 8, d 64, n 64", 1, 5000, 5000, 1, 8, 64, 64, 64}, 1000);
@@ -325,6 +330,12 @@ int main(int argc, char** argv) {
     time_case({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16});
     time_case({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16});
     time_case({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated});
+    time_case({"64k correlated d 64", 1, 65536, 65536, 4, 16, 64, 64, 16, correlated});
+    const std::vector<int32_t> whole = {0, 65536};
+    time_case({"64k random packed", 0, 0, 0, 4, 16, 128, 128, 16, random, 1.f, whole, whole});
+    time_case({"64k correlated packed", 0, 0, 0, 4, 16, 128, 128, 16, correlated, 1.f, whole, whole});
+    time_case({"32k random", 1, 32768, 32768, 4, 16, 128, 128, 16});
+    time_case({"32k random G 8", 1, 32768, 32768, 8, 8, 128, 128, 16});
     time_case({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16});
     time_case({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32});
   }
