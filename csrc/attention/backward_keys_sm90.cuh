@@ -201,10 +201,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
         to.position[row] = position[i];
       }
     }
-    __syncwarp();
-    if (lane == 0) {
-      arrive(&ring.full[stage]);
-    }
+    arrive(&ring.full[stage]);
     ring_place.advance();
   }
 }

@@ -52,10 +52,9 @@ struct RowRing {
   RowNumbers<Shape::kRows> numbers[Shape::kStages];
   Barrier full[Shape::kStages], empty[Shape::kStages];
 
-  // `fillers`: arrivals that fill a stage.
-  __device__ void init_barriers(int consumers, int fillers = 2) {
+  __device__ void init_barriers(int consumers) {
     for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(&full[i], fillers);
+      init_barrier(&full[i], 1 + 32);  // the thread that copies, and the warp that gathers numbers
       init_barrier(&empty[i], consumers * kWarpgroup / 32);
     }
   }

@@ -12,6 +12,7 @@ namespace nsa {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // so that the next call does not find it
     throw std::runtime_error(std::string("nsa_torch: ") + what + ": " + cudaGetErrorString(error));
   }
 }

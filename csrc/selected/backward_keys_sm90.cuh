@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     find_item<Shape>(params.selected, chosen_by.segments[params.first_block] + 2 * int64_t{blockIdx.x} + warp,
                      chosen_by.segments[params.end_block], part, lane);
     if (lane == 0) {
-      part.ring.init_barriers(1, 1 + 32);
+      part.ring.init_barriers(1);
       init_barrier(&part.keys_full, 1);
       fence_barrier_init();
     }

@@ -60,6 +60,8 @@ void launch_selected_query_handed_shape(const SelectedBackwardParams& selected, 
 template <typename KeysShape, typename NarrowShape, typename WideShape>
 void launch_selected_backward_handed_shapes(const SelectedBackwardParams& all, cudaStream_t stream) {
   const Sequences& s = all.sequences;
+  static_assert(union_shared_bytes<NarrowShape>(4 * NarrowShape::kGroups, 16) <= kMostUnionSharedBytes &&
+                union_shared_bytes<WideShape>(8 * WideShape::kGroups, kMostUnionSelected) <= kMostUnionSharedBytes);
   SelectedBackwardParams selected = all;
   selected.handed.queries = s.packed() ? s.length_q : s.batch * s.length_q;
   for (int32_t head = 0; head < s.heads_kv; head += all.handed.heads) {

@@ -16,12 +16,12 @@ inline bool selected_backward_query_fits_sm90(const SelectedBackwardParams& para
 
 template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1>
 using SelectedBackwardQueryShapeFor = UnionShape<Element, kDimK, kDimV, true, 2,
-                                                 (kDimK == 64    ? 13
+                                                 (kDimK == 64    ? (kWide ? 12 : 13)
                                                   : kDimK == 128 ? (kWide ? 6 : 7)
                                                                  : 4),
-                                                 (kDimK == 64    ? 13
+                                                 (kDimK == 64    ? (kWide ? 12 : 13)
                                                   : kDimK == 128 ? (kWide ? 6 : 7)
-                                                                 : 4),
+                                                                 : (kWide ? 3 : 4)),
                                                  kWide, kMostAlone>;
 
 template <typename Shape>
@@ -43,6 +43,8 @@ template <typename Element, int kDimK, int kDimV>
 bool try_selected_backward_query_sm90(const SelectedBackwardParams& params, cudaStream_t stream) {
   using Narrow = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, false>;
   using Wide = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, true>;
+  static_assert(union_shared_bytes<Narrow>(8, 16) <= kMostUnionSharedBytes &&
+                union_shared_bytes<Wide>(16, kMostUnionSelected) <= kMostUnionSharedBytes);
   if (!selected_backward_query_fits_sm90(params) || tensor_map_encoder() == nullptr ||
       !runs_on_this_device(selected_backward_query_sm90<Wide>, "gradient of q of selected attention")) {
     return false;
