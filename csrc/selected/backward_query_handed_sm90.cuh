@@ -38,7 +38,7 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
   const SelectedBackwardParams& p = params.selected;
   const UnionParams& u = params.walk;
   const UnionRing<Shape> ring{shared};
-  float grad[Parts::kCount][Parts::kColumns / 8][4];
+  GradientSums<Shape::kDimK> grad;
   // Where dS of the next block of the lane's rows lies, in units of 32 bytes. Where a token has 16 rows, the second is
   // eight heads further. (What lies there of heads that do not exist may be anything: nobody stores what becomes of
   // it.)
@@ -84,59 +84,22 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
     }
   };
 
-  // Returns the last register that it loads from the buffer.
-  const auto take_alone = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
-    const int lane = fresh_lane();
-    uint32_t last = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int column = 0; column < Shape::kDimK; column += 16) {
-        uint32_t b[4];
-        k_tile.load_right(b, 16 * i, column, lane);
-        auto& sums = grad[column / Parts::kColumns];
-        multiply_add<Element>(sums[column % Parts::kColumns / 8], scores[i], b[0], b[1]);
-        multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], scores[i], b[2], b[3]);
-        last = b[3];
-      }
-    }
-    return last;
-  };
-
-  const auto take_together = [&](const uint32_t (&scores)[4][4], const KTile& k_tile) {
-    const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
-#pragma unroll
-    for (int part = 0; part < Parts::kCount; ++part) {
-      hold(grad[part]);
-    }
-    fence_products();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int part = 0; part < Parts::kCount; ++part) {
-        multiply_async<Element>(grad[part], scores[i],
-                                advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)), true);
-      }
-    }
-    commit_products();
-    wait_products<0>();
-#pragma unroll
-    for (int part = 0; part < Parts::kCount; ++part) {
-      hold(grad[part]);
-    }
-  };
-
   const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
     uint32_t scores[4][4];
     load(scores, step.tokens);
     const KTile k_tile = ring.wait_k(step.number);
     if (step.alone) {
-      ring.release_k(step.number, take_alone(scores, k_tile));
+      uint32_t loaded = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        loaded = add_products_alone<Shape::kDimK>(grad, scores[i], k_tile, 16 * i, fresh_lane());
+      }
+      ring.release_k(step.number, loaded);
     } else {
       if (step.key + Shape::kKeys > seen.k_length) {
         clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
       }
-      take_together(scores, k_tile);
+      add_products_together<Shape::kDimK>(grad, scores, k_tile);
       ring.release_k(step.number);
     }
   };
@@ -167,17 +130,9 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_query_handed_sm90(const __grid_constant__ SelectedQueryHandedSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char union_shared[];
-  const UnionShared<Shape> shared(union_shared, params.walk);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-  start_union(shared);
-  if (warp >= Shape::kWarps) {
-    shrink_registers<Shape::kProducerRegisters>();
-    feed_unions(params.walk, shared, warp - Shape::kWarps);
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    consume_handed(params, shared, warp / 4, warp % 4);
-  }
+  run_unions<Shape>(params.walk, [&](const UnionShared<Shape>& shared, int group, int warp) {
+    consume_handed(params, shared, group, warp);
+  });
 #endif
 }
 

@@ -32,7 +32,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   // Of the lane's rows.
   float lse[2];
   float delta[2];
-  float grad[Parts::kCount][Parts::kColumns / 8][4];
+  GradientSums<Shape::kDimK> grad;
 
   const auto row_grad_lse = [&](int half, int lane) -> float& {
     return shared.barriers->grad_lse[fresh_thread() / 32 * 16 + 8 * half + lane / 4];
@@ -152,15 +152,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
             a[j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
           }
         }
-#pragma unroll
-        for (int column = 0; column < Shape::kDimK; column += 16) {
-          uint32_t b[4];
-          k_tile.load_right(b, 32 * part + 16 * i, column, lane);
-          auto& sums = grad[column / Parts::kColumns];
-          multiply_add<Element>(sums[column % Parts::kColumns / 8], a, b[0], b[1]);
-          multiply_add<Element>(sums[column % Parts::kColumns / 8 + 1], a, b[2], b[3]);
-          loaded = b[3];
-        }
+        loaded = add_products_alone<Shape::kDimK>(grad, a, k_tile, 32 * part + 16 * i, lane);
       }
     }
     ring.release_k(step.number, loaded);
@@ -195,26 +187,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         weights[i][j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
       }
     }
-    const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
-#pragma unroll
-    for (int part = 0; part < Parts::kCount; ++part) {
-      hold(grad[part]);
-    }
-    fence_products();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int part = 0; part < Parts::kCount; ++part) {
-        multiply_async<Element>(grad[part], weights[i],
-                                advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)), true);
-      }
-    }
-    commit_products();
-    wait_products<0>();
-#pragma unroll
-    for (int part = 0; part < Parts::kCount; ++part) {
-      hold(grad[part]);
-    }
+    add_products_together<Shape::kDimK>(grad, weights, k_tile);
     ring.release_k(step.number);
   };
 
@@ -256,17 +229,9 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_backward_query_sm90(const __grid_constant__ SelectedBackwardQuerySm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char union_shared[];
-  const UnionShared<Shape> shared(union_shared, params.walk);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-  start_union(shared);
-  if (warp >= Shape::kWarps) {
-    shrink_registers<Shape::kProducerRegisters>();
-    feed_unions(params.walk, shared, warp - Shape::kWarps);
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    consume_backward_query(params, shared, warp / 4, warp % 4);
-  }
+  run_unions<Shape>(params.walk, [&](const UnionShared<Shape>& shared, int group, int warp) {
+    consume_backward_query(params, shared, group, warp);
+  });
 #endif
 }
 

@@ -222,17 +222,9 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_forward_sm90(const __grid_constant__ SelectedForwardSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char union_shared[];
-  const UnionShared<Shape> shared(union_shared, params.walk);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
-  start_union(shared);
-  if (warp >= Shape::kWarps) {
-    shrink_registers<Shape::kProducerRegisters>();
-    feed_unions(params.walk, shared, warp - Shape::kWarps);
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    consume_forward(params, shared, warp / 4, warp % 4);
-  }
+  run_unions<Shape>(params.walk, [&](const UnionShared<Shape>& shared, int group, int warp) {
+    consume_forward(params, shared, group, warp);
+  });
 #endif
 }
 

@@ -16,6 +16,8 @@ struct GradientParts {
   static constexpr int kColumns = kDimK == 128 ? 128 : 64;
   static constexpr int kCount = kDimK / kColumns;
 };
+template <int kDimK>
+using GradientSums = float[GradientParts<kDimK>::kCount][GradientParts<kDimK>::kColumns / 8][4];
 
 // Of a group's rows: which token, counted within the group, and which head.
 struct UnionRow {
@@ -100,6 +102,53 @@ __device__ inline void start_rows(float (&to)[8][4], const uint32_t (&rows)[kSte
     multiply_rows<Element>(to, rows[i], advance(b, 2 * (i / 4 * Tile::kPanelSize + i % 4 * 16)));
   }
   commit_products();
+}
+
+// sums += weights K for a warp's rows and 16 keys, from `first` on, by mma.sync. Returns the last register that it
+// loads from the buffer.
+template <int kDimK, typename KTile>
+__device__ inline uint32_t add_products_alone(GradientSums<kDimK>& sums, const uint32_t (&weights)[4],
+                                              const KTile& k_tile, int first, int lane) {
+  using Element = typename KTile::Element;
+  constexpr int kColumns = GradientParts<kDimK>::kColumns;
+  uint32_t last = 0;
+#pragma unroll
+  for (int column = 0; column < kDimK; column += 16) {
+    uint32_t b[4];
+    k_tile.load_right(b, first, column, lane);
+    auto& part = sums[column / kColumns];
+    multiply_add<Element>(part[column % kColumns / 8], weights, b[0], b[1]);
+    multiply_add<Element>(part[column % kColumns / 8 + 1], weights, b[2], b[3]);
+    last = b[3];
+  }
+  return last;
+}
+// The same for a warpgroup's rows and a whole block, by wgmma. Waits for the end.
+template <int kDimK, typename KTile>
+__device__ inline void add_products_together(GradientSums<kDimK>& sums, const uint32_t (&weights)[4][4],
+                                             const KTile& k_tile) {
+  using Parts = GradientParts<kDimK>;
+  const uint64_t k = tile_descriptor(k_tile.begin, KTile::kPanelSize * 2);
+#pragma unroll
+  for (int part = 0; part < Parts::kCount; ++part) {
+    hold(sums[part]);
+  }
+  fence_products();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int part = 0; part < Parts::kCount; ++part) {
+      multiply_async<typename KTile::Element>(
+          sums[part], weights[i], advance(k, 2 * (part * Parts::kColumns / 64 * KTile::kPanelSize + 64 * 16 * i)),
+          true);
+    }
+  }
+  commit_products();
+  wait_products<0>();
+#pragma unroll
+  for (int part = 0; part < Parts::kCount; ++part) {
+    hold(sums[part]);
+  }
 }
 
 // A warp's rows of Q: in registers or, where there are too few of those, its group's in shared memory.

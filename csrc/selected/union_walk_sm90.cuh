@@ -266,4 +266,20 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
   }
 }
 
+// A block of threads: its warps feed, or are consumers: consume(shared, group, warp of the group).
+template <typename Shape, typename Consume>
+__device__ inline void run_unions(const UnionParams& u, const Consume& consume) {
+  extern __shared__ __align__(1024) unsigned char union_shared[];
+  const UnionShared<Shape> shared(union_shared, u);
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  start_union(shared);
+  if (warp >= Shape::kWarps) {
+    shrink_registers<Shape::kProducerRegisters>();
+    feed_unions(u, shared, warp - Shape::kWarps);
+  } else {
+    grow_registers<Shape::kConsumerRegisters>();
+    consume(shared, warp / 4, warp % 4);
+  }
+}
+
 }  // namespace nsa
