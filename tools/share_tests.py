@@ -14,5 +14,6 @@ import pytest
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     share, _, shares = os.environ["NSA_TEST_SHARE"].partition("/")
     kept = items[int(share) :: int(shares)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    taken = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in taken])
     items[:] = kept

@@ -35,11 +35,12 @@ InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, 
   TORCH_CHECK_VALUE(blocks < 0x7fffffff && pairs < 0x7fffffff,
                     "block_indices must hold fewer than 2^31 numbers for fewer than 2^31 blocks on CUDA, got ",
                     lists.sizes());
-  // The long lists of the last KV head begin when the others are nearly done: they may take no longer than one head
-  // does.
-  const int64_t of_all = ceil_div(pairs, kSegmentsPerMultiprocessor * multiprocessors());
-  const int64_t of_head = ceil_div(pairs, int64_t{2} * sequences.heads_kv * multiprocessors());
-  const int64_t segment = max_of(min_of(of_all, of_head), kLeastQueries);
+  // Where heads go in turns, the long lists of the last one begin when the others are nearly done: they may take no
+  // longer than one head does. (Up to a number of heads, for partial sums take 64 KB a segment at a width of 128.)
+  constexpr int64_t kMostSegmentsPerMultiprocessor = 32;
+  const int64_t of_heads = ranked ? min_of(int64_t{2} * sequences.heads_kv, kMostSegmentsPerMultiprocessor) : 0;
+  const int64_t segments = max_of(of_heads, kSegmentsPerMultiprocessor) * multiprocessors();
+  const int64_t segment = max_of(ceil_div(pairs, segments), kLeastQueries);
   const int64_t temporary_bytes = invert_lists_temporary_bytes(pairs, blocks);
   const auto ints = lists.options().dtype(at::kInt);
   const at::Tensor storage = at::empty({pairs + 3 * (blocks + 1)}, ints);

@@ -259,7 +259,12 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
     for (int32_t step = 0; step + 1 < tile.steps; ++step) {
       finish_step(step, start_scores);
     }
-    finish_step(tile.steps - 1, [&] { release(&shared.q_empty[consumer]); });
+    finish_step(tile.steps - 1, [&] {
+      release(&shared.q_empty[consumer]);
+      // Where a step has fewer than 64 keys, the rows past them lie where the next step's first do: a warp that still
+      // writes the step before must not come later. Elsewhere the turns see to it.
+      sync_threads(kConsumerBarrier + consumer, kWarpgroup);
+    });
     base += tile.steps * params.steps.keys;
   });
 }
