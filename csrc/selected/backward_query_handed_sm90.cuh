@@ -104,24 +104,7 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
     }
   };
 
-  const auto end = [&](const UnionTile& tile) {
-    const int lane = fresh_lane();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const UnionRow row = union_row<Shape>(u, warp, half, lane);
-      const int32_t query = tile.first_query + group * group_tokens_of<Shape>(u) + row.token;
-      Element* const to =
-          query < tile.place.q_length && row.head < tile.heads
-              ? p.grad_q.row<Element>(tile.place.batch, tile.place.q_begin + query, tile.first_head + row.head)
-              : nullptr;
-#pragma unroll
-      for (int part = 0; part < Parts::kCount; ++part) {
-        const int first = part * Parts::kColumns;
-        write_row(to == nullptr ? nullptr : to + first, p.grad_q.width - first, grad[part], half, p.scale,
-                  p.add_to_grad_q, lane);
-      }
-    }
-  };
+  const auto end = [&](const UnionTile& tile) { write_query_gradients<Shape, false>(p, u, tile, grad, group, warp); };
   consume_unions(u, shared, group, warp, begin, [](uint32_t) {}, take, end);
 }
 

@@ -151,6 +151,35 @@ __device__ inline void add_products_together(GradientSums<kDimK>& sums, const ui
   }
 }
 
+// Writes a warp's rows of the gradient of q, or adds them to what is there. kGated: the gate is not in the sums yet.
+template <typename Shape, bool kGated>
+__device__ inline void write_query_gradients(const SelectedBackwardParams& p, const UnionParams& u,
+                                             const UnionTile& tile, const GradientSums<Shape::kDimK>& sums, int group,
+                                             int warp) {
+  using Parts = GradientParts<Shape::kDimK>;
+  const int lane = fresh_lane();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const UnionRow row = union_row<Shape>(u, warp, half, lane);
+    const int32_t query = tile.first_query + group * group_tokens_of<Shape>(u) + row.token;
+    typename Shape::Element* to = nullptr;
+    float factor = p.scale;
+    if (query < tile.place.q_length && row.head < tile.heads) {
+      const int64_t token = tile.place.q_begin + query;
+      to = p.grad_q.row<typename Shape::Element>(tile.place.batch, token, tile.first_head + row.head);
+      if (kGated && p.gate.data != nullptr) {
+        factor *= p.gate.at(tile.place.batch, tile.first_head + row.head, token);
+      }
+    }
+#pragma unroll
+    for (int part = 0; part < Parts::kCount; ++part) {
+      const int first = part * Parts::kColumns;
+      write_row(to == nullptr ? nullptr : to + first, p.grad_q.width - first, sums[part], half, factor, p.add_to_grad_q,
+                lane);
+    }
+  }
+}
+
 // A warp's rows of Q: in registers or, where there are too few of those, its group's in shared memory.
 template <typename Shape>
 struct UnionQueries {
