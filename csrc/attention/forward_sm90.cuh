@@ -167,8 +167,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
       stage_rows<Element>(to, out, factors, first_row, lane);
     }
     fence_shared_writes();
-    __syncwarp();
-    release(&shared.out_full);
+    arrive(&shared.out_full);
   };
 
   if (number == kNext - 1) {
@@ -218,7 +217,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
     if (unfinished) {
       release_v();
       stage();
-      release(&shared.tile_empty[stage_of<kTiles>(tiles - 1)]);
+      arrive(&shared.tile_empty[stage_of<kTiles>(tiles - 1)]);
     }
     unfinished = more != 0;
     if (more == 0) {
@@ -227,7 +226,7 @@ __device__ inline void consume_range(const RangeForwardSm90Params& params, typen
         return;
       }
       write_unseen_rows<Element>(params, unseen, consumer());
-      release(&shared.tile_empty[stage_of<kTiles>(tiles)]);
+      arrive(&shared.tile_empty[stage_of<kTiles>(tiles)]);
       ++tiles;
       continue;
     }
@@ -286,11 +285,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
     for (int i = 0; i < Shape::kTiles; ++i) {
       init_barrier(&shared.tile_full[i], 1);
-      init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup / 32 + 2);
+      init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup + 1 + 32);  // and what feeds and stores
     }
     init_barrier(&shared.others_full, 1 + 32);
-    init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup / 32);
-    init_barrier(&shared.out_empty, 1);
+    init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup);
+    init_barrier(&shared.out_empty, 32);
     fence_barrier_init();
   }
   __syncthreads();

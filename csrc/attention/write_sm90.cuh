@@ -141,13 +141,10 @@ __device__ inline void store_range(const RangeForwardSm90Params& params, typenam
       if (fresh_thread() % 32 == 0) {
         commit_stores();
         wait_until_stores_read();
-        arrive(&shared.out_empty);
       }
+      arrive(&shared.out_empty);
     }
-    __syncwarp();
-    if (fresh_thread() % 32 == 0) {
-      arrive(&shared.tile_empty[stage_of<kTiles>(tiles)]);
-    }
+    arrive(&shared.tile_empty[stage_of<kTiles>(tiles)]);
   }
   wait_stores();
 }

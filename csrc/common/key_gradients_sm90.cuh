@@ -44,7 +44,8 @@ struct RowNumbers {
   alignas(8) int32_t position[kRows];  // ascending or descending
 };
 
-// The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by warps of consumers.
+// The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by consumers. Each thread
+// that writes or reads numbers arrives for itself.
 template <typename Shape>
 struct RowRing {
   alignas(1024) typename Shape::Element q[Shape::kStages][Shape::QTile::kSize];
@@ -55,7 +56,7 @@ struct RowRing {
   __device__ void init_barriers(int consumers) {
     for (int i = 0; i < Shape::kStages; ++i) {
       init_barrier(&full[i], 1 + 32);  // the thread that copies, and the warp that gathers numbers
-      init_barrier(&empty[i], consumers * kWarpgroup / 32);
+      init_barrier(&empty[i], consumers * kWarpgroup);
     }
   }
 };
@@ -128,7 +129,7 @@ struct HandsNothingOver {
   __device__ void send() const {}
 };
 
-// Sums over `steps` steps of the ring. K and V are whole in shared memory. Each warp releases what it has read.
+// Sums over `steps` steps of the ring. K and V are whole in shared memory. Each thread releases what it has read.
 template <typename Shape, typename HandOver = HandsNothingOver>
 __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
                                          RingPlace<Shape::kStages>& ring_place, const typename Shape::Element* k_data,
@@ -254,9 +255,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     hand_over.keep(score_grads);
     hold(sums.k);
     hold(sums.v);
-    if (lane == 0) {
-      arrive(&ring.empty[stage]);
-    }
+    arrive(&ring.empty[stage]);
     ring_place.advance();
   }
   hand_over.send();
@@ -268,9 +267,7 @@ __device__ inline void skip_steps(RowRing<Shape>& ring, RingPlace<Shape::kStages
 #pragma unroll 1
   for (int32_t step = 0; step < steps; ++step) {
     wait(&ring.full[place.stage], place.parity);
-    if (threadIdx.x % 32 == 0) {
-      arrive(&ring.empty[place.stage]);
-    }
+    arrive(&ring.empty[place.stage]);
     place.advance();
   }
 }

@@ -40,7 +40,7 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&barriers.list_full[i], 32);
-      init_barrier(&barriers.list_empty[i], Shape::kWarps + (Shape::kOnlyKeys ? 1 : 2));
+      init_barrier(&barriers.list_empty[i], Shape::kWarps * 32 + (Shape::kOnlyKeys ? 1 : 2));
     }
     barriers.issued[0] = barriers.issued[1] = 0;
     for (int i = 0; i < Shape::kWarps; ++i) {
@@ -65,7 +65,6 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
   const CUtensorMap* const rows_map = kIsK ? &u.q : &u.grad_out;
   const int group_tokens = group_tokens_of<Shape>(u);
   RingPlace<kStages> place;
-  uint32_t step = 0;  // of all tiles
   uint32_t turn = 0;  // tiles so far
   // Waits until the buffer is free. `absent`: the warps that have no part in the step.
   const auto begin = [&](int absent) {
@@ -84,7 +83,7 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
   };
   const auto end = [&] {
     place.advance();
-    publish_relaxed(&barriers.issued[kIsK ? 0 : 1], ++step);
+    raise(&barriers.issued[kIsK ? 0 : 1]);
   };
   for (int32_t index = u.first_tile + blockIdx.x; index < u.end_tile; index += gridDim.x, ++turn) {
     const UnionTile tile = union_tile<Shape>(u, index);
@@ -253,10 +252,7 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       }
     }
     before += steps;
-    __syncwarp();
-    if (fresh_lane() == 0) {
-      arrive(&barriers.list_empty[turn() & 1]);
-    }
+    arrive(&barriers.list_empty[turn() & 1]);
     end(union_tile<Shape>(u, index()));
     __syncwarp();
     if (fresh_lane() == 0) {

@@ -291,10 +291,7 @@ __device__ inline void rank_select(const SelectSm90Params& params, typename Shap
     for (int32_t step = 0; step < tile.steps; ++step) {
       wait(&shared.strips_full[consumer][strips.stage], strips.parity);
       warp_lists.rank(step);
-      __syncwarp();
-      if (lane == 0) {
-        arrive(&shared.strips_empty[consumer][strips.stage]);
-      }
+      arrive(&shared.strips_empty[consumer][strips.stage]);
       strips.advance();
       warp_lists.merge_full();
     }
@@ -319,7 +316,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       init_barrier(&shared.q_empty[i], kWarps);
       for (int j = 0; j < Shape::kStripTiles; ++j) {
         init_barrier(&shared.strips_full[i][j], kWarpgroup);
-        init_barrier(&shared.strips_empty[i][j], Shape::kRankers);
+        init_barrier(&shared.strips_empty[i][j], Shape::kRankers * 32);
       }
     }
     for (int i = 0; i < Shape::kStages; ++i) {
