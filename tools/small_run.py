@@ -41,6 +41,9 @@ HOPPER_CASES: list[Case] = [
     (BFLOAT16, 8, 2, 192, 128, [140, 65]),
     (BFLOAT16, 16, 1, 128, 128, [64, 200]),
     (HALF, 12, 1, 128, 128, [100]),
+    # Long enough that blocks of threads take several tiles, and that rings of buffers go round.
+    (BFLOAT16, 64, 4, 128, 128, [900]),
+    (HALF, 8, 2, 192, 128, [1100, 65]),
 ]
 HOPPER_BLOCKS = {"block_size": 32, "block_stride": 16, "select_size": 64, "num_selected": 4, "window": 90}
 
