@@ -83,6 +83,16 @@ def test_numbers_of_selected_blocks(count: int, select_size: int, dtype: torch.d
     check(replace(WHOLE, name=f"selected_{count}", seqlen_q=67, seqlen_k=2203, **options), dtype)
 
 
+@pytest.mark.parametrize("group", [2, 7, 16])
+@pytest.mark.parametrize("count", [17, 32, 33, 64])
+@pytest.mark.parametrize("dim", [128, 192])
+def test_choice_of_long_lists(dim: int, count: int, group: int) -> None:
+    """More blocks than fit into a list, so that lists are full and change."""
+    shape = replace(WHOLE, name=f"lists_{count}_{group}", seqlen_q=131, seqlen_k=7003, heads_q=2 * group)
+    shape = replace(shape, dim_k=dim, num_selected=count)
+    check_choice(make_inputs("select_blocks", shape), shape, Target(DEVICE, torch.bfloat16))
+
+
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_block_sizes(blocks: tuple[int, int, int], dtype: torch.dtype) -> None:

@@ -9,20 +9,29 @@ namespace nsa {
 // Heads of a slot: of larger groups a query has several slots.
 constexpr int32_t kLargestSlot = 16;
 
-// As many consumers, stages of keys and steps of strips as shared memory holds.
+// As many consumers, stages of keys and steps of strips as shared memory and registers hold.
+template <int kDim, int kSlot, int kListed>
+constexpr int kMostConsumers = kSlot == kLargestSlot || (kSlot == 8 && kDim <= 128) ||
+                                       (kSlot == 4 && kListed * kDim <= 2048)
+                                   ? 3
+                                   : 2;
+template <int kDim, int kSlot, int kListed>
+constexpr int kMostStripTiles = kDim > 128 || kSlot == 4        ? 1
+                                : kSlot == 8 || kListed == 64 ? 3
+                                                              : 7;
+template <typename Element, int kDim, int kSlot, int kListed>
+using BestSelectSm90Shape =
+    SelectSm90Shape<Element, kDim, kSlot, kListed, kMostConsumers<kDim, kSlot, kListed>,
+                    (kDim <= 128 && kSlot == kLargestSlot ? 4 : 2), kMostStripTiles<kDim, kSlot, kListed>>;
+// Blocks of a list.
 template <int kDim, int kSlot>
-constexpr int kMostStripTiles = kDim > 128 || kSlot == 4 ? 1
-                                : kSlot == 8             ? 3
-                                                         : 7;
-template <typename Element, int kDim, int kSlot>
-using BestSelectSm90Shape = SelectSm90Shape<Element, kDim, kSlot, (kDim <= 128 || kSlot == kLargestSlot ? 3 : 2),
-                                            (kDim <= 128 && kSlot == 16 ? 4 : 2), kMostStripTiles<kDim, kSlot>>;
+constexpr int kMostListed = kDim > 128 && kSlot == 4 ? 32 : 64;
 
 // Whether this call suits the kernel; others run on the sm_80 kernel.
 inline bool select_blocks_fits_sm90(const SelectBlocksParams& params) {
   const Sequences& s = params.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
-  return s.group <= 128 && params.num_selected <= kMostInQueuedList && params.q.width <= 192 && params.num_keys > 0 &&
+  return s.group <= 128 && params.q.width <= 192 && params.num_keys > 0 &&
          copies_by_map(params.q, batch, s.length_q, int64_t{s.heads_kv} * s.group) &&
          copies_by_map(params.k, batch, params.num_keys, s.heads_kv);
 }
@@ -75,6 +84,20 @@ bool try_select_shape_sm90(const SelectBlocksParams& select, cudaStream_t stream
   return true;
 }
 
+template <typename Element, int kDim, int kSlot>
+bool try_select_slots_sm90(const SelectBlocksParams& params, cudaStream_t stream) {
+  if (params.num_selected <= 16) {
+    return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, kSlot, 16>>(params, stream);
+  }
+  if (params.num_selected <= 32) {
+    return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, kSlot, 32>>(params, stream);
+  }
+  if constexpr (kMostListed<kDim, kSlot> == 64) {
+    return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, kSlot, 64>>(params, stream);
+  }
+  return false;
+}
+
 // Whether it ran: it does not where the GPU, the build, the tensors or the options do not suit it.
 template <typename Element, int kDim>
 bool try_select_blocks_sm90(const SelectBlocksParams& params, cudaStream_t stream) {
@@ -82,12 +105,12 @@ bool try_select_blocks_sm90(const SelectBlocksParams& params, cudaStream_t strea
     return false;
   }
   if (params.sequences.group <= 4) {
-    return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, 4>>(params, stream);
+    return try_select_slots_sm90<Element, kDim, 4>(params, stream);
   }
   if (params.sequences.group <= 8) {
-    return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, 8>>(params, stream);
+    return try_select_slots_sm90<Element, kDim, 8>(params, stream);
   }
-  return try_select_shape_sm90<BestSelectSm90Shape<Element, kDim, kLargestSlot>>(params, stream);
+  return try_select_slots_sm90<Element, kDim, kLargestSlot>(params, stream);
 }
 
 }  // namespace nsa

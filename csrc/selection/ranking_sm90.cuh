@@ -12,11 +12,67 @@
 
 namespace nsa {
 
-// 1 where a < b; neither below -2.
+// 1 where a < b; neither below -3.
 __device__ inline int is_less(int32_t a, int32_t b) { return static_cast<int>(static_cast<uint32_t>(a - b) >> 31); }
 
-// Scores, which are 0 or more, or -1 in place of NaN, as integers of the same order. -2: none.
+// Scores, which are 0 or more, or -1 in place of NaN, as integers of the same order.
+constexpr int32_t kNoScore = -2;
 __device__ inline int32_t order_of(float score) { return max(__float_as_int(score), -1); }
+__device__ inline float score_of(int32_t order) {
+  return order >= 0 ? __int_as_float(order) : order == kNoScore ? kMinusInfinity : -1.f;
+}
+
+// How many scores of a list, which descend, are at least this one, in steps of four comparisons at once.
+template <typename List>
+__device__ inline int count_at_least(const List& list, int32_t score) {
+  constexpr int kSteps = List::kLength == 16 ? 2 : 3;
+  int at = 0;
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const int span = List::kLength >> 2 * step;  // where the answer is: from `at` on
+    const int part = span / 4 > 0 ? span / 4 : 1;
+    const int parts = step == 0 ? 4 : span / part - 1;
+    int count = 0;
+#pragma unroll
+    for (int i = 1; i <= parts; ++i) {
+      count += is_less(score - 1, list.scores[at + i * part - 1]);
+    }
+    at += count * part;
+  }
+  return at;
+}
+
+// A bit for each place of the lists of a warp's two queries, the same in all lanes of a query.
+template <int kLength>
+struct PlaceMask {
+  static constexpr int kWords = (kLength + 31) / 32;
+  uint32_t words[kWords];
+
+  // Of the places that the lanes of a query give; `valid`: this lane has one.
+  __device__ PlaceMask(int place, bool valid, int lane) {
+    if constexpr (kLength == 16) {
+      words[0] = __reduce_or_sync(kWholeWarp, valid ? 1u << (place + (lane & 16)) : 0u) >> (lane & 16) & 0xffffu;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t own = valid && place / 32 == i ? 1u << place % 32 : 0u;
+        const uint32_t first = __reduce_or_sync(kWholeWarp, lane < 16 ? own : 0u);
+        const uint32_t second = __reduce_or_sync(kWholeWarp, lane < 16 ? 0u : own);
+        words[i] = lane < 16 ? first : second;
+      }
+    }
+  }
+  // Of place 16 part + place.
+  __device__ bool has(int part, int place) const { return (words[part / 2] >> (part % 2 * 16 + place) & 1) != 0; }
+  __device__ int count_before(int part, int place) const {
+    int count = __popc(words[part / 2] & ((1u << (part % 2 * 16 + place)) - 1));
+#pragma unroll
+    for (int i = 0; i < part / 2; ++i) {
+      count += __popc(words[i]);
+    }
+    return count;
+  }
+};
 
 // The lists that a warp keeps of queries of one consumer, which it takes in pairs. What a query's queue holds, and the
 // score to beat, its lanes know.
@@ -42,8 +98,10 @@ class WarpLists {
       thresholds_[i] = query < queries_ && query < places_ && free_places(query) > 0 ? kMinusInfinity : kNone;
       counts_[i] = 0;
       if (2 * i < places_) {
-        lists_[query].scores[lane_ % 16] = kMinusInfinity;
-        lists_[query].blocks[lane_ % 16] = -1;
+#pragma unroll
+        for (int j = 0; j < kPlaces; ++j) {
+          lists_[query].scores[16 * j + lane_ % 16] = kNoScore;
+        }
       }
     }
     __syncwarp();
@@ -94,6 +152,7 @@ class WarpLists {
 
  private:
   static constexpr int kPairs = Shape::kPairs;
+  static constexpr int kPlaces = Shape::kListed / 16;  // of a list, of each lane
   static constexpr int kTogether = 2;  // pairs ranked at once, to hide what each waits for
   static constexpr int kStripRing = Shape::kStripRing;
   static constexpr int kStripPitch = Shape::kStripPitch;
@@ -119,7 +178,7 @@ class WarpLists {
       const float last = of_pair[before_at];
       const float before = block == 0 ? 0.f : last;
       const float score = (before + inside.w) + 2.f * (inside.x + inside.y + inside.z);
-      scores[i] = score == score ? score : -1.f;  // NaN counts as the lowest
+      scores[i] = fmaxf(score, -1.f);  // NaN counts as the lowest
       candidate[i] = scores[i] > thresholds_[first_pair + i];
     }
     if (!all_free) {
@@ -167,7 +226,7 @@ class WarpLists {
     if (candidate) {
       CandidateQueue& queue = queues_[2 * pair + lane_ / 16];
       const int place = counts_[pair] + __popc(of_half & ((1u << lane_) - 1));
-      queue.scores[place] = score;
+      queue.scores[place] = order_of(score);
       queue.blocks[place] = block;
     }
     counts_[pair] += __popc(of_half);
@@ -191,10 +250,11 @@ class WarpLists {
     }
   }
 
-  // What is in a queue comes later than what is in the list, in ascending order. Each entry's new place is the number
-  // of those that go before it, counted without predicates, whose latency is long.
+  // What is in a queue comes later than what is in the list, in ascending order. A candidate's new place is the number
+  // of entries that go before it; what was in the list fills the places left, in its order.
   __device__ __forceinline__ void merge_first(unsigned& full) {
-    const int place = lane_ % 16;
+    const int lane = fresh_thread() % 32;  // nothing that depends on it is kept between merges
+    const int place = lane % 16;
     const int pair = __ffs(static_cast<int>(full)) - 1;
     full &= full - 1;
     int32_t count = 0;
@@ -202,39 +262,47 @@ class WarpLists {
     for (int i = 0; i < kPairs; ++i) {
       count = i == pair ? counts_[i] : count;
     }
-    const int query = 2 * pair + lane_ / 16;
-    const float score = queues_[query].scores[place];
-    const int32_t block = queues_[query].blocks[place];
-    const float listed_score = lists_[query].scores[place];
-    const int32_t listed_block = lists_[query].blocks[place];
-    const int32_t added = place < count ? order_of(score) : -2;
-    const int32_t listed = listed_block < 0 ? -2 : order_of(listed_score);
-    int to_added = 0;
-    int to_listed = place;
-#pragma unroll 8
-    for (int from = 0; from < 16; ++from) {
-      const int32_t earlier = is_less(from, place);  // of two equal ones the earlier goes first
-      const int32_t other = __shfl_sync(kWholeWarp, added, from, 16);
-      const int32_t other_listed = __shfl_sync(kWholeWarp, listed, from, 16);
-      to_listed += is_less(listed, other);
-      to_added += is_less(added, other + earlier);
-      to_added += is_less(added, other_listed + 1);
+    const int query = 2 * pair + lane / 16;
+    CandidateQueue& queue = queues_[query];
+    BlockList<Shape::kListed>& list = lists_[query];
+    const int32_t score = place < count ? queue.scores[place] : kNoScore;
+    const int32_t block = queue.blocks[place];
+    int to = count_at_least(list, score);
+    // Of two equal candidates the earlier goes first: the one whose lane lacks the highest bit that they differ in.
+#pragma unroll
+    for (int bit = 1; bit < 16; bit *= 2) {
+      const int32_t less = score - ((place & bit) != 0 ? 1 : 0);
+#pragma unroll
+      for (int i = bit; i < 2 * bit; ++i) {
+        to += is_less(less, __shfl_xor_sync(kWholeWarp, score, i));
+      }
+    }
+    const bool enters = place < count && to < Shape::kListed;
+    const PlaceMask<Shape::kListed> taken(to, enters, lane);
+    int32_t listed_scores[kPlaces];
+    int32_t listed_blocks[kPlaces];
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int from = 16 * i + place - taken.count_before(i, place);
+      listed_scores[i] = list.scores[from];
+      listed_blocks[i] = list.blocks[from];
     }
     __syncwarp();
-    if (to_listed < 16) {
-      lists_[query].scores[to_listed] = listed_score;
-      lists_[query].blocks[to_listed] = listed_block;
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      if (!taken.has(i, place)) {
+        list.scores[16 * i + place] = listed_scores[i];
+        list.blocks[16 * i + place] = listed_blocks[i];
+      }
     }
-    if (place < count && to_added < 16) {
-      lists_[query].scores[to_added] = score;
-      lists_[query].blocks[to_added] = block;
+    if (enters) {
+      list.scores[to] = score;
+      list.blocks[to] = block;
     }
-    if (count > 16) {
-      queues_[query].scores[place] = queues_[query].scores[16 + place];
-      queues_[query].blocks[place] = queues_[query].blocks[16 + place];
-    }
+    queue.scores[place] = queue.scores[16 + place];
+    queue.blocks[place] = queue.blocks[16 + place];
     __syncwarp();
-    const float threshold = count > 0 ? lists_[query].scores[free_places(query) - 1] : kNone;
+    const float threshold = count > 0 ? score_of(list.scores[free_places(query) - 1]) : kNone;
 #pragma unroll
     for (int i = 0; i < kPairs; ++i) {
       if (i == pair) {
@@ -245,34 +313,53 @@ class WarpLists {
     __syncwarp();
   }
 
-  // As write_list of ranking.cuh: one place of the list and one of the output in each lane of a half.
+  // As write_list of ranking.cuh: of each 16 places of the list and of the output, one in each lane of a half.
   __device__ void write_list(int query, int32_t* list) const {
-    const int place = lane_ % 16;
+    const int lane = fresh_thread() % 32;
+    const int place = lane % 16;
     const int32_t own = own_block(query);
     const int32_t initial = min(params_.initial, own + 1);
     const int32_t local = min(params_.local, own + 1);
     const int32_t forced = min(params_.initial + params_.local, own + 1);
-    const bool holds = place < params_.select.num_selected - forced && lists_[query].scores[place] > kMinusInfinity;
-    const int32_t block = holds ? lists_[query].blocks[place] : 0x7fffffff;
-    const int32_t count = forced + __popc(__ballot_sync(kWholeWarp, holds) & 0xffffu << (lane_ & 16));
-    int32_t to = initial;
+    int32_t blocks[kPlaces];  // 0x7fffffff: none
+    int to[kPlaces];
+    int32_t count = forced;
 #pragma unroll
-    for (int from = 0; from < 16; ++from) {
-      to += is_less(__shfl_sync(kWholeWarp, block, from, 16), block);
+    for (int i = 0; i < kPlaces; ++i) {
+      const int at = 16 * i + place;
+      const bool holds = at < params_.select.num_selected - forced && lists_[query].scores[at] != kNoScore;
+      blocks[i] = holds ? lists_[query].blocks[at] : 0x7fffffff;
+      count += __popc(__ballot_sync(kWholeWarp, holds) & 0xffffu << (lane & 16));
+      to[i] = initial;
+    }
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+#pragma unroll(kPlaces == 1 ? 16 : 4)
+      for (int from = 0; from < 16; ++from) {
+        const int32_t other = __shfl_sync(kWholeWarp, blocks[i], from, 16);
+#pragma unroll
+        for (int j = 0; j < kPlaces; ++j) {
+          to[j] += is_less(other, blocks[j]);
+        }
+      }
     }
     if (list == nullptr) {
       return;
     }
-    if (holds) {
-      list[to] = block;
-    }
-    if (place < params_.select.num_selected) {
-      if (place < initial) {
-        list[place] = place;
-      } else if (place >= count) {
-        list[place] = -1;
-      } else if (place >= count - local) {
-        list[place] = own - (count - 1 - place);
+#pragma unroll
+    for (int i = 0; i < kPlaces; ++i) {
+      const int at = 16 * i + place;
+      if (blocks[i] != 0x7fffffff) {
+        list[to[i]] = blocks[i];
+      }
+      if (at < params_.select.num_selected) {
+        if (at < initial) {
+          list[at] = at;
+        } else if (at >= count) {
+          list[at] = -1;
+        } else if (at >= count - local) {
+          list[at] = own - (count - 1 - at);
+        }
       }
     }
   }
@@ -280,7 +367,7 @@ class WarpLists {
   const SelectSm90Params& params_;
   const float* const strips_;
   CandidateQueue* const queues_;
-  BlockList* const lists_;
+  BlockList<Shape::kListed>* const lists_;
   const int32_t places_;
   const int32_t first_position_;
   const int32_t queries_;

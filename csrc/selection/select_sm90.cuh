@@ -273,7 +273,6 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
 template <typename Shape>
 __device__ inline void rank_select(const SelectSm90Params& params, typename Shape::Shared& shared, int consumer,
                                    int ranker) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   constexpr int kOfAll = 2 * Shape::kRankers;  // pairs stay together
   const int32_t each = (params.queries + kOfAll - 1) / kOfAll * 2;
   const int32_t first = ranker * each;
@@ -286,7 +285,7 @@ __device__ inline void rank_select(const SelectSm90Params& params, typename Shap
     }
     WarpLists<Shape> warp_lists(params, shared, consumer, first, min(params.queries - first, each),
                                 tile.place.offset + first_query + first, tile.end_query - first_query - first, base,
-                                lane);
+                                fresh_thread() % 32);
 #pragma unroll 1
     for (int32_t step = 0; step < tile.steps; ++step) {
       wait(&shared.strips_full[consumer][strips.stage], strips.parity);

@@ -30,27 +30,30 @@ struct SelectSm90Params {
 // Neighbours lie 16 banks apart: both are written without conflicts.
 constexpr int strip_pitch(int ring) { return ring + 16; }
 
-constexpr int kMostInQueuedList = 16;  // n
-
+// Scores in lists and queues are integers of the same order: see order_of.
+template <int kLength_>
 struct BlockList {
-  float scores[kMostInQueuedList];
-  int32_t blocks[kMostInQueuedList];  // -1: none
+  static constexpr int kLength = kLength_;
+  int32_t scores[kLength];
+  int32_t blocks[kLength];
 };
 
 constexpr int kQueue = 32;
 
 // What waits to be merged with a query's list.
 struct CandidateQueue {
-  float scores[kQueue];
+  int32_t scores[kQueue];
   int32_t blocks[kQueue];
 };
 
-// A consumer multiplies 64 keys with kColumns columns, slots of kSlot heads of one query.
-template <typename Element_, int kDim_, int kSlot_, int kConsumers_, int kStages_, int kStripTiles_>
+// A consumer multiplies 64 keys with kColumns columns, slots of kSlot heads of one query. Lists hold up to kListed
+// blocks.
+template <typename Element_, int kDim_, int kSlot_, int kListed_, int kConsumers_, int kStages_, int kStripTiles_>
 struct SelectSm90Shape {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kSlot = kSlot_;
+  static constexpr int kListed = kListed_;
   static constexpr int kConsumers = kConsumers_;  // warpgroups; two more produce and rank
   static constexpr int kRankers = 2;              // warps for each consumer
   static constexpr int kStages = kStages_;
@@ -78,7 +81,7 @@ struct SelectSm90Shape {
     alignas(16) float shifts[kConsumers][kColumns];  // -lse log2(e)
     int32_t first_positions[kConsumers];             // of each consumer's queries
     CandidateQueue queues[kConsumers][kSlots];
-    BlockList lists[kConsumers][kSlots];
+    BlockList<kListed> lists[kConsumers][kSlots];
     // Filled by the producer, drained by the warps of one consumer (q, lse) or of all (k).
     Barrier q_full[kConsumers], q_empty[kConsumers];
     Barrier k_full[kStages], k_empty[kStages];

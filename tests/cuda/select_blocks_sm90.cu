@@ -1,7 +1,7 @@
 // The choice of blocks by Hopper's kernel against a float64 one, and its time beside the sm_80 kernel's. No torch:
 //   nvcc -std=c++20 -O3 -I csrc -DNSA_BOUNDED_WAITS -gencode=arch=compute_90a,code=sm_90a \
 //     tests/cuda/select_blocks_sm90.cu csrc/selection/instantiations/select_*.cu -o select_blocks_sm90
-//   ./select_blocks_sm90 [check | time]
+//   ./select_blocks_sm90 [check | time [cases whose names hold this]]
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -311,14 +311,31 @@ std::vector<Case> cases() {
       {"group 40", 1, 997, 997, 1, 40, 128, 16},
       {"group 64", 1, 997, 997, 1, 64, 128, 16},
       {"group 128", 1, 497, 497, 1, 128, 128, 16},
-      {"n 32", 1, 4001, 4001, 1, 16, 128, 32, 32, 16, 64, 1, 2, 1.f, {}, {}, {}, true},
+      {"n 17", 1, 4001, 4001, 1, 16, 128, 17},
+      {"n 32", 1, 9001, 9001, 2, 16, 128, 32},
+      {"n 33", 1, 4001, 4001, 1, 16, 128, 33},
+      {"n 64", 1, 9001, 9001, 2, 16, 128, 64},
+      {"n 32, group 8", 1, 4001, 4001, 2, 8, 128, 32},
+      {"n 64, group 8", 1, 9001, 9001, 1, 8, 128, 64},
+      {"n 64, group 4", 1, 9001, 9001, 1, 4, 128, 64},
+      {"n 29, group 40", 1, 2997, 2997, 1, 40, 128, 29},
+      {"n 32, dim 64", 1, 4001, 4001, 2, 16, 64, 32},
+      {"n 64, dim 64, group 4", 1, 4001, 4001, 1, 4, 64, 64},
+      {"n 64, dim 192", 1, 5001, 5001, 1, 16, 192, 64},
+      {"n 64, dim 192, group 8", 1, 5001, 5001, 1, 8, 192, 64},
+      {"n 32, dim 192, group 4", 1, 4001, 4001, 1, 4, 192, 32},
+      {"n 33, dim 192, group 4", 1, 4001, 4001, 1, 4, 192, 33, 32, 16, 64, 1, 2, 1.f, {}, {}, {}, true},
+      {"n 64, none forced", 1, 8001, 8001, 1, 16, 128, 64, 32, 16, 64, 0, 0},
+      {"n 32, 30 forced", 1, 4001, 4001, 1, 16, 128, 32, 32, 16, 64, 20, 10},
+      {"n 48, all forced", 1, 4001, 4001, 1, 16, 128, 48, 32, 16, 64, 40, 8},
+      {"n 64, l 32 d 8 l' 24", 1, 5001, 5001, 1, 16, 128, 64, 32, 8, 24},
       {"long, several walks", 1, 9001, 9001, 3, 16, 128, 16},
       {"long, group 8", 1, 9001, 9001, 4, 8, 128, 16},
       {"long, group 4", 1, 9001, 9001, 6, 4, 128, 16},
       {"long, dim 192", 1, 9001, 9001, 2, 16, 192, 16},
       {"long, l 32 d 8 l' 24", 1, 5001, 5001, 3, 16, 128, 16, 32, 8, 24},
       {"5 of 16 forced", 1, 8001, 8001, 1, 16, 128, 16, 32, 16, 64, 2, 3},
-      {"n 32, group 4", 1, 4001, 4001, 1, 4, 128, 32, 32, 16, 64, 1, 2, 1.f, {}, {}, {}, true},
+      {"n 32, group 4", 1, 4001, 4001, 1, 4, 128, 32},
       {"n 2", 1, 997, 997, 1, 16, 128, 2, 32, 16, 64, 1, 1},
       {"n 3, all forced", 1, 997, 997, 1, 16, 128, 3},
       {"none forced", 1, 997, 997, 1, 16, 128, 16, 32, 16, 64, 0, 0},
@@ -351,6 +368,7 @@ std::vector<Case> cases() {
        {0, 300, 301, 320, 900},
        {0, 900, 1500, 2000, 3000},
        {781, 40, 20, 999}},
+      {"packed, n 64", 1, 0, 0, 2, 16, 128, 64, 32, 16, 64, 1, 2, 1.f, {0, 781, 788, 7048}, {0, 781, 813, 7100}},
       {"packed, group 4", 1, 0, 0, 2, 4, 128, 16, 32, 16, 64, 1, 2, 1.f, {0, 781, 788, 2048}, {0, 781, 813, 2100}},
   };
 }
@@ -431,28 +449,48 @@ int main(int argc, char** argv) {
   }
   if (what != "check") {
     std::printf("ms (TFLOP/s of visible pairs)\n");
-    time_case({"8k", 1, 8192, 8192, 4, 16, 128, 16}, both_kernels<128>());
-    time_case({"16k", 1, 16384, 16384, 4, 16, 128, 16}, both_kernels<128>());
-    time_case({"32k", 1, 32768, 32768, 4, 16, 128, 16}, both_kernels<128>());
-    time_case({"64k", 1, 65536, 65536, 4, 16, 128, 16}, both_kernels<128>());
-    time_case({"128k", 1, 131072, 131072, 4, 16, 128, 16}, both_kernels<128>());
-    time_case({"32k, group 8", 1, 32768, 32768, 8, 8, 128, 16}, both_kernels<128>());
-    time_case({"32k, group 4", 1, 32768, 32768, 16, 4, 128, 16}, both_kernels<128>());
-    time_case({"32k, group 32", 1, 32768, 32768, 2, 32, 128, 16}, both_kernels<128>());
-    time_case({"32k, dim 64", 1, 32768, 32768, 4, 16, 64, 16}, both_kernels<64>());
-    time_case({"32k, dim 192", 1, 32768, 32768, 4, 16, 192, 16}, both_kernels<192>());
-    time_case({"32k, dim 192, group 8", 1, 32768, 32768, 8, 8, 192, 16}, both_kernels<192>());
-    time_case({"8 of 8k", 8, 8192, 8192, 4, 16, 128, 16}, both_kernels<128>());
+    const std::string which = argc > 2 ? argv[2] : "";
+    const auto time_if = [&]<int kDim>(std::integral_constant<int, kDim>, const Case& c) {
+      if (std::string(c.name).find(which) != std::string::npos) {
+        time_case(c, both_kernels<kDim>());
+      }
+    };
+    time_if(std::integral_constant<int, 128>(), Case{"8k", 1, 8192, 8192, 4, 16, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"16k", 1, 16384, 16384, 4, 16, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"32k", 1, 32768, 32768, 4, 16, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"64k", 1, 65536, 65536, 4, 16, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"128k", 1, 131072, 131072, 4, 16, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"32k, group 8", 1, 32768, 32768, 8, 8, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"32k, group 4", 1, 32768, 32768, 16, 4, 128, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"32k, group 32", 1, 32768, 32768, 2, 32, 128, 16});
+    time_if(std::integral_constant<int, 64>(), Case{"32k, dim 64", 1, 32768, 32768, 4, 16, 64, 16});
+    time_if(std::integral_constant<int, 192>(), Case{"32k, dim 192", 1, 32768, 32768, 4, 16, 192, 16});
+    time_if(std::integral_constant<int, 192>(), Case{"32k, dim 192, group 8", 1, 32768, 32768, 8, 8, 192, 16});
+    time_if(std::integral_constant<int, 128>(), Case{"8 of 8k", 8, 8192, 8192, 4, 16, 128, 16});
     Case packed{"packed, 8 of 8k", 1, 0, 0, 4, 16, 128, 16};
     for (int i = 0; i <= 8; ++i) {
       packed.cu_q.push_back(8192 * i);
     }
     packed.cu_k = packed.cu_q;
-    time_case(packed, both_kernels<128>());
+    time_if(std::integral_constant<int, 128>(), packed);
     packed.name = "packed, one of 64k";
     packed.cu_q = packed.cu_k = {0, 65536};
-    time_case(packed, both_kernels<128>());
-    time_case({"one query, 64k", 8, 1, 65536, 4, 16, 128, 16}, both_kernels<128>());
+    time_if(std::integral_constant<int, 128>(), packed);
+    packed.name = "packed, 8 of 8k, n 32";
+    packed.n = 32;
+    packed.cu_q.clear();
+    for (int i = 0; i <= 8; ++i) {
+      packed.cu_q.push_back(8192 * i);
+    }
+    packed.cu_k = packed.cu_q;
+    time_if(std::integral_constant<int, 128>(), packed);
+    for (const int n : {16, 32, 64}) {
+      for (const int group : {16, 8, 4}) {
+        const std::string name = "lists of " + std::to_string(n) + ", group " + std::to_string(group) + ", 64k";
+        time_if(std::integral_constant<int, 128>(), Case{name.c_str(), 1, 65536, 65536, 64 / group, group, 128, n});
+      }
+    }
+    time_if(std::integral_constant<int, 128>(), Case{"one query, 64k", 8, 1, 65536, 4, 16, 128, 16});
   }
   return bad != 0;
 }
