@@ -52,7 +52,7 @@ struct UnionShape {
     Barrier v_full[kStagesV], v_empty[kStagesV];
     Barrier list_full[2];   // written by the merging warp
     Barrier list_empty[2];  // read by the consumers and the producers
-    // Of K and of V: steps whose copies are under way or done. Before, `full` may be two phases behind.
+    // Of K and of V: steps that a buffer is free for, or was. Before, `full` may be two phases behind.
     uint32_t issued[2];
     int32_t steps[2];                                  // of each list
     uint32_t turns[kWarps];                            // tiles that each consumer warp has done

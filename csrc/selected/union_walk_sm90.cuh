@@ -69,6 +69,7 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
   // Waits until the buffer is free. `absent`: the warps that have no part in the step.
   const auto begin = [&](int absent) {
     wait(&empty[place.stage], place.parity ^ 1);
+    raise(&barriers.issued[kIsK ? 0 : 1]);
     if (absent != 0) {
       arrive(&empty[place.stage], absent);
     }
@@ -80,10 +81,6 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
       copy_box(ring + place.stage * kBytes + panel * Panels::kPanelSize * 2, from, &full[place.stage], panel * 64, head,
                token, batch, kEvictLast);
     }
-  };
-  const auto end = [&] {
-    place.advance();
-    raise(&barriers.issued[kIsK ? 0 : 1]);
   };
   for (int32_t index = u.first_tile + blockIdx.x; index < u.end_tile; index += gridDim.x, ++turn) {
     const UnionTile tile = union_tile<Shape>(u, index);
@@ -99,7 +96,7 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
         arrive(&full[place.stage]);
         wait(&full[place.stage], place.parity);  // complete at once, and nobody else looks at it
       }
-      end();
+      place.advance();
     }
     wait(&barriers.list_full[turn & 1], turn / 2 & 1);
     const typename Shape::Step* next = shared.list(turn);
@@ -110,7 +107,7 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
       const typename Shape::Step entry = *next;
       begin(static_cast<int>(entry >> Shape::kAbsentBit) & 0xf);
       copy(map, tile.head_kv, k_begin + static_cast<int32_t>(entry >> Shape::kTokenBits) * Shape::kKeys, batch);
-      end();
+      place.advance();
     }
     arrive(&barriers.list_empty[turn & 1]);
   }

@@ -5,7 +5,7 @@
 // The product is K Q^T: a step's 64 keys are the rows, the heads of several queries lie side by side along the columns,
 // so that summing over the heads takes additions within a thread and exchanges between the four lanes of a row. One
 // warp feeds tiles of keys to consumer warpgroups, which share them; each has queries of its own, whose Q, copied by
-// another warp, stays in shared memory for the whole walk over the keys. Two more warps for each consumer rank. A block
+// another warp, stays in shared memory for the whole walk over the keys. Two or four more warps for each consumer rank. A block
 // of threads walks many tiles of queries, the longest first. Consumers take turns at starting products, so that the
 // exponentials of one run under the products of the others.
 //
@@ -337,7 +337,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  if (warpgroup < 2) {
+  if (warpgroup < Shape::kHelpers) {
     shrink_registers<Shape::kHelperRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int ranker = warp - 2;
@@ -352,7 +352,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume_select<Shape>(params, shared, __shfl_sync(0xffffffffu, fresh_thread() / kWarpgroup, 0) - 2);
+    consume_select<Shape>(params, shared, __shfl_sync(0xffffffffu, fresh_thread() / kWarpgroup, 0) - Shape::kHelpers);
   }
 #endif
 }

@@ -48,14 +48,16 @@ struct CandidateQueue {
 
 // A consumer multiplies 64 keys with kColumns columns, slots of kSlot heads of one query. Lists hold up to kListed
 // blocks.
-template <typename Element_, int kDim_, int kSlot_, int kListed_, int kConsumers_, int kStages_, int kStripTiles_>
+template <typename Element_, int kDim_, int kSlot_, int kListed_, int kConsumers_, int kRankers_,
+          int kStages_, int kStripTiles_>
 struct SelectSm90Shape {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kSlot = kSlot_;
   static constexpr int kListed = kListed_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups; two more produce and rank
-  static constexpr int kRankers = 2;              // warps for each consumer
+  static constexpr int kConsumers = kConsumers_;  // warpgroups
+  static constexpr int kRankers = kRankers_;      // warps for each consumer
+  static constexpr int kHelpers = (2 + kConsumers * kRankers + 3) / 4;  // warpgroups that produce and rank
   static constexpr int kStages = kStages_;
   static constexpr int kStripTiles = kStripTiles_;  // steps whose strips may wait to be ranked
   static constexpr int kStripRing = (kStripTiles + 1) * kKeysPerTile;
@@ -63,10 +65,12 @@ struct SelectSm90Shape {
   static_assert(kStripRing >= kRing && (kStripRing & (kStripRing - 1)) == 0);
   static constexpr int kColumns = 128;
   static constexpr int kSlots = kColumns / kSlot;
-  static constexpr int kThreads = (kConsumers + 2) * kWarpgroup;
-  static constexpr int kHelperRegisters = kConsumers == 2 ? 96 : kSlot == 16 ? 72 : 80;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 160 : kSlot == 16 ? 112 : 104;
+  static constexpr int kThreads = (kConsumers + kHelpers) * kWarpgroup;
+  static constexpr int kHelperRegisters = kSlot == 16 ? 72 : 80;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 120 : kSlot == 16 ? 112 : 104;
+  static_assert(kConsumers + kHelpers == 5 && kHelpers * kHelperRegisters + kConsumers * kConsumerRegisters <= 480);
   static constexpr int kPairs = kSlots / 2 / kRankers;  // of queries, of a warp that ranks
+  static_assert(kSlots % (2 * kRankers) == 0);
   // Accumulator tiles of whose columns threads keep the shifts, as far as registers suffice; others are read each step.
   static constexpr int kKeptShifts = kSlot < 16 ? 0 : kDim <= 128 ? 14 : 8;
 
