@@ -249,7 +249,9 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       }
     }
     before += steps;
-    arrive(&barriers.list_empty[turn() & 1]);
+    if (fresh_thread() >= 0) {  // always: without the branch ptxas spills registers
+      arrive(&barriers.list_empty[turn() & 1]);
+    }
     end(union_tile<Shape>(u, index()));
     __syncwarp();
     if (fresh_lane() == 0) {

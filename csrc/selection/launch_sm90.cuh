@@ -9,20 +9,20 @@ namespace nsa {
 // Heads of a slot: of larger groups a query has several slots.
 constexpr int32_t kLargestSlot = 16;
 
-// As many consumers, stages of keys and steps of strips as shared memory and registers hold.
+// Small slots have many lists: where ranking takes longer than the products of two consumers, twice as many warps rank.
+// As many stages of keys and steps of strips as shared memory holds.
 template <int kDim, int kSlot, int kListed>
-constexpr int kMostConsumers = kSlot == kLargestSlot || (kSlot == 8 && kDim <= 128) ||
-                                       (kSlot == 4 && kListed * kDim <= 2048)
-                                   ? 3
-                                   : 2;
+constexpr int kBestConsumers = kSlot == 4 || (kSlot == 8 && (kDim > 128 || kListed == 64)) ? 2 : 3;
 template <int kDim, int kSlot, int kListed>
-constexpr int kMostStripTiles = kDim > 128 || kSlot == 4        ? 1
-                                : kSlot == 8 || kListed == 64 ? 3
-                                                              : 7;
+constexpr int kMostStripTiles = kSlot < kLargestSlot ? (kDim > 128 && kSlot == 4 ? 1 : 3)
+                                : kDim > 128         ? 1
+                                : kListed == 64      ? 3
+                                                     : 7;
 template <typename Element, int kDim, int kSlot, int kListed>
 using BestSelectSm90Shape =
-    SelectSm90Shape<Element, kDim, kSlot, kListed, kMostConsumers<kDim, kSlot, kListed>,
-                    (kMostConsumers<kDim, kSlot, kListed> == 2 ? 4 : 2), (kDim <= 128 && kSlot == kLargestSlot ? 4 : 2), kMostStripTiles<kDim, kSlot, kListed>>;
+    SelectSm90Shape<Element, kDim, kSlot, kListed, kBestConsumers<kDim, kSlot, kListed>,
+                    (kBestConsumers<kDim, kSlot, kListed> == 2 ? 4 : 2),
+                    (kDim <= 128 && kSlot == kLargestSlot ? 4 : 2), kMostStripTiles<kDim, kSlot, kListed>>;
 // Blocks of a list.
 template <int kDim, int kSlot>
 constexpr int kMostListed = kDim > 128 && kSlot == 4 ? 32 : 64;
