@@ -18,8 +18,9 @@ __device__ inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
 }
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
-// Each thread arrives for itself that wrote what others read by ordinary instructions, or the other way round: racecheck
-// follows nothing else. Of buffers that copies fill or empty, one lane may for its warp, after `__syncwarp` or a product.
+// Each thread arrives for itself that wrote what others read by ordinary instructions, or the other way round:
+// racecheck follows nothing else. Of buffers that copies fill or empty, one lane may for its warp, after `__syncwarp`
+// or a product.
 __device__ inline void arrive(Barrier* barrier, uint32_t arrivals = 1) {
   asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
                "r"(arrivals)

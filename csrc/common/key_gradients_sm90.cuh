@@ -44,8 +44,8 @@ struct RowNumbers {
   alignas(8) int32_t position[kRows];  // ascending or descending
 };
 
-// The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by consumers. Each thread
-// that writes or reads numbers arrives for itself.
+// The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by consumers. Each
+// thread that writes or reads numbers arrives for itself.
 template <typename Shape>
 struct RowRing {
   alignas(1024) typename Shape::Element q[Shape::kStages][Shape::QTile::kSize];

@@ -21,8 +21,8 @@ constexpr int kMostStripTiles = kSlot < kLargestSlot ? (kDim > 128 && kSlot == 4
 template <typename Element, int kDim, int kSlot, int kListed>
 using BestSelectSm90Shape =
     SelectSm90Shape<Element, kDim, kSlot, kListed, kBestConsumers<kDim, kSlot, kListed>,
-                    (kBestConsumers<kDim, kSlot, kListed> == 2 ? 4 : 2),
-                    (kDim <= 128 && kSlot == kLargestSlot ? 4 : 2), kMostStripTiles<kDim, kSlot, kListed>>;
+                    (kBestConsumers<kDim, kSlot, kListed> == 2 ? 4 : 2), (kDim <= 128 && kSlot == kLargestSlot ? 4 : 2),
+                    kMostStripTiles<kDim, kSlot, kListed>>;
 // Blocks of a list.
 template <int kDim, int kSlot>
 constexpr int kMostListed = kDim > 128 && kSlot == 4 ? 32 : 64;

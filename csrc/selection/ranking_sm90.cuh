@@ -153,7 +153,7 @@ class WarpLists {
  private:
   static constexpr int kPairs = Shape::kPairs;
   static constexpr int kPlaces = Shape::kListed / 16;  // of a list, of each lane
-  static constexpr int kTogether = 2;  // pairs ranked at once, to hide what each waits for
+  static constexpr int kTogether = 2;                  // pairs ranked at once, to hide what each waits for
   static constexpr int kStripRing = Shape::kStripRing;
   static constexpr int kStripPitch = Shape::kStripPitch;
   static constexpr float kNone = -kMinusInfinity;  // a threshold that nothing passes

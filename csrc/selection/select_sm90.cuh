@@ -5,9 +5,9 @@
 // The product is K Q^T: a step's 64 keys are the rows, the heads of several queries lie side by side along the columns,
 // so that summing over the heads takes additions within a thread and exchanges between the four lanes of a row. One
 // warp feeds tiles of keys to consumer warpgroups, which share them; each has queries of its own, whose Q, copied by
-// another warp, stays in shared memory for the whole walk over the keys. Two or four more warps for each consumer rank. A block
-// of threads walks many tiles of queries, the longest first. Consumers take turns at starting products, so that the
-// exponentials of one run under the products of the others.
+// another warp, stays in shared memory for the whole walk over the keys. Two or four more warps for each consumer rank.
+// A block of threads walks many tiles of queries, the longest first. Consumers take turns at starting products, so that
+// the exponentials of one run under the products of the others.
 //
 // A consumer's step: wait for S_j; exponentials and sums over heads; start S_{j+1}; p to the strips, for the ranking
 // warp. Shared memory: shape_sm90.cuh. Figures: docs/hopper_select_blocks.md.
@@ -260,7 +260,7 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
       finish_step(step, start_scores);
     }
     finish_step(tile.steps - 1, [&] {
-      release(&shared.q_empty[consumer]);
+      arrive(&shared.q_empty[consumer]);
       // Where a step has fewer than 64 keys, the rows past them lie where the next step's first do: a warp that still
       // writes the step before must not come later. Elsewhere the turns see to it.
       sync_threads(kConsumerBarrier + consumer, kWarpgroup);
@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kConsumers; ++i) {
       init_barrier(&shared.q_full[i], 1 + 32);
-      init_barrier(&shared.q_empty[i], kWarps);
+      init_barrier(&shared.q_empty[i], kWarpgroup);
       for (int j = 0; j < Shape::kStripTiles; ++j) {
         init_barrier(&shared.strips_full[i][j], kWarpgroup);
         init_barrier(&shared.strips_empty[i][j], Shape::kRankers * 32);

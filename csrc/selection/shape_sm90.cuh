@@ -48,15 +48,15 @@ struct CandidateQueue {
 
 // A consumer multiplies 64 keys with kColumns columns, slots of kSlot heads of one query. Lists hold up to kListed
 // blocks.
-template <typename Element_, int kDim_, int kSlot_, int kListed_, int kConsumers_, int kRankers_,
-          int kStages_, int kStripTiles_>
+template <typename Element_, int kDim_, int kSlot_, int kListed_, int kConsumers_, int kRankers_, int kStages_,
+          int kStripTiles_>
 struct SelectSm90Shape {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kSlot = kSlot_;
   static constexpr int kListed = kListed_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups
-  static constexpr int kRankers = kRankers_;      // warps for each consumer
+  static constexpr int kConsumers = kConsumers_;                        // warpgroups
+  static constexpr int kRankers = kRankers_;                            // warps for each consumer
   static constexpr int kHelpers = (2 + kConsumers * kRankers + 3) / 4;  // warpgroups that produce and rank
   static constexpr int kStages = kStages_;
   static constexpr int kStripTiles = kStripTiles_;  // steps whose strips may wait to be ranked
