@@ -36,7 +36,7 @@ KNOWN = [
         r"_ZN3nsa\d+selected_(forward|query_handed|backward_query)_sm90I",
         r"STS\.128 \[R\d+(\+0x[0-9a-f]+)?\], RZ$",
         r"LDSM\.",
-        "rows past the last key become zeros in a buffer that warps read a round before: one lane of each gave it back, "
+        "rows past the last key become zeros in a buffer that warps read a round before: one lane each gave it back, "
         "after __syncwarp, which the tool does not follow (docs/hopper_kernels.md)",
     )
 ]
