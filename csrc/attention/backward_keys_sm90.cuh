@@ -5,20 +5,29 @@
 // them, or one split of those rows: the G heads of 64 / G queries a step. Warps of a third warpgroup feed it: one
 // copies Q and dO, one gathers lse, gate and delta. Blocks that run together walk the same queries at about the same
 // time, so that rows leave memory about once: splits end at the same queries for every key of a sequence, and the last
-// go first.
+// go first. A tile's first split is shorter; those go in the end, the longest first, and fill the gaps.
 //
 // Shared memory: K, V of both warpgroups | a ring of stages, each Q, dO and numbers of a step's rows.
 #pragma once
 
 #include "attention/keys.cuh"
 #include "attention/params.h"
-#include "common/key_gradients_sm90.cuh"
+#include "attention/sum_keys_sm90.cuh"
 
 namespace nsa {
+
+// Tiles of a sequence by the length of their first split, the longest first.
+struct RangeKeyOrder {
+  static constexpr int kMostTiles = 512;
+
+  int32_t tiles;  // of each sequence; 0: as they come
+  uint16_t tile[kMostTiles];
+};
 
 struct RangeBackwardKeysSm90Params {
   RangeBackwardParams range;
   int32_t slots;         // of tiles of 128 keys
+  RangeKeyOrder order;
   int32_t step_queries;  // of a step: floor(kRows / G)
   CUtensorMap q;         // boxes of 64 columns, G heads, step_queries tokens
   CUtensorMap grad_out;
@@ -85,6 +94,7 @@ __device__ inline RangeKeyTileSm90 range_key_tile_sm90(const RangeBackwardParams
 // What a block of threads does: a tile, and queries [begin, end) of those that see it.
 struct RangeKeyItem {
   RangeKeyTileSm90 tile;
+  int32_t slot;
   int32_t head_kv;
   int32_t split;
   int32_t begin;
@@ -165,6 +175,8 @@ template <typename Shape>
 __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& params,
                                             RangeBackwardKeysShared<Shape>& shared) {
   constexpr int kPerLane = (Shape::kRows + 31) / 32;
+  constexpr float kFactor = kWholeFactor<typename Shape::Element>;
+  const float kShift = log2f(kFactor);
   const RangeBackwardParams& range = params.range;
   const RangeKeyItem& item = shared.item;
   const SequencePlace& place = item.tile.place;
@@ -185,9 +197,9 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
       const int32_t own_query = valid ? query + at.query : min(query + params.step_queries, item.end) - 1;
       const int32_t head = valid ? at.head : item.head_kv * s.group;
       const int64_t token = place.q_begin + own_query;
-      lse[i] = valid ? range.lse.at(place.batch, head, token) * kLog2E : -kMinusInfinity;
+      lse[i] = valid ? fmaf(range.lse.at(place.batch, head, token), kLog2E, -kShift) : -kMinusInfinity;
       delta[i] = valid ? range.delta.at(place.batch, head, token) : 0.f;
-      gate[i] = valid && range.gate.data != nullptr ? range.gate.at(place.batch, head, token) : 1.f;
+      gate[i] = (valid && range.gate.data != nullptr ? range.gate.at(place.batch, head, token) : 1.f) / kFactor;
       position[i] = own_query + place.offset;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
@@ -230,15 +242,15 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     RingPlace<Shape::kStages> ring_place;
     wait(&shared.keys_full, 0);
     skip_steps(shared.ring, ring_place, skipped);
-    sum_key_gradients(sums, shared.ring, ring_place, shared.k[consumer], shared.v[consumer], place, range.visibility,
-                      range.scale, range.sequences, range.grad_lse, end - skipped);
+    sum_range_key_gradients(sums, shared.ring, ring_place, shared.k[consumer], shared.v[consumer], place, range,
+                            item.tile.place.offset + item.begin + skipped * step_queries, step_queries, end - skipped);
     skip_steps(shared.ring, ring_place, steps - end);
   }
 
   const RangeKeyItem& item = shared.item;
   const KeyGradientsPlace& place = shared.places[consumer];
   if (item.tile.splits > 1) {
-    const int64_t tile = (int64_t{blockIdx.x} % params.slots * range.sequences.heads_kv + item.head_kv) * 2 + consumer;
+    const int64_t tile = (int64_t{item.slot} * range.sequences.heads_kv + item.head_kv) * 2 + consumer;
     store_partial_sums(range.partials + (tile * range.splits + item.split) * (64 * (Shape::kDimK + Shape::kDimV)), sums,
                        range.scale);
     return;
@@ -262,11 +274,22 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
   RangeKeyItem item;
   const auto slots = static_cast<unsigned>(params.slots);
   const auto heads = static_cast<unsigned>(s.heads_kv);
-  item.head_kv = static_cast<int32_t>(blockIdx.x / slots % heads);
-  item.tile = range_key_tile_sm90<2 * Shape::kKeys>(params.range, static_cast<int32_t>(blockIdx.x % slots));
+  const unsigned turn = blockIdx.x / (slots * heads);
+  const unsigned place = blockIdx.x % (slots * heads);
+  const bool of_first_splits = turn == static_cast<unsigned>(params.range.splits) - 1;
+  if (of_first_splits && params.order.tiles > 0) {
+    const auto tiles = static_cast<unsigned>(params.order.tiles);
+    const unsigned of_rank = slots / tiles * heads;
+    item.head_kv = static_cast<int32_t>(place % heads);
+    item.slot = static_cast<int32_t>(place % of_rank / heads * tiles + params.order.tile[place / of_rank]);
+  } else {
+    item.head_kv = static_cast<int32_t>(place / slots);
+    item.slot = static_cast<int32_t>(place % slots);
+  }
+  item.tile = range_key_tile_sm90<2 * Shape::kKeys>(params.range, item.slot);
   // The last split of every tile belongs to the same queries.
-  item.split = item.tile.splits - 1 - static_cast<int32_t>(blockIdx.x / slots / heads);
-  if (item.tile.count == 0 || item.split < 0) {
+  item.split = of_first_splits ? 0 : item.tile.splits - 1 - static_cast<int32_t>(turn);
+  if (item.tile.count == 0 || item.split < 0 || (item.split == 0 && !of_first_splits)) {
     return;
   }
   if (thread == 0) {

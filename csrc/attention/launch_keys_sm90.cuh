@@ -1,6 +1,7 @@
 // Launches of Hopper's gradients of k and v over a range, which calls they take, and how rows are split.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention/backward_keys_sm90.cuh"
@@ -92,6 +93,28 @@ inline RangeSplits choose_range_keys_splits_sm90(const RangeBackwardParams& para
   return best;
 }
 
+// In which order first splits go: as they come where all are of one length, or tiles are too many or not known here.
+inline RangeKeyOrder order_range_key_tiles(const RangeBackwardParams& params) {
+  const Sequences& s = params.sequences;
+  const int64_t tiles = ceil_div(params.num_keys, kKeysPerRangeTileSm90);
+  RangeKeyOrder order{};
+  if (s.packed() || params.visibility.window != Visibility::kNoWindow || tiles > RangeKeyOrder::kMostTiles) {
+    return order;
+  }
+  order.tiles = static_cast<int32_t>(tiles);
+  const int64_t split_queries = params.rows_per_split / s.group;
+  const int64_t offset = s.length_k - s.length_q;
+  int64_t lengths[RangeKeyOrder::kMostTiles];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int32_t key = static_cast<int32_t>(tile * kKeysPerRangeTileSm90);
+    const int64_t first = max_of(params.visibility.first_position(key) - offset, 0);
+    lengths[tile] = min_of((first / split_queries + 1) * split_queries, s.length_q) - first;
+    order.tile[tile] = static_cast<uint16_t>(tile);
+  }
+  std::stable_sort(order.tile, order.tile + tiles, [&](int a, int b) { return lengths[a] > lengths[b]; });
+  return order;
+}
+
 template <typename Shape>
 void launch_range_backward_keys_shape(const RangeBackwardParams& range, cudaStream_t stream) {
   constexpr const char* kName = "gradients of k and v over a range";
@@ -105,6 +128,7 @@ void launch_range_backward_keys_shape(const RangeBackwardParams& range, cudaStre
   RangeBackwardKeysSm90Params params{
       .range = range,
       .slots = static_cast<int32_t>(min_of(slots, 0x7fffffff)),
+      .order = order_range_key_tiles(range),
       .step_queries = static_cast<int32_t>(step_queries),
       .q = tensor_map(range.q, kType, batch, s.length_q, heads, group, step_queries, kName),
       .grad_out = tensor_map(range.grad_out, kType, batch, s.length_q, heads, group, step_queries, kName),

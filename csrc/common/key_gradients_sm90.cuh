@@ -91,6 +91,32 @@ struct KeyGradientSums {
   float v[Shape::kDimV / 8][4];
 };
 
+// Gives scores of rows that do not see a key a probability of 0.
+template <int kRows, int kTiles>
+__device__ inline void hide_unseen(float (&scores)[kTiles][4], const RowNumbers<kRows>& numbers,
+                                   const KeyGradientsPlace& place, const Visibility& visibility, float scale,
+                                   int lane) {
+  const int first_key = place.first_key + fresh_thread() % kWarpgroup / 32 * 16 + lane / 4;
+  int32_t first[2];
+  uint32_t most[2];  // positions after the first that see the key
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    first[half] = visibility.first_position(first_key + 8 * half);
+    most[half] = static_cast<uint32_t>(visibility.last_position(first_key + 8 * half) - first[half]);
+  }
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const int2 positions = reinterpret_cast<const int2*>(numbers.position)[4 * i + lane % 4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int32_t position = j % 2 == 0 ? positions.x : positions.y;
+      if (static_cast<uint32_t>(position - first[j / 2]) > most[j / 2]) {
+        scores[i][j] = scale > 0.f ? kMinusInfinity : -kMinusInfinity;
+      }
+    }
+  }
+}
+
 // Starts to = keys times rows, transposed. Both descriptors are of whole tiles.
 template <typename Keys, typename Rows, int kTiles>
 __device__ inline void start_scores(float (&to)[kTiles][4], uint64_t keys, uint64_t rows) {
@@ -179,25 +205,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     wait_products<1>();
     hold(scores);
     if (!all_seen) {
-      const int first_key = place.first_key + fresh_thread() % kWarpgroup / 32 * 16 + lane / 4;
-      int32_t first[2];
-      uint32_t most[2];  // positions after the first that see the key
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        first[half] = visibility.first_position(first_key + 8 * half);
-        most[half] = static_cast<uint32_t>(visibility.last_position(first_key + 8 * half) - first[half]);
-      }
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-        const int2 positions = reinterpret_cast<const int2*>(numbers.position)[4 * i + lane % 4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int32_t position = j % 2 == 0 ? positions.x : positions.y;
-          if (static_cast<uint32_t>(position - first[j / 2]) > most[j / 2]) {
-            scores[i][j] = scale > 0.f ? kMinusInfinity : -kMinusInfinity;
-          }
-        }
-      }
+      hide_unseen(scores, numbers, place, visibility, scale, lane);
     }
 
     // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
