@@ -26,7 +26,7 @@ struct RangeKeyOrder {
 
 struct RangeBackwardKeysSm90Params {
   RangeBackwardParams range;
-  int32_t slots;         // of tiles of 128 keys
+  int32_t slots;  // of tiles of 128 keys
   RangeKeyOrder order;
   int32_t step_queries;  // of a step: floor(kRows / G)
   CUtensorMap q;         // boxes of 64 columns, G heads, step_queries tokens

@@ -1,6 +1,6 @@
-// The gradients of 64 keys over rows that pass by, as common/key_gradients_sm90.cuh, for a warpgroup that shares its rows
-// with another: shared memory, and with it what arithmetic loads from there, is busy with both one's products, so that
-// arithmetic is long and needs products beside it.
+// The gradients of 64 keys over rows that pass by, as common/key_gradients_sm90.cuh, for a warpgroup that shares its
+// rows with another: shared memory, and with it what arithmetic loads from there, is busy with both one's products, so
+// that arithmetic is long and needs products beside it.
 //
 // A step finds S^T there and dK of the step before under way, takes P^T, starts V dO^T into the same registers, then dV
 // += P^T dO; takes dS^T under dV; and when dV is done starts the next step's S^T, and dK += dS^T Q behind it.
