@@ -241,3 +241,43 @@ def test_lists_in_another_order_change_nothing(dtype: torch.dtype) -> None:
         assert torch.equal(results[1][name].isfinite(), seen), name
         difference = (results[1][name][seen] - want[seen]).float().norm()
         assert difference <= (3e-3 if dtype == torch.bfloat16 else 1e-6) * want[seen].float().norm(), name
+
+
+def uneven_lists(lengths: list[int], heads_kv: int, count: int) -> Tensor:
+    """Of packed sequences: all choose block 0 and their own, nobody every eighth, and few are popular of the rest."""
+    random = torch.Generator().manual_seed(0)
+    lists = []
+    for length in filter(None, lengths):
+        blocks = -(-length // 64)
+        weights = torch.rand(blocks, generator=random).pow(4) + 1e-3
+        weights[::8] = 0
+        own = torch.arange(length) // 64
+        seen = torch.arange(blocks) < own[:, None]
+        chance = (weights * seen + 1e-9)[:, None].expand(-1, heads_kv, -1).reshape(-1, blocks)
+        free = torch.multinomial(chance, min(count - 2, blocks), generator=random).view(length, heads_kv, -1)
+        free = free.masked_fill((free >= own[:, None, None]) | (free % 8 == 0), -1)
+        rows = torch.full((length, heads_kv, count), -1)
+        rows[..., : free.size(-1)] = free
+        rows[..., -1] = own[:, None]
+        rows[..., -2] = torch.where(own > 0, 0, -1)[:, None]
+        lists.append(rows)
+    return torch.cat(lists).int()
+
+
+@pytest.mark.parametrize("lengths", [[9001], [5003, 0, 1, 3997], [300] * 12], ids=str)
+@pytest.mark.parametrize(
+    ("group", "dims"), [(16, (128, 128)), (4, (64, 64)), (16, (192, 128)), (48, (128, 128))], ids=str
+)
+def test_uneven_lists(lengths: list[int], group: int, dims: tuple[int, int]) -> None:
+    """Blocks that all, many or none choose, over several chunks of queries: as in float32, and the same bits again."""
+    shape = Shape("uneven", 64, 64, 2 * group, 2, *dims, num_selected=10)
+    inputs = make_packed_inputs("selected_attention", shape, [(length, length) for length in lengths])
+    lists = uneven_lists(lengths, 2, 10).cuda()
+    given = inputs.to("cuda", torch.bfloat16).replace(block_indices=lists)
+    results = evaluate(nsa_torch.selected_attention, given)
+    again = evaluate(nsa_torch.selected_attention, given)
+    exact = evaluate(nsa_torch.selected_attention, given.to("cuda", torch.float32))
+    for name, want in exact.items():
+        assert torch.equal(results[name], again[name]), name
+        difference = (results[name].float() - want.float()).norm()
+        assert difference <= 1e-2 * want.float().norm(), name

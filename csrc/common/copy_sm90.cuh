@@ -125,6 +125,22 @@ __device__ inline void raise(uint32_t* number) {
   asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], 1;\n" ::"r"(shared_address(number)) : "memory");
 }
 
+// A number in global memory that warps of any multiprocessor add to and watch.
+__device__ inline void add_to_all(int32_t* to, int32_t value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;\n" ::"l"(to), "r"(value) : "memory");
+}
+__device__ inline int32_t observe_all(const int32_t* from) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\n" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ inline void add_floats(float4* to, const float (&x)[4]) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]),
+               "f"(x[3])
+               : "memory");
+}
+
 // Where a ring of buffers stands. The parity is that of the fill to come.
 template <int kStages>
 struct RingPlace {

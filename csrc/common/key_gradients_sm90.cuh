@@ -147,12 +147,12 @@ __device__ inline void start_sums(float (&to)[kTiles][4], const uint32_t (&left)
   commit_products();
 }
 
-// What a caller may do with the gradients of a step's scores, left operands: here nothing. keep(gradients) is called in
-// the end of a step, send() when the first products of the next step run, and after the last step.
+// What a caller may do with the gradients of a step's scores, left operands: here nothing. keep(gradients) is called
+// before they are multiplied, send(stage of the ring) while they are.
 struct HandsNothingOver {
   template <int kSteps>
   __device__ void keep(const uint32_t (&)[kSteps][4]) const {}
-  __device__ void send() const {}
+  __device__ void send(int) const {}
 };
 
 // Sums over `steps` steps of the ring. K and V are whole in shared memory. Each thread releases what it has read.
@@ -166,7 +166,6 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
   using QTile = typename Shape::QTile;
   using GradOutTile = typename Shape::GradOutTile;
   constexpr int kRows = Shape::kRows;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
   clear(sums.k);
   clear(sums.v);
   if (steps <= 0) {
@@ -179,9 +178,6 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
   const uint64_t grad_out_at =
       tile_descriptor(shared_address(ring.grad_out), GradOutTile::kPanelSize * sizeof(Element));
   const float scale_log2 = scale * kLog2E;
-  // Positions that see all keys.
-  const int32_t all_first = visibility.first_position(place.first_key + place.count - 1);
-  const int32_t all_last = visibility.last_position(place.first_key);
 
   float scores[kRows / 8][4];
   float grads[kRows / 8][4];
@@ -189,7 +185,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
   uint32_t score_grads[kRows / 16][4];
 
 #pragma unroll 1
-  for (int32_t step = 0; step < steps; ++step) {
+  for (; steps > 0; --steps) {
     const int stage = ring_place.stage;
     wait(&ring.full[stage], ring_place.parity);
     const uint64_t q = advance(q_at, stage * QTile::kSize * 2);
@@ -198,9 +194,12 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     start_scores<typename Shape::KTile, QTile>(scores, k_at, q);
     start_scores<typename Shape::VTile, GradOutTile>(grads, v_at, grad_out);
 
-    hand_over.send();
+    const int lane = fresh_thread() % 32;
     const RowNumbers<kRows>& numbers = ring.numbers[stage];
     const int32_t of_ends[2] = {numbers.position[0], numbers.position[kRows - 1]};
+    // Positions that see all keys.
+    const int32_t all_first = visibility.first_position(place.first_key + place.count - 1);
+    const int32_t all_last = visibility.last_position(place.first_key);
     const bool all_seen = min(of_ends[0], of_ends[1]) >= all_first && max(of_ends[0], of_ends[1]) <= all_last;
     wait_products<1>();
     hold(scores);
@@ -230,9 +229,10 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
 
     wait_products<1>();
     hold(grads);
+    const int lane_again = fresh_thread() % 32;
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
-      const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane % 4];
+      const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane_again % 4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         grads[i][j] = scores[i][j] * (grads[i][j] - (j % 2 == 0 ? delta.x : delta.y));
@@ -244,7 +244,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const int row = 8 * i + 2 * (lane % 4) + j % 2;
+          const int row = 8 * i + 2 * (lane_again % 4) + j % 2;
           if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
             grads[i][j] = grad_lse.data == nullptr
                               ? 0.f
@@ -258,15 +258,15 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     for (int i = 0; i < kRows / 16; ++i) {
       as_left<Element>(score_grads[i], grads, i);
     }
-    start_sums<Element>(sums.k, score_grads, q);
-    wait_products<0>();
     hand_over.keep(score_grads);
+    start_sums<Element>(sums.k, score_grads, q);
+    hand_over.send(stage);
+    wait_products<0>();
     hold(sums.k);
     hold(sums.v);
     arrive(&ring.empty[stage]);
     ring_place.advance();
   }
-  hand_over.send();
 }
 
 // Passes over steps in which the consumer has no part.
@@ -283,7 +283,7 @@ __device__ inline void skip_steps(RowRing<Shape>& ring, RingPlace<Shape::kStages
 // Calls store(key, column, first, second) with each pair of neighbouring columns of a warpgroup's sums.
 template <int kTiles, typename Store>
 __device__ inline void for_each_pair(const float (&sums)[kTiles][4], const Store& store) {
-  const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
+  const int thread = fresh_thread() % kWarpgroup;
   const int lane = thread % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -17,6 +17,14 @@ inline bool copies_by_map(const TensorView& x, int64_t batch, int64_t length, in
          fits(x.token_stride, length) && fits(x.head_stride, heads);
 }
 
+inline int multiprocessors(const char* name) {
+  int device = 0;
+  int count = 0;
+  check_cuda(cudaGetDevice(&device), name);
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), name);
+  return count;
+}
+
 // Whether this GPU runs sm_90a code, and the library was built for it: elsewhere the kernel is empty, and needs next to
 // no registers.
 template <typename Params>

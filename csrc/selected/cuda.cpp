@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "host/cuda/params.h"
 #include "selected/launch.h"
+#include "selected/pieces.h"
 
 namespace nsa::cuda {
 namespace {
@@ -16,31 +17,35 @@ int32_t checked_select_size(const AttentionOptions& options) {
   return static_cast<int32_t>(options.select_size);
 }
 
+int64_t count_blocks(const Sequences& sequences, int32_t select_size) {
+  const int64_t slots = sequences.packed() ? sequences.length_k / select_size + sequences.batch
+                                           : sequences.batch * ceil_div(sequences.length_k, select_size);
+  return slots * sequences.heads_kv;
+}
+
 // The lists turned round, and the tensors that the pointers point into.
 struct InvertedLists {
   ChosenBy chosen_by;
   at::Tensor storage;
+  at::Tensor pieces;
 };
 
-InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, int32_t select_size, bool ranked,
-                           cudaStream_t stream) {
+// `params` lacks what this makes, but for the number of blocks.
+InvertedLists invert_lists(const SelectedBackwardParams& params, const at::Tensor& lists,
+                           const SelectedBackwardPlan& plan, cudaStream_t stream) {
   // Enough segments for every multiprocessor to have several, so that the long lists of the first blocks hold nobody
   // up.
   constexpr int64_t kSegmentsPerMultiprocessor = 8;
   constexpr int64_t kLeastQueries = 256;
-  const int64_t slots = sequences.packed() ? sequences.length_k / select_size + sequences.batch
-                                           : sequences.batch * ceil_div(sequences.length_k, select_size);
-  const int64_t blocks = slots * sequences.heads_kv;
+  const Sequences& sequences = params.sequences;
+  const int64_t blocks = params.chosen_by.blocks;
   const int64_t pairs = lists.numel();
   TORCH_CHECK_VALUE(blocks < 0x7fffffff && pairs < 0x7fffffff,
                     "block_indices must hold fewer than 2^31 numbers for fewer than 2^31 blocks on CUDA, got ",
                     lists.sizes());
-  // Where heads go in turns, the long lists of the last one begin when the others are nearly done: they may take no
-  // longer than one head does. (Up to a number of heads, for partial sums take 64 KB a segment at a width of 128.)
-  constexpr int64_t kMostSegmentsPerMultiprocessor = 32;
-  const int64_t of_heads = ranked ? min_of(int64_t{2} * sequences.heads_kv, kMostSegmentsPerMultiprocessor) : 0;
-  const int64_t segments = max_of(of_heads, kSegmentsPerMultiprocessor) * multiprocessors();
-  const int64_t segment = max_of(ceil_div(pairs, segments), kLeastQueries);
+  const bool by_pieces = plan.keys_heads > 0;
+  const bool ranked = plan.handed_heads > 0;
+  const int64_t segment = max_of(ceil_div(pairs, kSegmentsPerMultiprocessor * multiprocessors()), kLeastQueries);
   const int64_t temporary_bytes = invert_lists_temporary_bytes(pairs, blocks);
   const auto ints = lists.options().dtype(at::kInt);
   const at::Tensor storage = at::empty({pairs + 3 * (blocks + 1)}, ints);
@@ -48,34 +53,48 @@ InvertedLists invert_lists(const Sequences& sequences, const at::Tensor& lists, 
   const at::Tensor temporary = at::empty({temporary_bytes}, lists.options().dtype(at::kByte));
   int32_t* const queries = storage.mutable_data_ptr<int32_t>();
   int32_t* const keys = workspace.mutable_data_ptr<int32_t>();
-  const InvertListsParams params{.sequences = sequences,
-                                 .select_size = select_size,
-                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
-                                 .block_indices = lists.const_data_ptr<int32_t>(),
-                                 .pairs = pairs,
-                                 .blocks = blocks,
-                                 .segment = static_cast<int32_t>(segment),
-                                 .ranked = ranked,
-                                 .keys = keys,
-                                 .sorted_keys = keys + pairs,
-                                 .values = keys + 2 * pairs,
-                                 .queries = queries,
-                                 .begins = queries + pairs,
-                                 .segments = queries + pairs + blocks + 1,
-                                 .partials = queries + pairs + 2 * (blocks + 1),
-                                 .temporary = temporary.mutable_data_ptr(),
-                                 .temporary_bytes = temporary_bytes};
-  launch_invert_lists(params, stream);
+  InvertListsParams invert{.sequences = sequences,
+                           .select_size = params.select_size,
+                           .num_selected = params.num_selected,
+                           .block_indices = params.block_indices,
+                           .pairs = pairs,
+                           .blocks = blocks,
+                           .segment = static_cast<int32_t>(segment),
+                           .ranked = ranked,
+                           .keys = keys,
+                           .sorted_keys = keys + pairs,
+                           .values = keys + 2 * pairs,
+                           .queries = queries,
+                           .begins = queries + pairs,
+                           .segments = by_pieces ? nullptr : queries + pairs + blocks + 1,
+                           .partials = queries + pairs + 2 * (blocks + 1),
+                           .pieces = {},
+                           .edges = nullptr,
+                           .temporary = temporary.mutable_data_ptr(),
+                           .temporary_bytes = temporary_bytes};
+  at::Tensor pieces;
+  at::Tensor edges;
+  if (by_pieces) {
+    invert.pieces = plan_key_pieces(sequences, params.num_selected, pairs, blocks,
+                                    2 * (params.q.width + params.v.width), plan.keys_heads, multiprocessors());
+    pieces = at::empty({key_pieces_ints(invert.pieces, sequences, blocks)}, ints);
+    edges = at::empty({(invert.pieces.chunks + 1) * blocks}, ints);
+    place_key_pieces(invert.pieces, sequences, pieces.mutable_data_ptr<int32_t>());
+    invert.edges = edges.mutable_data_ptr<int32_t>();
+  }
+  launch_invert_lists(invert, stream);
   return {{.blocks = blocks,
-           .segment = params.segment,
-           .ranks = ranked ? Divisor(static_cast<uint32_t>(params.num_selected)) : Divisor(),
-           .queries = params.queries,
-           .begins = params.begins,
-           .segments = params.segments,
-           .partials = params.partials,
+           .segment = invert.segment,
+           .ranks = ranked ? Divisor(static_cast<uint32_t>(invert.num_selected)) : Divisor(),
+           .queries = invert.queries,
+           .begins = invert.begins,
+           .segments = invert.segments,
+           .partials = invert.partials,
            .full_segments = pairs / segment,
-           .max_segments = pairs / segment + blocks},
-          storage};
+           .max_segments = pairs / segment + blocks,
+           .pieces = invert.pieces},
+          storage,
+          pieces};
 }
 
 }  // namespace
@@ -147,7 +166,7 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .select_size = checked_select_size(options),
                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
                                 .block_indices = lists.const_data_ptr<int32_t>(),
-                                .chosen_by = {},
+                                .chosen_by = {.blocks = count_blocks(call.sequences, checked_select_size(options))},
                                 .q = view_of(q_read),
                                 .k = view_of(k_read),
                                 .v = view_of(v_read),
@@ -161,17 +180,18 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .grad_v = view_of(dv_written),
                                 .add_to_grad_q = grad_q.defined() && !separate,
                                 .partials = nullptr,
+                                .keys_heads = 0,
                                 .handed = {}};
-  const SelectedHanding handing = is_16_bit(type) ? selected_handing(params, type) : SelectedHanding{};
-  const bool hands_over = handing.heads > 0;
-  const InvertedLists inverted = invert_lists(call.sequences, lists, params.select_size, hands_over, stream);
+  const SelectedBackwardPlan plan = is_16_bit(type) ? selected_backward_plan(params, type) : SelectedBackwardPlan{};
+  const InvertedLists inverted = invert_lists(params, lists, plan, stream);
+  params.keys_heads = plan.keys_heads;
   params.chosen_by = inverted.chosen_by;
   if (is_16_bit(type)) {
     at::Tensor handed;
-    if (hands_over) {
-      handed = at::empty({handing.bytes}, q.options().dtype(at::kByte));
+    if (plan.handed_heads > 0) {
+      handed = at::empty({plan.handed_bytes}, q.options().dtype(at::kByte));
       params.handed.data = handed.mutable_data_ptr();
-      params.handed.heads = handing.heads;
+      params.handed.heads = plan.handed_heads;
     }
     const at::Tensor partials = at::empty({selected_partial_floats(params)}, q.options().dtype(at::kFloat));
     params.partials = partials.mutable_data_ptr<float>();

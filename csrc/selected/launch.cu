@@ -45,24 +45,26 @@ extern template bool try_selected_forward_sm90<Half, 192, 128>(const SelectedFor
 extern template bool try_selected_forward_sm90<BFloat16, 64, 64>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<BFloat16, 128, 128>(const SelectedForwardParams&, cudaStream_t);
 extern template bool try_selected_forward_sm90<BFloat16, 192, 128>(const SelectedForwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template bool try_selected_backward_keys_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
+extern template void launch_selected_backward_keys_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&,
+                                                                            cudaStream_t);
 extern template bool try_selected_backward_query_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template bool try_selected_backward_query_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-extern template SelectedHanding selected_handing_sm90<Half, 64, 64>(const SelectedBackwardParams&);
-extern template SelectedHanding selected_handing_sm90<Half, 128, 128>(const SelectedBackwardParams&);
-extern template SelectedHanding selected_handing_sm90<Half, 192, 128>(const SelectedBackwardParams&);
-extern template SelectedHanding selected_handing_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&);
-extern template SelectedHanding selected_handing_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&);
-extern template SelectedHanding selected_handing_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<Half, 64, 64>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<Half, 128, 128>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<Half, 192, 128>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<BFloat16, 64, 64>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<BFloat16, 128, 128>(const SelectedBackwardParams&);
+extern template SelectedBackwardPlan selected_backward_plan_sm90<BFloat16, 192, 128>(const SelectedBackwardParams&);
 extern template void launch_selected_backward_handed_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_handed_sm90<Half, 128, 128>(const SelectedBackwardParams&, cudaStream_t);
 extern template void launch_selected_backward_handed_sm90<Half, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
@@ -88,7 +90,8 @@ void launch_selected_forward_of(const SelectedForwardParams& params, cudaStream_
 template <typename Element, int kDimK, int kDimV>
 void launch_selected_backward_keys_of(const SelectedBackwardParams& params, cudaStream_t stream) {
   if constexpr (kDimK <= 192) {
-    if (try_selected_backward_keys_sm90<Element, kDimK, kDimV>(params, stream)) {
+    if (params.keys_heads > 0) {
+      launch_selected_backward_keys_sm90<Element, kDimK, kDimV>(params, stream);
       return;
     }
   }
@@ -139,18 +142,21 @@ void launch_selected_backward(const SelectedBackwardParams& params, ElementType 
   });
 }
 
-SelectedHanding selected_handing(const SelectedBackwardParams& params, ElementType type) {
-  SelectedHanding result{};
+SelectedBackwardPlan selected_backward_plan(const SelectedBackwardParams& params, ElementType type) {
+  SelectedBackwardPlan result{};
   with_tile_dims(params.q.width, params.v.width, [&](auto k, auto v) {
     if constexpr (k <= 192) {
-      result = type == ElementType::kFloat16 ? selected_handing_sm90<Half, k, v>(params)
-                                             : selected_handing_sm90<BFloat16, k, v>(params);
+      result = type == ElementType::kFloat16 ? selected_backward_plan_sm90<Half, k, v>(params)
+                                             : selected_backward_plan_sm90<BFloat16, k, v>(params);
     }
   });
   return result;
 }
 
 int64_t selected_partial_floats(const SelectedBackwardParams& params) {
+  if (params.keys_heads > 0) {
+    return params.keys_heads * selected_head_sums(params);
+  }
   const ChosenBy& chosen_by = params.chosen_by;
   // Only blocks of more than one segment have partial sums: fewer than twice the full segments of all pairs.
   const int64_t tiles = ceil_div(params.select_size, kKeysPerGradientTile);

@@ -11,14 +11,14 @@ namespace nsa {
 // tensor start at multiples of 16 bytes, and widths are multiples of 8, at most 256.
 void launch_selected_forward(const SelectedForwardParams& params, ElementType type, cudaStream_t stream);
 void launch_selected_backward(const SelectedBackwardParams& params, ElementType type, cudaStream_t stream);
-// KV heads at a time whose scores' gradients one kernel of the backward hands to the other, in a workspace of so many
-// bytes; 0 where none does.
-struct SelectedHanding {
-  int32_t heads;
-  int64_t bytes;
+// How the backward of 16-bit tensors is carried out on this GPU.
+struct SelectedBackwardPlan {
+  int32_t keys_heads;    // KV heads of a launch of the gradients of k and v by pieces (KeyPieces); 0: by segments
+  int32_t handed_heads;  // KV heads at a time whose scores' gradients one kernel hands to the other, in a workspace of
+  int64_t handed_bytes;  // so many bytes; 0 where none does
 };
-// Of the parameters it needs all but chosen_by, partials and handed.
-SelectedHanding selected_handing(const SelectedBackwardParams& params, ElementType type);
+// Of the parameters it needs all but chosen_by (there only the number of blocks), partials, keys_heads and handed.
+SelectedBackwardPlan selected_backward_plan(const SelectedBackwardParams& params, ElementType type);
 // What params.partials of the backward must hold.
 int64_t selected_partial_floats(const SelectedBackwardParams& params);
 

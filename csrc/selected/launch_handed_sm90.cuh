@@ -74,7 +74,6 @@ void launch_selected_backward_handed_shapes(const SelectedBackwardParams& all, c
       launch_selected_query_handed_shape<WideShape>(selected, stream);
     }
   }
-  launch_selected_add_partials<KeysShape>(selected, stream);
 }
 
 template <typename Element, int kDimK, int kDimV>
@@ -84,16 +83,17 @@ void launch_selected_backward_handed_sm90(const SelectedBackwardParams& params, 
                                          SelectedHandedShape<Element, kDimK, true>>(params, stream);
 }
 
-// None where the GPU, the build or the tensors do not suit the kernels.
 template <typename Element, int kDimK, int kDimV>
-SelectedHanding selected_handing_sm90(const SelectedBackwardParams& params) {
-  if (!selected_backward_handed_fits_sm90(params) || tensor_map_encoder() == nullptr ||
+SelectedBackwardPlan selected_backward_plan_sm90(const SelectedBackwardParams& params) {
+  const int32_t keys_heads = selected_keys_heads_sm90<Element, kDimK, kDimV>(params);
+  if (keys_heads == 0 || !selected_backward_handed_fits_sm90(params) ||
       !runs_on_this_device(selected_query_handed_sm90<SelectedHandedShape<Element, kDimK, true>>,
                            "gradient of q of selected attention")) {
-    return {0, 0};
+    return {keys_heads, 0, 0};
   }
-  const int32_t heads = handed_heads(params.sequences, params.num_selected, params.q.width);
-  return {heads, heads * handed_head_bytes(params.sequences, params.num_selected) + kHandedEnd};
+  const auto heads =
+      static_cast<int32_t>(min_of(handed_heads(params.sequences, params.num_selected, params.q.width), keys_heads));
+  return {heads, heads, heads * handed_head_bytes(params.sequences, params.num_selected) + kHandedEnd};
 }
 
 }  // namespace nsa

@@ -30,7 +30,24 @@ inline bool selected_backward_keys_fits_sm90(const SelectedBackwardParams& param
          copies_by_map(params.v, batch, s.length_k, s.heads_kv);
 }
 
-// Of the KV heads [first_head, first_head + heads), whose partial sums are left as they are.
+// Floats of the sums of one KV head's blocks.
+inline int64_t selected_head_sums(const SelectedBackwardParams& params) {
+  return params.chosen_by.blocks / params.sequences.heads_kv * 64 * tile_row_size(params.q.width, params.v.width);
+}
+// KV heads of a launch, whose sums take up to half a GB; 0 where the GPU, the build or the tensors do not suit the
+// kernel. Of the parameters it needs all but chosen_by (there only the number of blocks), partials and handed.
+template <typename Element, int kDimK, int kDimV>
+int32_t selected_keys_heads_sm90(const SelectedBackwardParams& params) {
+  constexpr int64_t kMostFloats = int64_t{1} << 27;
+  if (!selected_backward_keys_fits_sm90(params) || tensor_map_encoder() == nullptr ||
+      !runs_on_this_device(selected_backward_keys_sm90<SelectedKeysSm90Shape<Element, kDimK, kDimV>>,
+                           "gradients of k and v of selected attention")) {
+    return 0;
+  }
+  return static_cast<int32_t>(min_of(max_of(kMostFloats / selected_head_sums(params), 1), params.sequences.heads_kv));
+}
+
+// Of the KV heads [first_head, first_head + heads).
 template <typename Shape>
 void launch_selected_backward_keys_heads(const SelectedBackwardParams& selected, int32_t first_head, int32_t heads_kv,
                                          cudaStream_t stream) {
@@ -40,47 +57,39 @@ void launch_selected_backward_keys_heads(const SelectedBackwardParams& selected,
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;
   const auto group = static_cast<uint32_t>(s.group);
-  const ChosenBy& chosen_by = selected.chosen_by;
-  const int64_t slots = chosen_by.blocks / s.heads_kv;
-  // All heads have as many pairs.
-  const int64_t most_segments = (chosen_by.full_segments + 1) * heads_kv / s.heads_kv + 1 + slots * heads_kv;
+  const KeyPieces& pieces = selected.chosen_by.pieces;
+  const int64_t of_head = selected.chosen_by.blocks / s.heads_kv + 1;
+  int32_t* const progress = pieces.progress + first_head * of_head;
+  check_cuda(cudaMemsetAsync(progress, 0, heads_kv * of_head * sizeof(int32_t), stream), kName);
   SelectedBackwardKeysSm90Params params{
       .selected = selected,
-      .first_block = first_head * slots,
-      .end_block = (first_head + heads_kv) * slots,
+      .first_head = first_head,
+      .end_head = first_head + heads_kv,
+      .first_block = static_cast<int32_t>(first_head * (of_head - 1)),
+      .taken = progress,
       .step_queries = Shape::kRows / s.group,
       .q = tensor_map(selected.q, kType, batch, s.length_q, heads, group, 1, kName),
       .grad_out = tensor_map(selected.grad_out, kType, batch, s.length_q, heads, group, 1, kName),
       .k = tensor_map(selected.k, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, kName),
       .v = tensor_map(selected.v, kType, batch, s.length_k, s.heads_kv, 1, Shape::kKeys, kName)};
-  launch(selected_backward_keys_sm90<Shape>, ceil_div(most_segments, 2), 3 * kWarpgroup,
-         sizeof(SelectedBackwardKeysShared<Shape>), stream, kName, params);
+  launch(selected_backward_keys_sm90<Shape>, min_of(ceil_div(pieces.most_pieces * heads_kv, 2), multiprocessors(kName)),
+         3 * kWarpgroup, sizeof(SelectedBackwardKeysShared<Shape>), stream, kName, params);
 }
 
+// Of all KV heads, `at_a_time` in a launch.
 template <typename Shape>
-void launch_selected_add_partials(const SelectedBackwardParams& selected, cudaStream_t stream) {
-  if (selected.chosen_by.full_segments > 0) {
-    launch(selected_add_partials<Shape>, selected.chosen_by.blocks, 256, 0, stream,
-           "sums of gradients of selected attention", selected);
+void launch_selected_backward_keys_shape(const SelectedBackwardParams& selected, int32_t at_a_time,
+                                         cudaStream_t stream) {
+  const int32_t heads_kv = selected.sequences.heads_kv;
+  for (int32_t head = 0; head < heads_kv; head += at_a_time) {
+    launch_selected_backward_keys_heads<Shape>(selected, head, static_cast<int32_t>(min_of(at_a_time, heads_kv - head)),
+                                               stream);
   }
 }
 
-template <typename Shape>
-void launch_selected_backward_keys_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {
-  launch_selected_backward_keys_heads<Shape>(selected, 0, selected.sequences.heads_kv, stream);
-  launch_selected_add_partials<Shape>(selected, stream);
-}
-
-// Whether it ran: it does not where the GPU, the build or the tensors do not suit it.
 template <typename Element, int kDimK, int kDimV>
-bool try_selected_backward_keys_sm90(const SelectedBackwardParams& params, cudaStream_t stream) {
-  using Shape = SelectedKeysSm90Shape<Element, kDimK, kDimV>;
-  if (!selected_backward_keys_fits_sm90(params) || tensor_map_encoder() == nullptr ||
-      !runs_on_this_device(selected_backward_keys_sm90<Shape>, "gradients of k and v of selected attention")) {
-    return false;
-  }
-  launch_selected_backward_keys_shape<Shape>(params, stream);
-  return true;
+void launch_selected_backward_keys_sm90(const SelectedBackwardParams& params, cudaStream_t stream) {
+  launch_selected_backward_keys_shape<SelectedKeysSm90Shape<Element, kDimK, kDimV>>(params, params.keys_heads, stream);
 }
 
 }  // namespace nsa

@@ -18,7 +18,34 @@ struct SelectedForwardParams {
   RowView lse;                   // (B, Hq, Tq)
 };
 
-// The lists turned round: which queries chose each block. A block's queries are cut into segments, for balance.
+// What one warpgroup of Hopper's gradients of k and v sums up: a block, and queries that chose it, all of one chunk.
+struct KeyPiece {
+  int32_t id;        // of the block, counted as ChosenBy's
+  int32_t sequence;  // the block's
+  int32_t block;     // within the sequence
+  int32_t head_kv;
+  int32_t first;    // of its queries, in ChosenBy.queries
+  int32_t queries;  // 0 where nobody chose the block
+  int32_t number;   // of the block's pieces, in the order in which they are added
+  int32_t last;     // whether it is the last of them
+};
+
+// The blocks' queries cut into pieces: at common boundaries, every `chunk` queries of the batch, and again where more
+// than `most_queries` of a chunk chose a block. Pieces are worked on chunk by chunk and in a chunk the longest first.
+struct KeyPieces {
+  int32_t chunk;
+  int32_t chunks;
+  int32_t most_queries;          // of a piece
+  int32_t most_queries_at_last;  // of a piece of the last chunk: pieces that nothing comes after
+  int64_t most_pieces;           // of a KV head
+  KeyPiece* pieces;              // (Hkv, most_pieces), in the order of work
+  int32_t* counts;               // (Hkv,) pieces of each head
+  int32_t* progress;  // (Hkv, 1 + blocks of a head) pieces taken, of the launch that begins with the head, and
+                      // warps that are done with pieces of each block; set to 0 before a launch
+};
+
+// The lists turned round: which queries chose each block. A block's queries are cut into segments, for balance; for
+// Hopper into pieces.
 struct ChosenBy {
   int64_t blocks;          // slots of blocks, times Hkv
   int32_t segment;         // queries per segment, at most
@@ -31,6 +58,7 @@ struct ChosenBy {
   const int32_t* partials;  // (blocks + 1,) segments before each block among blocks of more than one
   int64_t full_segments;    // pairs / segment: what the host knows of segments[blocks] ...
   int64_t max_segments;     // ... and its bound, with one more for each block
+  KeyPieces pieces;
 };
 
 // How the lists are turned round: pairs (block, query) are sorted by block, which keeps queries in order.
@@ -48,9 +76,11 @@ struct InvertListsParams {
   int32_t* values;       // (pairs,) workspace
   int32_t* queries;      // (pairs,) and the next three: what ChosenBy points at
   int32_t* begins;
-  int32_t* segments;
+  int32_t* segments;  // null: begins, segments and partials are not wanted
   int32_t* partials;
-  void* temporary;  // workspace of temporary_bytes
+  KeyPieces pieces;  // pieces.pieces null: not wanted
+  int32_t* edges;    // (chunks + 1, blocks) workspace for them
+  void* temporary;   // workspace of temporary_bytes
   int64_t temporary_bytes;
 };
 
@@ -84,7 +114,8 @@ struct SelectedBackwardParams {
   RowView lse, delta, gate, grad_lse;  // as in attention/params.h
   TensorView grad_q, grad_k, grad_v;
   bool add_to_grad_q;
-  float* partials;  // (partials[blocks], keys per block, Dk + Dv)
+  float* partials;     // (partials[blocks], keys per block, Dk + Dv); of pieces: a sum for each block of a launch
+  int32_t keys_heads;  // KV heads of a launch of the gradients of k and v by pieces
   HandedScores handed;
 };
 

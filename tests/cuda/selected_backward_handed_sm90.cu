@@ -10,6 +10,7 @@
 
 #include "selected/launch.h"
 #include "selected/launch_handed_sm90.cuh"
+#include "selected/pieces.h"
 #include "selected_backward_problem.h"
 
 using namespace nsa;
@@ -22,7 +23,8 @@ struct HandedProblem : BackwardProblem<Element> {
   using Base = BackwardProblem<Element>;
   int64_t blocks, pairs;
   Device<Element> grad_k, grad_v;
-  Device<int32_t> inverted, workspace;
+  KeyPieces key_pieces;
+  Device<int32_t> inverted, workspace, pieces, edges;
   Device<char> temporary;
   Device<float> partials;
   Device<char> handed;
@@ -33,11 +35,12 @@ struct HandedProblem : BackwardProblem<Element> {
         c.cu_q.empty() ? c.batch * ceil_div(c.tk, 64) : c.cu_k.back() / 64 + static_cast<int64_t>(c.cu_k.size()) - 1;
     return slots * c.heads_kv;
   }
-  // As the op's.
-  static int64_t segment_of(int64_t pairs, int64_t heads_kv) {
+  // As the op's, for so many heads at a time.
+  KeyPieces plan_pieces(int heads) const {
     int multiprocessors = 0;
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
-    return std::max<int64_t>(ceil_div(pairs, std::max<int64_t>(8, 2 * heads_kv) * multiprocessors), 256);
+    return plan_key_pieces(this->p.sequences, this->c.n, pairs, blocks, 2 * (this->c.dk + this->c.dv), heads,
+                           multiprocessors);
   }
 
   HandedProblem(const Case& c, bool gated, int at_a_time = 0)
@@ -46,10 +49,13 @@ struct HandedProblem : BackwardProblem<Element> {
         pairs(this->lists.size),
         grad_k(this->k.size),
         grad_v(this->v.size),
-        inverted(pairs + 3 * (blocks + 1)),
+        key_pieces(plan_pieces(heads_at_a_time(at_a_time))),
+        inverted(pairs),
         workspace(3 * pairs),
+        pieces(key_pieces_ints(key_pieces, this->p.sequences, blocks)),
+        edges((key_pieces.chunks + 1) * blocks),
         temporary(invert_lists_temporary_bytes(pairs, blocks)),
-        partials(2 * (pairs / segment_of(pairs, c.heads_kv) + 1) * 64 * tile_row_size(c.dk, c.dv)),
+        partials(heads_at_a_time(at_a_time) * blocks / c.heads_kv * 64 * tile_row_size(c.dk, c.dv)),
         handed(handed_head_bytes(this->p.sequences, c.n) * heads_at_a_time(at_a_time) + kHandedEnd) {
     SelectedBackwardParams& b = this->b;
     b.grad_k = this->p.k;
@@ -57,35 +63,37 @@ struct HandedProblem : BackwardProblem<Element> {
     b.grad_v = this->p.v;
     b.grad_v.data = grad_v.data;
     b.partials = partials.data;
-    b.handed.heads = heads_at_a_time(at_a_time);
-    const int64_t segment = segment_of(pairs, c.heads_kv);
-    int32_t* const at = inverted.data;
+    b.keys_heads = b.handed.heads = heads_at_a_time(at_a_time);
+    place_key_pieces(key_pieces, b.sequences, pieces.data);
     invert = {.sequences = b.sequences,
               .select_size = 64,
               .num_selected = c.n,
               .block_indices = b.block_indices,
               .pairs = pairs,
               .blocks = blocks,
-              .segment = static_cast<int32_t>(segment),
+              .segment = 0,
               .ranked = true,
               .keys = workspace.data,
               .sorted_keys = workspace.data + pairs,
               .values = workspace.data + 2 * pairs,
-              .queries = at,
-              .begins = at + pairs,
-              .segments = at + pairs + blocks + 1,
-              .partials = at + pairs + 2 * (blocks + 1),
+              .queries = inverted.data,
+              .begins = nullptr,
+              .segments = nullptr,
+              .partials = nullptr,
+              .pieces = key_pieces,
+              .edges = edges.data,
               .temporary = temporary.data,
               .temporary_bytes = temporary.size};
     b.chosen_by = {.blocks = blocks,
-                   .segment = invert.segment,
+                   .segment = 0,
                    .ranks = Divisor(static_cast<uint32_t>(c.n)),
                    .queries = invert.queries,
-                   .begins = invert.begins,
-                   .segments = invert.segments,
-                   .partials = invert.partials,
-                   .full_segments = pairs / segment,
-                   .max_segments = pairs / segment + blocks};
+                   .begins = nullptr,
+                   .segments = nullptr,
+                   .partials = nullptr,
+                   .full_segments = 0,
+                   .max_segments = 0,
+                   .pieces = key_pieces};
     launch_invert_lists(invert, nullptr);
     check_cuda(cudaDeviceSynchronize(), "lists");
   }
@@ -104,9 +112,7 @@ struct HandedProblem : BackwardProblem<Element> {
   }
   void launch_keys() {
     this->b.handed.data = nullptr;
-    with_dims([&](auto dk, auto dv) {
-      launch_selected_backward_keys_shape<SelectedKeysSm90Shape<Element, dk, dv>>(this->b, nullptr);
-    });
+    with_dims([&](auto dk, auto dv) { launch_selected_backward_keys_sm90<Element, dk, dv>(this->b, nullptr); });
   }
   void launch_handed() {
     this->b.handed.data = handed.data;
@@ -251,6 +257,7 @@ int main(int argc, char** argv) {
   only = argc > 2 ? argv[2] : "";
   const Choice random = Choice::kRandom;
   const Choice correlated = Choice::kCorrelated;
+  const Choice popular = Choice::kPopular;
   const Choice hostile = Choice::kHostile;
   std::thread([] {
     std::this_thread::sleep_for(std::chrono::seconds(60));
@@ -270,6 +277,8 @@ int main(int argc, char** argv) {
     check<BFloat16>({"dense, no gate", 2, 2000, 2000, 2, 16, 128, 128, 16}, 4000, false);
     check<BFloat16>({"added", 2, 1000, 1000, 2, 16, 128, 128, 16}, 2000, true, true);
     check<BFloat16>({"correlated", 1, 3000, 3000, 2, 16, 128, 128, 16, correlated}, 3000);
+    check<BFloat16>({"popular", 1, 5000, 5000, 2, 16, 128, 128, 16, popular}, 3000);
+    check<BFloat16>({"popular, packed", 0, 0, 0, 2, 8, 128, 128, 16, popular, 1.f, ends, ends}, 3000);
     for (int length : {1, 15, 17, 63, 64, 65, 129, 257}) {
       check<BFloat16>({"short", 2, length, length, 2, 16, 128, 128, 16}, 1000);
     }
@@ -297,6 +306,7 @@ int main(int argc, char** argv) {
 #endif
     check<BFloat16>({"64k", 1, 65536, 65536, 4, 16, 128, 128, 16}, 200);
     check<BFloat16>({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated}, 200);
+    check<BFloat16>({"64k popular", 1, 65536, 65536, 4, 16, 128, 128, 16, popular}, 200);
     std::printf(bad == 0 ? "all ok\n" : "%d BAD\n", bad);
   }
   if (what == "both" || what == "time") {
@@ -307,14 +317,17 @@ int main(int argc, char** argv) {
     };
     time_case({"64k random", 1, 65536, 65536, 4, 16, 128, 128, 16}, {4, 2, 1});
     time_case({"64k correlated", 1, 65536, 65536, 4, 16, 128, 128, 16, correlated}, {4, 2, 1});
+    time_case({"64k popular", 1, 65536, 65536, 4, 16, 128, 128, 16, popular}, {4, 2, 1});
     time_case({"8k random", 1, 8192, 8192, 4, 16, 128, 128, 16}, {4});
     time_case({"8k correlated", 1, 8192, 8192, 4, 16, 128, 128, 16, correlated}, {4});
+    time_case({"8k popular", 1, 8192, 8192, 4, 16, 128, 128, 16, popular}, {4});
     time_case({"16 x 4k random", 16, 4096, 4096, 4, 16, 128, 128, 16}, {4, 2, 1});
 #if !defined(NSA_ONLY_128)
     time_case({"64k random d 64", 1, 65536, 65536, 4, 16, 64, 64, 16}, {1});
     time_case({"32k random d 192", 1, 32768, 32768, 4, 16, 192, 128, 16}, {2});
     time_case({"32k correlated d 192", 1, 32768, 32768, 4, 16, 192, 128, 16, correlated}, {2});
     time_case({"32k random n 32", 1, 32768, 32768, 4, 16, 128, 128, 32}, {1});
+    time_case({"32k popular G 8", 1, 32768, 32768, 8, 8, 128, 128, 16, popular}, {8});
     time_case({"32k random G 8", 1, 32768, 32768, 8, 8, 128, 128, 16}, {8, 4});
     time_case({"32k random G 4", 1, 32768, 32768, 16, 4, 128, 128, 16}, {16, 8});
 #endif

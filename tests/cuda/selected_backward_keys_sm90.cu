@@ -15,6 +15,7 @@
 #include "selected/launch.h"
 #include "selected/launch_keys_sm90.cuh"
 #include "selected/launch_sm80.cuh"
+#include "selected/pieces.h"
 
 using namespace nsa;
 
@@ -131,7 +132,8 @@ struct Case {
   int heads_kv, group, dim_k, dim_v, n;
   bool correlated = false;
   std::vector<int32_t> cu_q{}, cu_k{}, used{};
-  int segment = 0;  // queries of a segment, or 0: as many as the op's
+  int segment = 0;  // queries of a segment or a piece, or 0: as many as the op's
+  int chunk = 0;    // the same of a chunk
 };
 
 // Lists of one sequence: block 0, the last two, and free ones, ascending, -1 last.
@@ -185,9 +187,10 @@ struct Problem {
   int64_t tokens_q, tokens_k;  // of all sequences
   int heads;
   int64_t blocks, pairs;
+  KeyPieces key_pieces;
   Device<Element> q, k, v, grad_out, grad_k, grad_v;
   Device<float> lse, delta, gate, grad_lse;
-  Device<int32_t> lists, cu_q, cu_k, used, inverted, workspace;
+  Device<int32_t> lists, cu_q, cu_k, used, inverted, workspace, pieces, edges;
   Device<char> temporary;
   InvertListsParams invert{};
   SelectedBackwardParams p{};
@@ -195,6 +198,27 @@ struct Problem {
   int64_t count_blocks() const {
     return (packed ? tokens_k / 64 + static_cast<int64_t>(c.cu_k.size()) - 1 : c.batch * ceil_div(c.tokens_k, 64)) *
            c.heads_kv;
+  }
+
+  // As the op's, where the case does not say.
+  KeyPieces plan_pieces() const {
+    const Sequences s{.batch = packed ? static_cast<int32_t>(c.cu_k.size()) - 1 : static_cast<int32_t>(c.batch),
+                      .heads_kv = c.heads_kv,
+                      .group = c.group,
+                      .length_q = packed ? tokens_q : c.tokens_q,
+                      .length_k = packed ? tokens_k : c.tokens_k,
+                      .cumulative_k = packed ? c.cu_k.data() : nullptr};
+    KeyPieces result = plan_key_pieces(s, c.n, pairs, blocks, 2 * (c.dim_k + c.dim_v), c.heads_kv, multiprocessors());
+    if (c.segment > 0) {
+      result.most_queries = c.segment;
+      result.most_queries_at_last = c.segment / 2;
+    }
+    if (c.chunk > 0) {
+      result.chunk = c.chunk;
+      result.chunks = static_cast<int32_t>(ceil_div(tokens_q, c.chunk));
+    }
+    result.most_pieces = bound_key_pieces(result, pairs / c.heads_kv, blocks / c.heads_kv);
+    return result;
   }
 
   Problem(const Case& of, Extra extra, bool exact)
@@ -205,6 +229,7 @@ struct Problem {
         heads(c.heads_kv * c.group),
         blocks(count_blocks()),
         pairs(tokens_q * c.heads_kv * c.n),
+        key_pieces(plan_pieces()),
         q(tokens_q * heads * c.dim_k),
         k(tokens_k * c.heads_kv * c.dim_k),
         v(tokens_k * c.heads_kv * c.dim_v),
@@ -221,6 +246,8 @@ struct Problem {
         used(c.used.size()),
         inverted(pairs + 3 * (blocks + 1)),
         workspace(3 * pairs),
+        pieces(c.heads_kv * key_pieces.most_pieces * 8 + c.heads_kv + blocks + c.heads_kv),
+        edges((key_pieces.chunks + 1) * blocks),
         temporary(invert_lists_temporary_bytes(pairs, blocks)) {
     fill_normal<<<1024, 256>>>(q.data, q.size, 1, 0.f, 1.f);
     fill_normal<<<1024, 256>>>(k.data, k.size, 2, 0.f, 1.f);
@@ -286,6 +313,7 @@ struct Problem {
     const int64_t segment =
         c.segment > 0 ? c.segment : std::max<int64_t>(ceil_div(pairs, int64_t{8} * multiprocessors()), 256);
     int32_t* const at = inverted.data;
+    place_key_pieces(key_pieces, p.sequences, pieces.data);
     invert = {.sequences = p.sequences,
               .select_size = 64,
               .num_selected = c.n,
@@ -300,6 +328,8 @@ struct Problem {
               .begins = at + pairs,
               .segments = at + pairs + blocks + 1,
               .partials = at + pairs + 2 * (blocks + 1),
+              .pieces = key_pieces,
+              .edges = edges.data,
               .temporary = temporary.data,
               .temporary_bytes = temporary.size};
     launch_invert_lists(invert, nullptr);
@@ -311,11 +341,21 @@ struct Problem {
                    .segments = invert.segments,
                    .partials = invert.partials,
                    .full_segments = pairs / segment,
-                   .max_segments = pairs / segment + blocks};
+                   .max_segments = pairs / segment + blocks,
+                   .pieces = key_pieces};
+    p.keys_heads = c.segment > 0 ? 1 : c.heads_kv;
   }
 
-  int64_t partial_floats() const { return 2 * p.chosen_by.full_segments * 64 * tile_row_size(c.dim_k, c.dim_v); }
+  // For either kernel.
+  int64_t partial_floats() const {
+    return std::max(2 * p.chosen_by.full_segments, blocks) * 64 * tile_row_size(c.dim_k, c.dim_v);
+  }
 };
+
+template <typename Shape>
+void launch_keys(const SelectedBackwardParams& params, cudaStream_t stream) {
+  launch_selected_backward_keys_shape<Shape>(params, params.keys_heads, stream);
+}
 
 struct Kernel {
   const char* name;
@@ -407,8 +447,8 @@ void time_kernels(const Case& c, const std::vector<Kernel>& kernels) {
   }
   cudaEventDestroy(begin);
   cudaEventDestroy(end);
-  std::printf("%s [%lld blocks, segments of %d, %lld MB]:", c.name, static_cast<long long>(problem.blocks),
-              problem.invert.segment, static_cast<long long>(partials.size >> 18));
+  std::printf("%s [%lld blocks, chunks of %d, pieces of up to %d]:", c.name, static_cast<long long>(problem.blocks),
+              problem.key_pieces.chunk, problem.key_pieces.most_queries);
   for (size_t kernel = 0; kernel <= kernels.size(); ++kernel) {
     std::sort(times[kernel].begin(), times[kernel].end());
     const float ms = times[kernel][times[kernel].size() / 2];

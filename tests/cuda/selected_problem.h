@@ -31,7 +31,14 @@ struct Random {
 
 constexpr int kMostSamples = 500;  // queries of a check: the plain kernels are slow
 
-enum class Choice { kRandom, kCorrelated, kHostile };
+enum class Choice { kRandom, kCorrelated, kPopular, kHostile };
+
+// How often a block is chosen where some are more popular than others: an eighth never, the rest 1 to 32 times as
+// often.
+inline float popularity(int block) {
+  const uint32_t hash = static_cast<uint32_t>(block) * 2654435761u;
+  return hash >> 29 == 0 ? 0.f : std::exp2(-5.f * static_cast<float>(hash >> 8 & 0xffff) / 65536.f);
+}
 
 struct Case {
   const char* name;
@@ -75,8 +82,11 @@ inline void make_lists(int32_t* to, const Case& c, int length_q, int length_k, R
       } else {
         free.clear();
       }
-      while (static_cast<int>(free.size()) < wanted) {
+      for (int tries = 0; static_cast<int>(free.size()) < wanted; ++tries) {
         const int32_t block = 1 + static_cast<int32_t>(random.below(available));
+        if (c.choice == Choice::kPopular && tries < 1000 && !random.chance(popularity(block))) {
+          continue;
+        }
         if (std::find(free.begin(), free.end(), block) == free.end()) {
           free.push_back(block);
         }

@@ -3,7 +3,7 @@
 #include "selected/launch_handed_sm90.cuh"
 
 namespace nsa {
-template bool try_selected_backward_keys_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-template SelectedHanding selected_handing_sm90<Half, 64, 64>(const SelectedBackwardParams&);
+template void launch_selected_backward_keys_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
+template SelectedBackwardPlan selected_backward_plan_sm90<Half, 64, 64>(const SelectedBackwardParams&);
 template void launch_selected_backward_handed_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
 }  // namespace nsa
