@@ -125,7 +125,7 @@ __device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, Row
     wait_products<1>();
     hold(scores);
     hold(sums.k);
-    if (last_stage >= 0 && lane == 0) {
+    if (last_stage >= 0) {
       arrive(&ring.empty[last_stage]);
     }
 #pragma unroll
@@ -181,9 +181,7 @@ __device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, Row
   }
   wait_products<0>();
   hold(sums.k);
-  if (lane == 0) {
-    arrive(&ring.empty[last_stage]);
-  }
+  arrive(&ring.empty[last_stage]);
 }
 
 }  // namespace nsa

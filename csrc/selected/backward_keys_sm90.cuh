@@ -140,8 +140,8 @@ __device__ inline void release_item(const SelectedBackwardKeysSm90Params& params
     if (item.piece.last == 0) {
       add_to_all(warps_done_with(params.selected, item), 1);
     }
-    arrive(&part.item_empty[number % 2]);
   }
+  arrive(&part.item_empty[number % 2]);
 }
 
 template <typename Shape>

@@ -55,7 +55,7 @@ struct SelectedBackwardKeysShared {
       }
       for (int i = 0; i < 2; ++i) {
         init_barrier(&item_full[i], 1);
-        init_barrier(&item_empty[i], 1 + kWarpgroup / 32);
+        init_barrier(&item_empty[i], 32 + kWarpgroup);
       }
     }
   };
@@ -310,10 +310,7 @@ __device__ inline void gather_numbers(const SelectedBackwardKeysSm90Params& para
       return;
     }
     gather_chosen_numbers<Shape>(params, part, item, ring_place, lane);
-    __syncwarp();
-    if (lane == 0) {
-      arrive(&part.item_empty[number % 2]);
-    }
+    arrive(&part.item_empty[number % 2]);
   }
 }
 

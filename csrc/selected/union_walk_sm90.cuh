@@ -32,11 +32,11 @@ __device__ inline void start_union(const UnionShared<Shape>& shared) {
     auto& barriers = *shared.barriers;
     for (int i = 0; i < Shape::kStagesK; ++i) {
       init_barrier(&barriers.k_full[i], 1);
-      init_barrier(&barriers.k_empty[i], Shape::kWarps);
+      init_barrier(&barriers.k_empty[i], Shape::kWarps * 32);
     }
     for (int i = 0; i < Shape::kStagesV; ++i) {
       init_barrier(&barriers.v_full[i], 1);
-      init_barrier(&barriers.v_empty[i], Shape::kWarps);
+      init_barrier(&barriers.v_empty[i], Shape::kWarps * 32);
     }
     for (int i = 0; i < 2; ++i) {
       init_barrier(&barriers.list_full[i], 32);
@@ -66,12 +66,12 @@ __device__ inline void produce_union(const UnionParams& u, const UnionShared<Sha
   const int group_tokens = group_tokens_of<Shape>(u);
   RingPlace<kStages> place;
   uint32_t turn = 0;  // tiles so far
-  // Waits until the buffer is free. `absent`: the warps that have no part in the step.
+  // Waits until the buffer is free. `absent`: warps that have no part in the step.
   const auto begin = [&](int absent) {
     wait(&empty[place.stage], place.parity ^ 1);
     raise(&barriers.issued[kIsK ? 0 : 1]);
     if (absent != 0) {
-      arrive(&empty[place.stage], absent);
+      arrive(&empty[place.stage], absent * 32);
     }
   };
   const auto copy = [&](const CUtensorMap* from, int32_t head, int32_t token, int32_t batch) {
@@ -138,12 +138,7 @@ struct UnionRing {
   __device__ void release_v(uint32_t step, uint32_t loaded = 0) const {
     release(&shared.barriers->v_empty[step % Shape::kStagesV], loaded);
   }
-  __device__ void release(Barrier* empty, uint32_t loaded) const {
-    __syncwarp();
-    if (fresh_lane() == 0) {
-      arrive_loaded(empty, loaded);
-    }
-  }
+  __device__ void release(Barrier* empty, uint32_t loaded) const { arrive_loaded(empty, loaded); }
 };
 
 // Writes every tile's list. By one warp.

@@ -128,9 +128,9 @@ class WarpLists {
       for (int i = 0; i < kPairs; ++i) {
         if (2 * i < places_) {
           const int query = 2 * i + lane_ / 16;
-          const float score = importance(query, block);
-          enqueue(i, score > thresholds_[i] && begin + lane_ % 16 < steps.blocks && is_free(query, block), score,
-                  block);
+          // Probabilities of the next step's blocks are being written.
+          const float score = begin + lane_ % 16 < steps.blocks ? importance(query, block) : -kNone;
+          enqueue(i, score > thresholds_[i] && is_free(query, block), score, block);
         }
       }
     }
