@@ -26,8 +26,8 @@ __device__ inline void arrive(Barrier* barrier, uint32_t arrivals = 1) {
                "r"(arrivals)
                : "memory");
 }
-// Arrives once `loaded`, a register that was loaded from shared memory, is there. A thread's loads come back in order;
-// an arrival may overtake them, and let the next copy come before they are done.
+// Arrives once `loaded` is there: a number that depends on all that was loaded from the buffer. An arrival may overtake
+// loads that come before it, which ptxas does not wait for, and let the next copy come before they are done.
 __device__ inline void arrive_loaded(Barrier* barrier, uint32_t loaded) {
   asm volatile(
       "{\n"

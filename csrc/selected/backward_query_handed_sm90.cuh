@@ -89,19 +89,17 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
     load(scores, step.tokens);
     const KTile k_tile = ring.wait_k(step.number);
     if (step.alone) {
-      uint32_t loaded = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        loaded = add_products_alone<Shape::kDimK>(grad, scores[i], k_tile, 16 * i, fresh_lane());
+        add_products_alone<Shape::kDimK>(grad, scores[i], k_tile, 16 * i, fresh_lane());
       }
-      ring.release_k(step.number, loaded);
     } else {
       if (step.key + Shape::kKeys > seen.k_length) {
         clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
       }
       add_products_together<Shape::kDimK>(grad, scores, k_tile);
-      ring.release_k(step.number);
     }
+    ring.release_k(step.number);
   };
 
   const auto end = [&](const UnionTile& tile) { write_query_gradients<Shape, false>(p, u, tile, grad, group, warp); };

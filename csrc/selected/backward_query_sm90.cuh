@@ -133,8 +133,8 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
   const auto take_alone = [&](const UnionStep& step) {
     const int lane = fresh_lane();
     float grads[8][4];
-    uint32_t loaded = multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
-    ring.release_v(step.number, loaded);
+    multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
+    ring.release_v(step.number, mark_of(grads));
     const KTile k_tile = ring.wait_k(step.number);
 #pragma unroll
     for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
@@ -152,10 +152,9 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
             a[j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
           }
         }
-        loaded = add_products_alone<Shape::kDimK>(grad, a, k_tile, 32 * part + 16 * i, lane);
+        add_products_alone<Shape::kDimK>(grad, a, k_tile, 32 * part + 16 * i, lane);
       }
     }
-    ring.release_k(step.number, loaded);
   };
 
   const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -188,7 +187,6 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
       }
     }
     add_products_together<Shape::kDimK>(grad, weights, k_tile);
-    ring.release_k(step.number);
   };
 
   const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -197,6 +195,7 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     } else {
       take_together(step, seen);
     }
+    ring.release_k(step.number);
   };
 
   const auto end = [&](const UnionTile& tile) { write_query_gradients<Shape, true>(p, u, tile, grad, group, warp); };

@@ -129,8 +129,8 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
 
   const auto take_alone = [&](const UnionStep& step, const UnionSeen& seen) {
     float scores[8][4];
-    uint32_t loaded = q.multiply_alone(scores, ring.wait_k(step.number), 0);
-    ring.release_k(step.number, loaded);
+    q.multiply_alone(scores, ring.wait_k(step.number), 0);
+    ring.release_k(step.number, mark_of(scores));
     weigh(scores, step, seen);
     const VTile v_tile = ring.wait_v(step.number);
     const int lane = fresh_lane();
@@ -144,10 +144,8 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
         v_tile.load_right(b, 16 * i, column, lane);
         multiply_add<Element>(sums.out[column / 8], a, b[0], b[1]);
         multiply_add<Element>(sums.out[column / 8 + 1], a, b[2], b[3]);
-        loaded = b[3];
       }
     }
-    ring.release_v(step.number, loaded);
   };
 
   const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -183,7 +181,6 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
     commit_products();
     wait_products<0>();
     hold(sums.out);
-    ring.release_v(step.number);
   };
 
   const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
@@ -192,6 +189,7 @@ __device__ inline void consume_forward(const SelectedForwardSm90Params& params, 
     } else {
       take_together(step, seen);
     }
+    ring.release_v(step.number);
   };
 
   const auto end = [&](const UnionTile& tile) {

@@ -46,14 +46,28 @@ __device__ inline uint32_t tokens_of_warp(int group_tokens, int warp) {
   return group_tokens == 4 ? 1u << warp : group_tokens == 8 ? 3u << 2 * warp : 15u << 4 * warp;
 }
 
-// A warp's 16 rows of a tile, as left operands. Returns the last register that it loads.
+// A number that depends on all operands that mma.sync has multiplied into these sums, 16 columns at a time. Where it is
+// there, they have been loaded. (The register loaded last in the source tells nothing: ptxas changes the order of loads.)
+template <int kTiles>
+__device__ inline uint32_t mark_of(const float (&sums)[kTiles][4]) {
+  uint32_t mark = 0;
+#pragma unroll
+  for (int i = 0; i < kTiles; i += 2) {
+    mark ^= __float_as_uint(sums[i][0]);
+  }
+  return mark;
+}
+
+// A warp's 16 rows of a tile, as left operands. Returns a number that depends on all of them.
 template <typename Tile, int kSteps>
 __device__ inline uint32_t load_rows(uint32_t (&rows)[kSteps][4], const Tile& tile, int warp) {
+  uint32_t mark = 0;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     tile.load_left(rows[i], 16 * warp, 16 * i, fresh_lane());
+    mark ^= rows[i][0];
   }
-  return rows[kSteps - 1][3];
+  return mark;
 }
 
 __device__ inline uint4 load_shared(uint32_t from) {
@@ -70,13 +84,11 @@ __device__ inline void store_shared(uint32_t to, uint4 value) {
                : "memory");
 }
 
-// to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers. Returns the last register that it
-// loads.
+// to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers.
 template <int kTiles, int kSteps, typename Tile>
-__device__ inline uint32_t multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
+__device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
                                                const Tile& b_tile, int first) {
   clear(to);
-  uint32_t last = 0;
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
@@ -85,10 +97,8 @@ __device__ inline uint32_t multiply_rows_alone(float (&to)[kTiles][4], const uin
       b_tile.load_right_transposed(b, first + 16 * i, 16 * step, fresh_lane());
       multiply_add<typename Tile::Element>(to[2 * i], rows[step], b[0], b[1]);
       multiply_add<typename Tile::Element>(to[2 * i + 1], rows[step], b[2], b[3]);
-      last = b[3];
     }
   }
-  return last;
 }
 // The same for a warpgroup's rows and a whole tile: starts it.
 template <int kSteps, typename Tile>
@@ -104,14 +114,12 @@ __device__ inline void start_rows(float (&to)[8][4], const uint32_t (&rows)[kSte
   commit_products();
 }
 
-// sums += weights K for a warp's rows and 16 keys, from `first` on, by mma.sync. Returns the last register that it
-// loads from the buffer.
+// sums += weights K for a warp's rows and 16 keys, from `first` on, by mma.sync.
 template <int kDimK, typename KTile>
-__device__ inline uint32_t add_products_alone(GradientSums<kDimK>& sums, const uint32_t (&weights)[4],
+__device__ inline void add_products_alone(GradientSums<kDimK>& sums, const uint32_t (&weights)[4],
                                               const KTile& k_tile, int first, int lane) {
   using Element = typename KTile::Element;
   constexpr int kColumns = GradientParts<kDimK>::kColumns;
-  uint32_t last = 0;
 #pragma unroll
   for (int column = 0; column < kDimK; column += 16) {
     uint32_t b[4];
@@ -119,9 +127,7 @@ __device__ inline uint32_t add_products_alone(GradientSums<kDimK>& sums, const u
     auto& part = sums[column / kColumns];
     multiply_add<Element>(part[column % kColumns / 8], weights, b[0], b[1]);
     multiply_add<Element>(part[column % kColumns / 8 + 1], weights, b[2], b[3]);
-    last = b[3];
   }
-  return last;
 }
 // The same for a warpgroup's rows and a whole block, by wgmma. Waits for the end.
 template <int kDimK, typename KTile>
@@ -194,7 +200,7 @@ struct UnionQueries {
   __device__ UnionQueries(const UnionShared<Shape>& shared, int group_, int warp_)
       : own{shared_address(shared.q) + group_ * Shape::kGroupBytes}, group(group_), warp(warp_) {}
 
-  // Returns the last register that it loads.
+  // Returns a number that is there when all have been loaded.
   __device__ uint32_t take(const KTile& from) {
     if constexpr (Shape::kQInRegisters) {
       return load_rows(rows, from, warp);
@@ -213,14 +219,13 @@ struct UnionQueries {
       return 0;  // all are stored by now
     }
   }
-  // Q K^T of this warp's rows and keys from `first` on. Returns the last register that it loads.
+  // Q K^T of this warp's rows and keys from `first` on.
   template <int kTiles>
-  __device__ uint32_t multiply_alone(float (&scores)[kTiles][4], const KTile& k_tile, int first) const {
+  __device__ void multiply_alone(float (&scores)[kTiles][4], const KTile& k_tile, int first) const {
     if constexpr (Shape::kQInRegisters) {
-      return multiply_rows_alone(scores, rows, k_tile, first);
+      multiply_rows_alone(scores, rows, k_tile, first);
     } else {
       clear(scores);
-      uint32_t last = 0;
 #pragma unroll
       for (int column = 0; column < Shape::kDimK; column += 16) {
         uint32_t a[4];
@@ -231,10 +236,8 @@ struct UnionQueries {
           k_tile.load_right_transposed(b, first + 16 * i, column, fresh_lane());
           multiply_add<Element>(scores[2 * i], a, b[0], b[1]);
           multiply_add<Element>(scores[2 * i + 1], a, b[2], b[3]);
-          last = b[3];
         }
       }
-      return last;
     }
   }
   // Starts Q K^T of the group's rows.
