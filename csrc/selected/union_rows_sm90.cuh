@@ -47,7 +47,8 @@ __device__ inline uint32_t tokens_of_warp(int group_tokens, int warp) {
 }
 
 // A number that depends on all operands that mma.sync has multiplied into these sums, 16 columns at a time. Where it is
-// there, they have been loaded. (The register loaded last in the source tells nothing: ptxas changes the order of loads.)
+// there, they have been loaded. (The register loaded last in the source tells nothing: ptxas changes the order of
+// loads.)
 template <int kTiles>
 __device__ inline uint32_t mark_of(const float (&sums)[kTiles][4]) {
   uint32_t mark = 0;
@@ -87,7 +88,7 @@ __device__ inline void store_shared(uint32_t to, uint4 value) {
 // to = rows b^T for a tile b, or for its rows from `first` on; rows are in registers.
 template <int kTiles, int kSteps, typename Tile>
 __device__ inline void multiply_rows_alone(float (&to)[kTiles][4], const uint32_t (&rows)[kSteps][4],
-                                               const Tile& b_tile, int first) {
+                                           const Tile& b_tile, int first) {
   clear(to);
 #pragma unroll
   for (int step = 0; step < kSteps; ++step) {
@@ -116,8 +117,8 @@ __device__ inline void start_rows(float (&to)[8][4], const uint32_t (&rows)[kSte
 
 // sums += weights K for a warp's rows and 16 keys, from `first` on, by mma.sync.
 template <int kDimK, typename KTile>
-__device__ inline void add_products_alone(GradientSums<kDimK>& sums, const uint32_t (&weights)[4],
-                                              const KTile& k_tile, int first, int lane) {
+__device__ inline void add_products_alone(GradientSums<kDimK>& sums, const uint32_t (&weights)[4], const KTile& k_tile,
+                                          int first, int lane) {
   using Element = typename KTile::Element;
   constexpr int kColumns = GradientParts<kDimK>::kColumns;
 #pragma unroll

@@ -131,8 +131,8 @@ struct UnionRing {
     await(shared.barriers->v_full, &shared.barriers->issued[1], step, Shape::kStagesV);
     return {shared_address(shared.v) + step % Shape::kStagesV * Shape::kBytesV};
   }
-  // Gives a buffer back. `loaded`: a number that depends on all that the warp loaded from it by ldmatrix. None is needed
-  // behind the end of a branch in which all that was loaded is multiplied.
+  // Gives a buffer back. `loaded`: a number that depends on all that the warp loaded from it by ldmatrix. None is
+  // needed behind the end of a branch in which all that was loaded is multiplied.
   __device__ void release_k(uint32_t step, uint32_t loaded = 0) const {
     release(&shared.barriers->k_empty[step % Shape::kStagesK], loaded);
   }
