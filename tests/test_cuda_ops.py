@@ -93,6 +93,27 @@ def test_choice_of_long_lists(dim: int, count: int, group: int) -> None:
     check_choice(make_inputs("select_blocks", shape), shape, Target(DEVICE, torch.bfloat16))
 
 
+@pytest.mark.parametrize("group", [4, 16])
+@pytest.mark.parametrize("count", [16, 17, 33, 64])
+def test_ties_and_nan_in_long_lists(count: int, group: int) -> None:
+    """Equal scores: the lower index wins. A key that is NaN makes the block it lies in the last to be chosen."""
+    shape = replace(WHOLE, name=f"ties_{count}", seqlen_q=131, seqlen_k=7003, heads_q=2 * group, num_selected=count)
+    inputs = make_inputs("select_blocks", shape).to(DEVICE, torch.bfloat16)
+    k_cmp = inputs.tensors["k_cmp"].clone()
+    inputs = inputs.replace(q=torch.zeros_like(inputs.tensors["q"]), lse=inputs.tensors["lse"].float())
+    own = torch.arange(7003 - 131, 7003, device=DEVICE)[:, None] // 64
+
+    def expected(*inner: int) -> Tensor:
+        lists = torch.tensor([0, *inner], device=DEVICE).expand(131, -1)
+        return torch.cat([lists, own - 1, own], dim=1).int()[None, :, None].expand(shape.batch, -1, 2, -1)
+
+    lists = nsa_torch.select_blocks(**inputs.tensors, **inputs.options)
+    assert torch.equal(lists, expected(*range(1, count - 2)))
+    k_cmp[:, 16 // shape.block_stride * 21] = torch.nan  # in block 5
+    lists = nsa_torch.select_blocks(**inputs.replace(k_cmp=k_cmp).tensors, **inputs.options)
+    assert torch.equal(lists, expected(*range(1, 5), *range(6, count - 1)))
+
+
 @pytest.mark.parametrize("blocks", BLOCKS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_block_sizes(blocks: tuple[int, int, int], dtype: torch.dtype) -> None:
@@ -107,6 +128,27 @@ def test_block_sizes(blocks: tuple[int, int, int], dtype: torch.dtype) -> None:
 def test_compress(stride: int, times: int, dtype: torch.dtype) -> None:
     shape = replace(WHOLE, name="compress", seqlen_k=523, block_stride=stride, block_size=stride * times)
     check_op("compress", make_inputs("compress", shape), Target(DEVICE, dtype))
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.02])
+def test_many_keys_and_large_gradients_in_float16(gate: float) -> None:
+    """Gated probabilities of a thousand keys are under the normal numbers of float16, scaled gradients are not."""
+    shape = Shape("many", 16384, 16384, 16, 1, 128, 128, num_selected=4, window=64)
+    inputs = make_inputs("nsa_attention", shape).to(DEVICE, torch.float16)
+    gates = torch.zeros_like(inputs.tensors["gates"])
+    gates[..., 0] = gate
+    inputs = inputs.replace(gates=gates)
+    gradients = {}
+    for dtype in (torch.float16, torch.float32):
+        given = inputs.to(DEVICE, dtype)
+        leaves = {name: given.tensors[name].detach().requires_grad_() for name in ("k_cmp", "v_cmp")}
+        out = nsa_torch.nsa_attention(**given.tensors | leaves, **given.options)
+        random = torch.Generator(DEVICE).manual_seed(3)
+        grad = 100 * torch.randn(out.shape, generator=random, device=DEVICE)
+        gradients[dtype] = torch.autograd.grad(out, tuple(leaves.values()), grad.to(torch.float16).to(dtype))
+    for actual, want in zip(gradients[torch.float16], gradients[torch.float32], strict=True):
+        assert actual.isfinite().all()
+        assert (actual.float() - want).norm() <= 5e-4 * want.norm()
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 509, 1021])

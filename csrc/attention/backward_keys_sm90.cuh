@@ -176,6 +176,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
                                             RangeBackwardKeysShared<Shape>& shared) {
   constexpr int kPerLane = (Shape::kRows + 31) / 32;
   constexpr float kFactor = kWholeFactor<typename Shape::Element>;
+  constexpr float kScale = kWeightScale<typename Shape::Element>;
   const float kShift = log2f(kFactor);
   const RangeBackwardParams& range = params.range;
   const RangeKeyItem& item = shared.item;
@@ -198,8 +199,9 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
       const int32_t head = valid ? at.head : item.head_kv * s.group;
       const int64_t token = place.q_begin + own_query;
       lse[i] = valid ? fmaf(range.lse.at(place.batch, head, token), kLog2E, -kShift) : -kMinusInfinity;
-      delta[i] = valid ? range.delta.at(place.batch, head, token) : 0.f;
-      gate[i] = (valid && range.gate.data != nullptr ? range.gate.at(place.batch, head, token) : 1.f) / kFactor;
+      delta[i] = valid ? range.delta.at(place.batch, head, token) / kScale : 0.f;
+      gate[i] =
+          (valid && range.gate.data != nullptr ? range.gate.at(place.batch, head, token) : 1.f) * kScale / kFactor;
       position[i] = own_query + place.offset;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
@@ -252,14 +254,14 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
   if (item.tile.splits > 1) {
     const int64_t tile = (int64_t{item.slot} * range.sequences.heads_kv + item.head_kv) * 2 + consumer;
     store_partial_sums(range.partials + (tile * range.splits + item.split) * (64 * (Shape::kDimK + Shape::kDimV)), sums,
-                       range.scale);
+                       range.scale, 1.f / kWeightScale<Element>);
     return;
   }
   const int64_t key = item.tile.keys_begin + place.first_key;
   store_gradients(range.grad_k.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_k.token_stride,
                   place.count, range.grad_k.width, sums.k, range.scale);
   store_gradients(range.grad_v.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_v.token_stride,
-                  place.count, range.grad_v.width, sums.v, 1.f);
+                  place.count, range.grad_v.width, sums.v, 1.f / kWeightScale<Element>);
 }
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.

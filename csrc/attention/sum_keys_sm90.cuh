@@ -15,6 +15,10 @@ namespace nsa {
 template <typename Element>
 constexpr float kWholeFactor = 2.f / kWholeProbability<Element>;
 constexpr uint32_t kFromTwoOn = 1u << 30;
+// Times which weights are rounded, and V dO^T - delta divided by it: of a few thousand keys a gated probability may be
+// among the least numbers of float16.
+template <typename Element>
+constexpr float kWeightScale = __is_same(Element, BFloat16) ? 1.f : 256.f;
 
 // dS^T of two rows from what was rounded of P^T and from V dO^T - delta.
 template <typename Element>
@@ -31,7 +35,7 @@ __device__ inline uint32_t score_gradients(uint32_t weights, float first, float 
 }
 
 // Sums over `steps` steps of the ring, the first of which begins at `position`, each of `step_queries` queries. K and V
-// are whole in shared memory. Each warp releases what it has read.
+// are whole in shared memory. Each thread releases what it has read. The sums of dV come out times kWeightScale.
 template <typename Shape>
 __device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
                                                RingPlace<Shape::kStages>& ring_place,
@@ -133,7 +137,7 @@ __device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, Row
       const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane % 4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        scores[i][j] -= j % 2 == 0 ? delta.x : delta.y;
+        scores[i][j] = fmaf(scores[i][j], 1.f / kWeightScale<Element>, j % 2 == 0 ? -delta.x : -delta.y);
       }
     }
     if (any_whole) {

@@ -308,13 +308,15 @@ __device__ inline void store_gradients(Element* to, int64_t stride, int32_t coun
 
 // The same, unrounded, into a partial sum: (64 keys, kDimK + kDimV), that of the keys first.
 template <typename Shape>
-__device__ inline void store_partial_sums(float* to, const KeyGradientSums<Shape>& sums, float scale) {
+__device__ inline void store_partial_sums(float* to, const KeyGradientSums<Shape>& sums, float factor_k,
+                                          float factor_v) {
   constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
   for_each_pair(sums.k, [&](int key, int column, float first, float second) {
-    *reinterpret_cast<float2*>(to + key * kRowSize + column) = make_float2(first * scale, second * scale);
+    *reinterpret_cast<float2*>(to + key * kRowSize + column) = make_float2(first * factor_k, second * factor_k);
   });
   for_each_pair(sums.v, [&](int key, int column, float first, float second) {
-    *reinterpret_cast<float2*>(to + key * kRowSize + Shape::kDimK + column) = make_float2(first, second);
+    *reinterpret_cast<float2*>(to + key * kRowSize + Shape::kDimK + column) =
+        make_float2(first * factor_v, second * factor_v);
   });
 }
 

@@ -62,6 +62,8 @@ void check_cumulative_vector(const char* name, const at::Tensor& lengths, const 
                              const at::Tensor& like) {
   check_lengths_vector(name, lengths, like_name, like);
   TORCH_CHECK_VALUE(lengths.sym_size(0) >= 1, name, " must have B + 1 entries, got none");
+  TORCH_CHECK_VALUE(lengths.sym_size(0) > 1 || like.sym_size(0) == 0, name, " must end at the tokens of ", like_name,
+                    ", ", like.sym_size(0), ", got no sequence");
 }
 
 void check_at_least(const char* name, int64_t value, int64_t least) {

@@ -70,6 +70,7 @@ InvertedLists invert_lists(const SelectedBackwardParams& params, const at::Tenso
                            .partials = queries + pairs + 2 * (blocks + 1),
                            .pieces = {},
                            .edges = nullptr,
+                           .pieces_before = nullptr,
                            .temporary = temporary.mutable_data_ptr(),
                            .temporary_bytes = temporary_bytes};
   at::Tensor pieces;
@@ -78,9 +79,10 @@ InvertedLists invert_lists(const SelectedBackwardParams& params, const at::Tenso
     invert.pieces = plan_key_pieces(sequences, params.num_selected, pairs, blocks,
                                     2 * (params.q.width + params.v.width), plan.keys_heads, multiprocessors());
     pieces = at::empty({key_pieces_ints(invert.pieces, sequences, blocks)}, ints);
-    edges = at::empty({(invert.pieces.chunks + 1) * blocks}, ints);
+    edges = at::empty({(2 * invert.pieces.chunks + 1) * blocks}, ints);
     place_key_pieces(invert.pieces, sequences, pieces.mutable_data_ptr<int32_t>());
     invert.edges = edges.mutable_data_ptr<int32_t>();
+    invert.pieces_before = invert.edges + (invert.pieces.chunks + 1) * blocks;
   }
   launch_invert_lists(invert, stream);
   return {{.blocks = blocks,

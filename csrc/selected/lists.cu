@@ -131,6 +131,27 @@ __device__ inline int32_t most_of_chunk(const KeyPieces& pieces, int32_t chunk) 
   return chunk == pieces.chunks - 1 ? pieces.most_queries_at_last : pieces.most_queries;
 }
 
+__device__ inline int32_t pieces_of(const KeyPieces& pieces, int32_t queries, int32_t chunk) {
+  const auto most = static_cast<uint32_t>(most_of_chunk(pieces, chunk));
+  return static_cast<int32_t>((static_cast<uint32_t>(queries) + most - 1) / most);
+}
+
+// Of each block, how many pieces come before those of each chunk.
+__global__ void count_pieces(const __grid_constant__ InvertListsParams params) {
+  const int64_t id = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (id >= params.blocks) {
+    return;
+  }
+  int32_t before = 0;
+  int32_t at = params.edges[id];
+  for (int32_t chunk = 0; chunk < params.pieces.chunks; ++chunk) {
+    const int32_t next = params.edges[(chunk + 1) * params.blocks + id];
+    params.pieces_before[chunk * params.blocks + id] = before;
+    before += pieces_of(params.pieces, next - at, chunk);
+    at = next;
+  }
+}
+
 // A block's queries of one chunk.
 struct PiecesOfChunk {
   int32_t first;
@@ -144,24 +165,15 @@ struct PiecesOfChunk {
 __device__ inline PiecesOfChunk pieces_of_chunk(const InvertListsParams& params, int64_t id, int32_t chunk) {
   const KeyPieces& pieces = params.pieces;
   const Sequences& s = params.sequences;
-  const auto pieces_of = [&](int32_t queries, int32_t of_chunk) {
-    const auto most = static_cast<uint32_t>(most_of_chunk(pieces, of_chunk));
-    return static_cast<int32_t>((static_cast<uint32_t>(queries) + most - 1) / most);
-  };
   PiecesOfChunk result{};
   const int32_t begin = params.edges[id];
   const int32_t end = params.edges[pieces.chunks * params.blocks + id];
-  int32_t at = begin;
-  for (int32_t i = 0; i < chunk; ++i) {
-    const int32_t next = params.edges[(i + 1) * params.blocks + id];
-    result.before += pieces_of(next - at, i);
-    at = next;
-  }
   const int32_t next = params.edges[(chunk + 1) * params.blocks + id];
-  result.first = at;
-  result.queries = next - at;
+  result.first = params.edges[chunk * params.blocks + id];
+  result.queries = next - result.first;
   result.last = next == end;
-  result.pieces = pieces_of(result.queries, chunk);
+  result.before = params.pieces_before[chunk * params.blocks + id];
+  result.pieces = pieces_of(pieces, result.queries, chunk);
   const bool nobodys = begin == end && chunk == pieces.chunks - 1;  // gradients of 0
   if (result.pieces > 0 || nobodys) {
     const int64_t slots = params.blocks / s.heads_kv;
@@ -298,6 +310,7 @@ void launch_invert_lists(const InvertListsParams& params, cudaStream_t stream) {
   if (params.pieces.pieces != nullptr) {
     launch(find_edges, ceil_div((params.pieces.chunks + 1) * params.blocks, kThreads), kThreads, 0, stream,
            "chunks of block lists", params);
+    launch(count_pieces, ceil_div(params.blocks, kThreads), kThreads, 0, stream, "pieces of block lists", params);
     launch(list_pieces, int64_t{params.pieces.chunks} * params.sequences.heads_kv, kScanThreads, 0, stream,
            "pieces of block lists", params);
   }

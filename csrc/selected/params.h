@@ -78,9 +78,10 @@ struct InvertListsParams {
   int32_t* begins;
   int32_t* segments;  // null: begins, segments and partials are not wanted
   int32_t* partials;
-  KeyPieces pieces;  // pieces.pieces null: not wanted
-  int32_t* edges;    // (chunks + 1, blocks) workspace for them
-  void* temporary;   // workspace of temporary_bytes
+  KeyPieces pieces;        // pieces.pieces null: not wanted
+  int32_t* edges;          // (chunks + 1, blocks) workspace for them
+  int32_t* pieces_before;  // (chunks, blocks) workspace for them
+  void* temporary;         // workspace of temporary_bytes
   int64_t temporary_bytes;
 };
 

@@ -53,7 +53,7 @@ struct HandedProblem : BackwardProblem<Element> {
         inverted(pairs),
         workspace(3 * pairs),
         pieces(key_pieces_ints(key_pieces, this->p.sequences, blocks)),
-        edges((key_pieces.chunks + 1) * blocks),
+        edges((2 * key_pieces.chunks + 1) * blocks),
         temporary(invert_lists_temporary_bytes(pairs, blocks)),
         partials(heads_at_a_time(at_a_time) * blocks / c.heads_kv * 64 * tile_row_size(c.dk, c.dv)),
         handed(handed_head_bytes(this->p.sequences, c.n) * heads_at_a_time(at_a_time) + kHandedEnd) {
@@ -82,6 +82,7 @@ struct HandedProblem : BackwardProblem<Element> {
               .partials = nullptr,
               .pieces = key_pieces,
               .edges = edges.data,
+              .pieces_before = edges.data + (key_pieces.chunks + 1) * blocks,
               .temporary = temporary.data,
               .temporary_bytes = temporary.size};
     b.chosen_by = {.blocks = blocks,

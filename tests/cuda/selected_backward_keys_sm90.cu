@@ -247,7 +247,7 @@ struct Problem {
         inverted(pairs + 3 * (blocks + 1)),
         workspace(3 * pairs),
         pieces(c.heads_kv * key_pieces.most_pieces * 8 + c.heads_kv + blocks + c.heads_kv),
-        edges((key_pieces.chunks + 1) * blocks),
+        edges((2 * key_pieces.chunks + 1) * blocks),
         temporary(invert_lists_temporary_bytes(pairs, blocks)) {
     fill_normal<<<1024, 256>>>(q.data, q.size, 1, 0.f, 1.f);
     fill_normal<<<1024, 256>>>(k.data, k.size, 2, 0.f, 1.f);
@@ -330,6 +330,7 @@ struct Problem {
               .partials = at + pairs + 2 * (blocks + 1),
               .pieces = key_pieces,
               .edges = edges.data,
+              .pieces_before = edges.data + (key_pieces.chunks + 1) * blocks,
               .temporary = temporary.data,
               .temporary_bytes = temporary.size};
     launch_invert_lists(invert, nullptr);
