@@ -224,3 +224,13 @@ def _assert_same(op: str, actual: Inputs, expected: Inputs) -> None:
         assert torch.equal(first, second)
     else:
         assert_close(evaluate(function, actual), evaluate(function, expected), sharpest(actual.device)[1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tokens_without_a_sequence(op: str, device: str) -> None:
+    """An error that is seen without reading lengths back: also on CUDA."""
+    inputs = make_packed_inputs(op, SMALL, [(31, 31)]).to(device, torch.float32)
+    none = torch.zeros(1, dtype=torch.int32, device=device)
+    names = [name for name in inputs.options if name.startswith("cu_seqlens")]
+    with pytest.raises(ValueError, match=r"cu_seqlens_[qk] must end at the tokens of .*, got no sequence"):
+        getattr(nsa_torch, op)(**inputs.tensors, **inputs.options | dict.fromkeys(names, none))
