@@ -20,15 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def check(tool: str) -> tuple[bool, str]:
     """Whether the tool found nothing, and its last line. PyTorch's allocator would hide what lies beyond a tensor."""
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        "--print-limit",
-        "10000",
-    ]
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "10000"]
     if tool != "initcheck":  # which must see who else writes
         command += ["--kernel-name", "kns=nsa"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(ROOT)}

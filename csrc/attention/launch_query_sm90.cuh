@@ -54,11 +54,7 @@ void launch_range_backward_query_shape(const RangeBackwardParams& range, cudaStr
       .grad_out = map_of_rows(range.grad_out),
       .k = map_of_keys(range.k),
       .v = map_of_keys(range.v)};
-  int device = 0;
-  int multiprocessors = 0;
-  check_cuda(cudaGetDevice(&device), kName);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
-  launch(range_backward_query_sm90<Shape>, min_of(tiles, multiprocessors), Shape::kThreads,
+  launch(range_backward_query_sm90<Shape>, min_of(tiles, multiprocessors(kName)), Shape::kThreads,
          sizeof(typename Shape::Shared), stream, kName, params);
 }
 

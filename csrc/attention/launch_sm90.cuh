@@ -64,12 +64,8 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
       .out = of_rows(range.out.data),
       .others = {of_rows(range.sum.others[0]), of_rows(range.sum.others[1])},
       .sum = of_rows(range.sum.out)};
-  int device = 0;
-  int multiprocessors = 0;
-  check_cuda(cudaGetDevice(&device), kName);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
-  launch(range_forward_sm90<Shape>, min_of(tiles, multiprocessors), Shape::kThreads, sizeof(typename Shape::Shared),
-         stream, kName, params);
+  launch(range_forward_sm90<Shape>, min_of(tiles, multiprocessors(kName)), Shape::kThreads,
+         sizeof(typename Shape::Shared), stream, kName, params);
 }
 
 // Three warpgroups with as many keys a step as their registers hold are the fastest: docs/hopper_range.md.

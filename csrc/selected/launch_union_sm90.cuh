@@ -45,11 +45,7 @@ UnionParams union_params(const Sequences& s, const int32_t* block_indices, int32
 template <typename Shape, typename Params>
 void launch_union(void (*kernel)(Params), const Params& params, int32_t num_selected, int32_t group_tokens,
                   cudaStream_t stream, const char* name) {
-  int device = 0;
-  int multiprocessors = 0;
-  check_cuda(cudaGetDevice(&device), name);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), name);
-  launch(kernel, min_of(params.walk.end_tile - params.walk.first_tile, multiprocessors), Shape::kThreads,
+  launch(kernel, min_of(params.walk.end_tile - params.walk.first_tile, multiprocessors(name)), Shape::kThreads,
          union_shared_bytes<Shape>(Shape::kGroups * group_tokens, num_selected), stream, name, params);
 }
 

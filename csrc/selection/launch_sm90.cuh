@@ -75,12 +75,8 @@ bool try_select_shape_sm90(const SelectBlocksParams& select, cudaStream_t stream
       .q = tensor_map(select.q, kType, batch, s.length_q, int64_t{s.heads_kv} * s.group, group, whole ? queries : 1,
                       kName),
       .k = tensor_map(select.k, kType, batch, select.num_keys, s.heads_kv, 1, kKeysPerTile, kName)};
-  int device = 0;
-  int multiprocessors = 0;
-  check_cuda(cudaGetDevice(&device), kName);
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), kName);
-  launch(select_blocks_sm90<Shape>, min_of(tiles, multiprocessors), Shape::kThreads, sizeof(typename Shape::Shared),
-         stream, kName, params);
+  launch(select_blocks_sm90<Shape>, min_of(tiles, multiprocessors(kName)), Shape::kThreads,
+         sizeof(typename Shape::Shared), stream, kName, params);
   return true;
 }
 

@@ -27,6 +27,16 @@ struct Device {
   }
 };
 
+struct Random {
+  uint64_t state;
+  uint32_t operator()() {
+    state = state * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<uint32_t>(state >> 32) ^ static_cast<uint32_t>(state >> 61);
+  }
+  uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t{(*this)()} * n) >> 32); }
+  bool chance(float p) { return (*this)() < p * 4294967296.0; }
+};
+
 // About normal: the sum of four uniform numbers.
 template <typename T>
 __global__ void fill_normal(T* to, int64_t count, uint64_t seed, float mean = 0.f, float deviation = 1.f) {

@@ -251,12 +251,6 @@ struct Kernel {
   void (*launch)(const RangeBackwardParams&, cudaStream_t);
 };
 
-int multiprocessors() {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "device");
-  return count;
-}
-
 // As launch.cu chooses for the sm_80 kernel.
 RangeSplits sm80_splits(const RangeBackwardParams& p, int processors) {
   const Sequences& s = p.sequences;
@@ -286,7 +280,7 @@ RangeSplits many_splits(const RangeBackwardParams& p, int) {
 template <typename Element>
 void run(Problem<Element>& problem, const Kernel& kernel, Device<float>& partials) {
   RangeBackwardParams p = problem.params;
-  const RangeSplits splits = kernel.splits(p, multiprocessors());
+  const RangeSplits splits = kernel.splits(p, multiprocessors("device"));
   p.splits = splits.splits;
   p.rows_per_split = splits.rows_per_split;
   p.partials = partials.data;

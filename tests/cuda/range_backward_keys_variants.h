@@ -88,7 +88,7 @@ void time_dims(const char* name) {
       Problem<Element> problem(compressed ? Case{cmp.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 16, 31, 0}
                                           : Case{window.c_str(), 1, tokens, tokens, 4, 16, kDimK, kDimV, 1, 0, 512},
                                kGate, false);
-      const RangeSplits splits = choose_range_keys_splits_sm90(problem.params, multiprocessors());
+      const RangeSplits splits = choose_range_keys_splits_sm90(problem.params, multiprocessors("device"));
       std::printf("[%d splits of %d rows, %lld MB] ", splits.splits, splits.rows_per_split,
                   static_cast<long long>(splits.partial_floats >> 18));
       time_kernels(problem, kernels, partials);

@@ -37,10 +37,8 @@ struct HandedProblem : BackwardProblem<Element> {
   }
   // As the op's, for so many heads at a time.
   KeyPieces plan_pieces(int heads) const {
-    int multiprocessors = 0;
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0);
     return plan_key_pieces(this->p.sequences, this->c.n, pairs, blocks, 2 * (this->c.dk + this->c.dv), heads,
-                           multiprocessors);
+                           multiprocessors("device"));
   }
 
   HandedProblem(const Case& c, bool gated, int at_a_time = 0)

@@ -9,20 +9,11 @@
 #include <vector>
 
 #include "backward_keys_testing.h"
+#include "common/launch_sm90.cuh"
 #include "selected/launch.h"
 #include "selected/pieces.h"
 
 namespace nsa {
-
-struct Random {
-  uint64_t state;
-  uint32_t operator()() {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    return static_cast<uint32_t>(state >> 32) ^ static_cast<uint32_t>(state >> 61);
-  }
-  uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t{(*this)()} * n) >> 32); }
-  bool chance(float p) { return (*this)() < p * 4294967296.0; }
-};
 
 // lse and delta of a row by the definition, a warp a row; or, of many keys, one that no score comes near.
 template <typename Element>
@@ -167,12 +158,6 @@ void make_lists(int32_t* to, const Case& c, int length_q, int length_k, Random& 
   }
 }
 
-int multiprocessors() {
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0), "device");
-  return count;
-}
-
 template <typename Element>
 struct Problem {
   const Case c;
@@ -201,7 +186,8 @@ struct Problem {
                       .length_q = packed ? tokens_q : c.tokens_q,
                       .length_k = packed ? tokens_k : c.tokens_k,
                       .cumulative_k = packed ? c.cu_k.data() : nullptr};
-    KeyPieces result = plan_key_pieces(s, c.n, pairs, blocks, 2 * (c.dim_k + c.dim_v), c.heads_kv, multiprocessors());
+    KeyPieces result =
+        plan_key_pieces(s, c.n, pairs, blocks, 2 * (c.dim_k + c.dim_v), c.heads_kv, multiprocessors("device"));
     if (c.segment > 0) {
       result.most_queries = c.segment;
       result.most_queries_at_last = c.segment / 2;
@@ -304,7 +290,7 @@ struct Problem {
     check_cuda(cudaDeviceSynchronize(), "rows");
 
     const int64_t segment =
-        c.segment > 0 ? c.segment : std::max<int64_t>(ceil_div(pairs, int64_t{8} * multiprocessors()), 256);
+        c.segment > 0 ? c.segment : std::max<int64_t>(ceil_div(pairs, int64_t{8} * multiprocessors("device")), 256);
     int32_t* const at = inverted.data;
     place_key_pieces(key_pieces, p.sequences, pieces.data);
     invert = {.sequences = p.sequences,

@@ -19,16 +19,6 @@ namespace nsa_tests {
 
 using namespace nsa;
 
-struct Random {
-  uint64_t state;
-  uint32_t operator()() {
-    state = state * 6364136223846793005ull + 1442695040888963407ull;
-    return static_cast<uint32_t>(state >> 32) ^ static_cast<uint32_t>(state >> 61);
-  }
-  uint32_t below(uint32_t n) { return static_cast<uint32_t>((uint64_t{(*this)()} * n) >> 32); }
-  bool chance(float p) { return (*this)() < p * 4294967296.0; }
-};
-
 constexpr int kMostSamples = 500;  // queries of a check: the plain kernels are slow
 
 enum class Choice { kRandom, kCorrelated, kPopular, kHostile };
