@@ -77,19 +77,24 @@ def run_tests(paths: list[str], more: list[str], jobs: int) -> tuple[int, list[E
     return status, reports
 
 
-def summarize(roots: list[ElementTree.Element]) -> tuple[dict[str, collections.Counter[str]], list[str]]:
-    """Counts and seconds of each file; a line for each failure."""
+def summarize(
+    roots: list[ElementTree.Element],
+) -> tuple[dict[str, collections.Counter[str]], list[str], collections.Counter[str]]:
+    """Counts and seconds of each file; a line for each failure; how many were skipped for each reason."""
     files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failures = []
+    skips: collections.Counter[str] = collections.Counter()
     for case in (case for root in roots for case in root.iter("testcase")):
         name = case.get("classname", "").rpartition(".")[2]
         problem = next((child for child in case if child.tag in ("failure", "error")), None)
-        skipped = case.find("skipped") is not None
-        files[name]["failed" if problem is not None else "skipped" if skipped else "passed"] += 1
+        skipped = case.find("skipped")
+        files[name]["failed" if problem is not None else "passed" if skipped is None else "skipped"] += 1
+        if skipped is not None:
+            skips[skipped.get("message") or "no reason given"] += 1
         files[name]["milliseconds"] += round(1000 * float(case.get("time", 0)))
         if problem is not None:
             failures.append(f"{name}::{case.get('name')}: {(problem.get('message') or '').splitlines()[0][:200]}")
-    return files, failures
+    return files, failures, skips
 
 
 def commit() -> str:
@@ -113,7 +118,7 @@ def main() -> int:
         return 2
     started = time.perf_counter()
     status, reports = run_tests(options.paths, more, options.jobs)
-    files, failures = summarize(reports)
+    files, failures, skips = summarize(reports)
     total: collections.Counter[str] = collections.Counter()
     print(f"\n{'file':32} {'passed':>7} {'failed':>7} {'skipped':>8} {'seconds':>8}")
     for name, counts in [*sorted(files.items()), ("all", None)]:
@@ -122,11 +127,13 @@ def main() -> int:
             total += counts
         seconds = counts["milliseconds"] / 1000
         print(f"{name:32} {counts['passed']:7} {counts['failed']:7} {counts['skipped']:8} {seconds:8.1f}")
+    for reason, count in skips.items():
+        print(f"skipped {count}: {reason}")
     if options.out is not None:
         result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         result |= {"cuda": torch.version.cuda, "commit": options.commit or commit()}
         result |= {"passed": total["passed"], "failed": total["failed"], "skipped": total["skipped"]}
-        result |= {"seconds": round(time.perf_counter() - started, 1), "failures": failures}
+        result |= {"seconds": round(time.perf_counter() - started, 1), "failures": failures, "skips": skips}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return status
 
