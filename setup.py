@@ -1,8 +1,7 @@
 """Builds libnsa_torch.so (all ops, independent of Python's version) and nsa_torch._C (a small pybind11 module).
 
 NSA_CUDA=0/1 forces the CUDA parts off or on; otherwise they are built when a CUDA toolkit is found.
-TORCH_CUDA_ARCH_LIST sets their architectures: the visible GPUs' by default, 8.0 (and PTX) and 9.0a where there is none.
-9.0 always means 9.0a, which the kernels for Hopper need (tools/architectures.py).
+TORCH_CUDA_ARCH_LIST sets their architectures, the visible GPUs' by default: tools/architectures.py.
 """
 
 import json
