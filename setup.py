@@ -7,6 +7,7 @@ TORCH_CUDA_ARCH_LIST sets their architectures: the visible GPU's by default, 8.0
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))  # an isolated build does not look beside setup.py
+from build_progress import shown  # noqa: E402
+
 LIBRARY = "nsa_torch.libnsa_torch"
 HOST_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 DEVICE_FLAGS = ["-std=c++20", "-O3", "--threads=1", "-Xptxas=--warn-on-spills"]
@@ -69,7 +73,8 @@ class Build(BuildExtension):
     def run(self) -> None:
         if os.environ.get("NSA_BUILD") == "0":  # the Makefile installs the links first, and builds in place afterwards
             return
-        super().run()
+        with shown():
+            super().run()
         package = Path(self.get_ext_fullpath(LIBRARY)).parent
         info = {"torch": torch.__version__, "cuda": torch.version.cuda if CUDA else None}
         (package / "build_info.json").write_text(json.dumps(info) + "\n")
