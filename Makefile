@@ -57,8 +57,8 @@ bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory: on the GPU, 
 	$(Q)if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then $(BIN)/python benchmarks/gpu.py $(ARGS); else $(BIN)/python benchmarks/speed.py $(ARGS); fi
 
-tables: $(STAMPS)/venv  ## write the README's tables from what `make bench` measured
-	$(BIN)/python benchmarks/table.py --write README.md
+tables: $(STAMPS)/venv  ## write the tables of figures from what `make bench` measured
+	$(Q)$(BIN)/python benchmarks/table.py --write
 
 docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 	$(Q)$(BIN)/python docs/generate_api.py
