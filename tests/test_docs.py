@@ -128,6 +128,14 @@ def test_files_that_commands_name_exist(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_pages_that_sources_name_exist() -> None:
+    folders = ("csrc", "nsa_torch", "benchmarks", "tools", "examples")
+    for source in (path for folder in folders for path in (ROOT / folder).rglob("*")):
+        if source.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
+            for name in re.findall(r"\bdocs/[\w/]+\.md\b", source.read_text()):
+                assert (ROOT / name).exists(), f"{source.relative_to(ROOT)}: {name}"
+
+
 def test_commands_in_the_documents_are_targets_of_the_makefile() -> None:
     targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     for page in PAGES:
