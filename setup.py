@@ -1,7 +1,7 @@
 """Builds libnsa_torch.so (all ops, independent of Python's version) and nsa_torch._C (a small pybind11 module).
 
 NSA_CUDA=0/1 forces the CUDA parts off or on; otherwise they are built when a CUDA toolkit is found.
-TORCH_CUDA_ARCH_LIST sets their architectures, the visible GPUs' by default: tools/architectures.py.
+TORCH_CUDA_ARCH_LIST sets their architectures, the visible GPUs' by default: tools/cuda_build.py.
 """
 
 import json
@@ -13,29 +13,16 @@ from pathlib import Path
 import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "tools"))
-import architectures  # noqa: E402
+sys.path.insert(0, str(ROOT / "tools"))  # an isolated build does not look beside setup.py
+import cuda_build  # noqa: E402
+from build_progress import shown  # noqa: E402
 
 LIBRARY = "nsa_torch.libnsa_torch"
 HOST_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 DEVICE_FLAGS = ["-std=c++20", "-O3", "--threads=1", "-Xptxas=--warn-on-spills"]
-
-
-def build_cuda() -> bool:
-    """Whether to build the CUDA parts, said in one line."""
-    wanted = os.environ.get("NSA_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"NSA_CUDA must be 0, 1 or unset, got {wanted!r}")
-    found = CUDA_HOME is not None and torch.version.cuda is not None
-    if wanted == "1" and not found:
-        raise SystemExit("NSA_CUDA=1, but there is no CUDA toolkit, or torch was built without CUDA")
-    cuda = found if wanted == "" else wanted == "1"
-    with_cuda = f"with CUDA {torch.version.cuda} from {CUDA_HOME}" if cuda else "without CUDA"
-    print(f"nsa_torch: building for torch {torch.__version__}, {with_cuda}")
-    return cuda
 
 
 def library(cuda: bool) -> CppExtension:
@@ -72,7 +59,8 @@ class Build(BuildExtension):
     def run(self) -> None:
         if os.environ.get("NSA_BUILD") == "0":  # the Makefile installs the links first, and builds in place afterwards
             return
-        super().run()
+        with shown():
+            super().run()
         package = Path(self.get_ext_fullpath(LIBRARY)).parent
         info = {
             "torch": torch.__version__,
@@ -86,8 +74,8 @@ class Build(BuildExtension):
                 shutil.copy(ROOT / source, package / target)
 
 
-CUDA = build_cuda()
-ARCHITECTURES = architectures.of_this_build() if CUDA else []
+CUDA = cuda_build.wanted()
+ARCHITECTURES = cuda_build.architectures() if CUDA else []
 MODULE = Pybind11Extension(
     "nsa_torch._C",
     ["csrc/python/module.cpp"],

@@ -1,9 +1,10 @@
-"""Which GPU architectures the CUDA parts are compiled for. Used by setup.py."""
+"""Whether the CUDA parts are built, by which compiler, and for which GPU architectures. Used by setup.py."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -29,6 +30,25 @@ class Architectures(NamedTuple):
     def environment(self) -> str:
         """The value of TORCH_CUDA_ARCH_LIST."""
         return ";".join(self.names)
+
+
+def wanted() -> bool:
+    """Whether to build the CUDA parts, said in one line."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    asked = os.environ.get("NSA_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"NSA_CUDA must be 0, 1 or unset, got {asked!r}")
+    found = CUDA_HOME is not None and torch.version.cuda is not None
+    if asked == "1" and not found:
+        raise SystemExit("NSA_CUDA=1, but there is no CUDA toolkit, or torch was built without CUDA")
+    cuda = found if asked == "" else asked == "1"
+    with_cuda = f"with CUDA {torch.version.cuda} from {CUDA_HOME}" if cuda else "without CUDA"
+    print(f"nsa_torch: building for torch {torch.__version__}, {with_cuda}")
+    if cuda and shutil.which("ccache"):  # torch calls nvcc by its path, past ccache's own
+        os.environ.setdefault("PYTORCH_NVCC", f"ccache {CUDA_HOME}/bin/nvcc")
+    return cuda
 
 
 def choose(requested: str | None, visible: Sequence[Capability], newest: Capability) -> Architectures:
@@ -60,7 +80,7 @@ def choose(requested: str | None, visible: Sequence[Capability], newest: Capabil
     return Architectures(tuple(_unique(names)) or EVERYWHERE, tuple(notes))
 
 
-def of_this_build() -> list[str]:
+def architectures() -> list[str]:
     """Chosen for the visible GPUs, said in a line, and set in the environment, where torch's BuildExtension looks."""
     import torch
 

@@ -12,13 +12,13 @@ import torch
 import nsa_torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import architectures
+import cuda_build
 
 NEWEST = (12, 0)
 
 
 def names(requested: str | None, *visible: tuple[int, int]) -> list[str]:
-    return list(architectures.choose(requested, visible, NEWEST).names)
+    return list(cuda_build.choose(requested, visible, NEWEST).names)
 
 
 @pytest.mark.parametrize("requested", [None, "", "native"])
@@ -37,10 +37,10 @@ def test_without_a_gpu_the_build_serves_all() -> None:
 
 
 def test_gpus_that_the_compiler_or_the_kernels_do_not_know() -> None:
-    newer = architectures.choose(None, [(13, 0), (8, 0)], NEWEST)
+    newer = cuda_build.choose(None, [(13, 0), (8, 0)], NEWEST)
     assert (newer.names, len(newer.notes)) == (("8.0", "12.0+PTX"), 1)
-    older = architectures.choose(None, [(7, 5)], NEWEST)
-    assert older.names == architectures.EVERYWHERE
+    older = cuda_build.choose(None, [(7, 5)], NEWEST)
+    assert older.names == cuda_build.EVERYWHERE
     assert "7.5" in older.notes[0]
 
 
@@ -60,19 +60,17 @@ def test_gpus_that_the_compiler_or_the_kernels_do_not_know() -> None:
 )
 def test_what_is_asked_for_is_honoured_and_9_0_corrected(requested: str, expected: list[str]) -> None:
     """Whatever GPU is visible."""
-    chosen = architectures.choose(requested, [(8, 9)], NEWEST)
+    chosen = cuda_build.choose(requested, [(8, 9)], NEWEST)
     assert sorted(chosen.names) == sorted(expected)
     assert chosen.environment == ";".join(chosen.names)
-    entries = {
-        entry for part in requested.replace(" ", ";").split(";") for entry in architectures.NAMES.get(part, [part])
-    }
+    entries = {entry for part in requested.replace(" ", ";").split(";") for entry in cuda_build.NAMES.get(part, [part])}
     assert bool(chosen.notes) == bool(entries & {"9.0", "9.0+PTX", "7.5"})
 
 
 @pytest.mark.parametrize("requested", ["7.5", "hopper", "9", "9.0b", "sm_90"])
 def test_what_names_no_architecture_is_refused(requested: str) -> None:
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
-        architectures.choose(requested, [(9, 0)], NEWEST)
+        cuda_build.choose(requested, [(9, 0)], NEWEST)
 
 
 def test_build_info_lists_architectures_and_kernels() -> None:
