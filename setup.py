@@ -29,10 +29,10 @@ def library(cuda: bool) -> CppExtension:
     sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "python"]
     defines = [("NSA_CUDA_VERSION", f'"{torch.version.cuda}"')] if cuda else []
     names = ",".join(ARCHITECTURES)
-    if not cuda:
-        sources = [p for p in sources if not p.name.startswith("cuda") or p.name == "cuda_fallback.cpp"]
-    else:
+    if cuda:
         sources += (ROOT / "csrc").rglob("*.cu")
+    else:
+        sources = [p for p in sources if p.parent.name != "cuda"]
     return (CUDAExtension if cuda else CppExtension)(
         LIBRARY,
         sorted(str(p.relative_to(ROOT)) for p in sources),

@@ -13,7 +13,7 @@ from nsa_torch import _library
 _library.load()
 
 from nsa_torch.cache import NSACache  # noqa: E402
-from nsa_torch.info import build_info, which_kernel  # noqa: E402
+from nsa_torch.info import KernelPlan, build_info, which_kernel  # noqa: E402
 from nsa_torch.module import NSAAttention  # noqa: E402
 from nsa_torch.ops import (  # noqa: E402
     compress,
@@ -31,6 +31,7 @@ except metadata.PackageNotFoundError:  # run from a checkout that was built in p
     __version__ = "0+checkout"
 
 __all__ = [
+    "KernelPlan",
     "NSAAttention",
     "NSACache",
     "build_info",

@@ -3,9 +3,9 @@
 #include <torch/library.h>
 
 #include "common/geometry.h"
-#include "compression/phi.h"
+#include "compression/cpu/phi.h"
 #if defined(NSA_CUDA_VERSION)
-#include "compression/cuda.h"
+#include "compression/cuda/phi.h"
 #endif
 #include "host/backend.h"
 #include "host/checks.h"

@@ -35,8 +35,8 @@ std::vector<std::string> split(const std::string& list) {
   return entries;
 }
 
-bool holds(const std::vector<std::string>& architectures, const std::string& wanted) {
-  return std::find(architectures.begin(), architectures.end(), wanted) != architectures.end();
+bool holds(const std::vector<std::string>& names, const std::string& wanted) {
+  return std::find(names.begin(), names.end(), wanted) != names.end();
 }
 
 }  // namespace
@@ -52,6 +52,8 @@ BuildInfo build_info() {
   }
   return {TORCH_VERSION, kCuda, __VERSION__, kOpenMp, architectures, kernels};
 }
+
+bool holds_kernels(const std::string& set) { return holds(build_info().kernels, set); }
 
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor) {
   if (major != 9 || minor != 0 || holds(architectures, kHopper)) {

@@ -17,6 +17,9 @@ struct BuildInfo {
 
 BuildInfo build_info();
 
+// Whether the build has a set of kernels.
+bool holds_kernels(const std::string& set);
+
 // What to tell the user of a GPU of this compute capability if a build for `architectures` lacks kernels that were made
 // for it; "" where it lacks none.
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor);

@@ -6,14 +6,14 @@
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
-#include "attention/branches.h"
 #include "host/autograd.h"
 #include "host/checks.h"
-#include "selected/branch.h"
+#include "range/branches.h"
+#include "selected/branches.h"
 #if defined(NSA_CUDA_VERSION)
-#include "attention/cuda.h"
-#include "nsa/cuda.h"
-#include "selected/cuda.h"
+#include "nsa/cuda/call.h"
+#include "range/cuda/call.h"
+#include "selected/cuda/call.h"
 #endif
 
 namespace nsa {
@@ -135,7 +135,7 @@ NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, cons
                            const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
   const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);
   AttentionOptions of_window = options;
-  of_window.block_size = of_window.block_stride = 0;
+  of_window.branch = Branch::kWindow;
   auto [dq, dk_cmp, dv_cmp] =
       cuda::range_attention_backward(grad_out, in.q, in.k_cmp, in.v_cmp, gates.rows[0], options);
   auto [dq_slc, dk_slc, dv_slc] =
