@@ -2,77 +2,246 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from nsa_torch import NSACache
 from nsa_torch.cache import NSALayerCache
+from nsa_torch.cache_copy import copy_cache, reserve
+from nsa_torch.cache_step import CacheStep
 
 if TYPE_CHECKING:
     from hf_llama import NSALlamaConfig
+
+_MAX_CROP = 64
+
+
+class NSALlamaCacheLayer(CacheLayerMixin):
+    """One layer of an NSALlamaCache, which answers for all of them: tokens come and go in all layers at once."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, cache: NSALlamaCache):
+        self.cache = cache
+        self.keys = self.values = None
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.cache.is_initialized
+
+    @property
+    def is_croppable(self) -> bool:
+        return self.cache.is_croppable
+
+    def get_seq_length(self) -> int:
+        return self.cache.columns
+
+    def get_max_length(self) -> int:
+        return -1 if self.cache.max_length is None else self.cache.max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.columns + query_length, 0
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "a layer of NSALlamaCache takes tokens from NSAAttention alone, stays on its device, and changes with "
+            "the whole cache: call the cache's method"
+        )
+
+    update = lazy_initialization = offload = prefetch = reset = reorder_cache = crop = _refuse
+    batch_repeat_interleave = batch_select_indices = _refuse
+
+
+class _State(NamedTuple):
+    """What `NSALlamaCache.restore` goes back to."""
+
+    nsa: NSACache | None
+    step: CacheStep | None
+    columns: int
+    mask: Tensor | None
 
 
 class NSALlamaCache(Cache):
     """The cache of these models: an `NSACache` for all layers, made when the first tokens arrive.
 
     Models take it as `cache`, and as `past_key_values`, its name before transformers 5.24. Its length counts columns of
-    the padded batch; padding itself is not stored.
+    the padded batch; padding itself is not stored. A model's call that fails leaves it as it was.
 
     Args:
         config: of the model.
         max_length: columns that fit; None: the cache grows.
+        max_crop: tokens that `crop` can always take back. More of them enlarge what is kept of the last tokens.
+        expected_length: columns for which a growing cache has room at once.
     """
 
-    def __init__(self, config: NSALlamaConfig, max_length: int | None = None):
-        super().__init__(layers=[])
+    def __init__(
+        self,
+        config: NSALlamaConfig,
+        max_length: int | None = None,
+        max_crop: int = _MAX_CROP,
+        expected_length: int = 0,
+    ):
+        super().__init__(layers=[NSALlamaCacheLayer(self) for _ in range(config.num_hidden_layers)])
         self.config = config
         self.max_length = max_length
+        self.max_crop = max_crop
+        self.expected_length = expected_length
         self.nsa: NSACache | None = None
-        self.columns = [0] * config.num_hidden_layers
+        self.columns = 0
+        # (B, columns or fewer) bool: the tokens that are not padding. None, and columns after the mask's: all.
+        self.mask: Tensor | None = None
+        self.starts_assisted = False  # whether the next input comes from the start of assisted decoding
+        self._records_past = False
 
     def layer(self, index: int, hidden_states: Tensor) -> NSALayerCache:
-        """The cache of one layer, to which the tokens of hidden_states (B, T, hidden) are about to be appended."""
+        """The cache of one layer, to which tokens of hidden_states (B, T, hidden) are about to be appended."""
         if self.nsa is None:
-            config = self.config
-            heads = {"num_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
-            sizes = {name: getattr(config, name) for name in ("block_size", "block_stride", "window")}
-            like = {"dtype": hidden_states.dtype, "device": hidden_states.device}
-            batch, layers = hidden_states.size(0), config.num_hidden_layers
-            self.nsa = NSACache(batch, self.max_length, num_layers=layers, **heads, **sizes, **like)
-        self.columns[index] += hidden_states.size(1)
+            self.nsa = self._new(hidden_states)
+        elif self._records_past and hidden_states.size(1) > self.nsa.max_crop and index == 0:
+            self._allow_crop(hidden_states.size(1))
         return self.nsa[index]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.columns[layer_idx]
+    def _new(self, hidden_states: Tensor) -> NSACache:
+        config, device = self.config, hidden_states.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_states.dtype
+        nsa = NSACache(
+            hidden_states.size(0),
+            self.max_length,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            num_layers=config.num_hidden_layers,
+            block_size=config.block_size,
+            block_stride=config.block_stride,
+            window=config.window,
+            max_crop=self.max_crop,
+            dtype=dtype,
+            device=device,
+        )
+        reserve(nsa, self.expected_length)
+        return nsa
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.columns[layer_idx] + query_length, 0
+    def append(self, columns: int, mask: Tensor | None) -> None:
+        """Count columns that all layers have got. mask (B, all columns) bool: the real tokens; None: these are."""
+        self.columns += columns
+        if mask is not None:
+            self.mask = mask
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        return -1 if self.max_length is None else self.max_length
+    def check_mask(self, mask: Tensor) -> None:
+        """ValueError if a mask (B, columns and more) hides or shows other tokens than those that were stored.
+
+        On other devices than the CPU nothing is read back, so nothing is checked.
+        """
+        if torch.compiler.is_compiling() or mask.device.type != "cpu" or self.columns == 0:
+            return
+        held = self.mask if self.mask is not None else mask.new_ones(mask.size(0), 0)
+        held = F.pad(held, (0, self.columns - held.size(1)), value=True)
+        if held.shape[0] == mask.size(0) and not torch.equal(held, mask[:, : self.columns]):
+            raise ValueError(
+                f"attention_mask must be for the {self.columns} cached columns what it was when they were stored"
+            )
+
+    def state(self) -> _State:
+        """For `restore`."""
+        return _State(self.nsa, None if self.nsa is None else self.nsa._sequences.step, self.columns, self.mask)
+
+    def restore(self, state: _State) -> None:
+        """Undo the step, if any, that came after `state`."""
+        self.nsa, self.columns, self.mask = state.nsa, state.columns, state.mask
+        if self.nsa is not None and self.nsa._sequences.step is not state.step:
+            self.nsa.rollback()
 
     @property
     def batch_size(self) -> int:
         return -1 if self.nsa is None else self.nsa.batch_size
 
     @property
+    def is_initialized(self) -> bool:
+        return self.nsa is not None
+
+    @property
     def is_croppable(self) -> bool:
-        return False
+        return self.max_crop > 0
+
+    def activate_past_recording(self) -> None:
+        """From now on the tokens of every step can be taken back by the `crop` that follows it."""
+        self._records_past = True
+        self._allow_crop(_MAX_CROP)
+
+    def _allow_crop(self, tokens: int) -> None:
+        self.max_crop = max(self.max_crop, tokens)
+        if self.nsa is not None and self.nsa.max_crop < self.max_crop:
+            self.nsa = copy_cache(self.nsa, max_crop=self.max_crop)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last -tokens_to_remove columns, exactly; 0 does nothing.
+
+        Works for up to max_crop of the columns that were ever reached, and for any number as long as no sequence
+        outgrew its window and its compression block. More than there are empty the cache.
+
+        Raises:
+            TypeError: not an int.
+            ValueError: a positive number (it meant the remaining length before transformers 5.18), or more columns
+                than can be taken back. Nothing has changed then.
+        """
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)
+        except TypeError:
+            got = type(tokens_to_remove).__name__
+            raise TypeError(f"tokens_to_remove must be an int, got {got}") from None
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove must be 0, or negative: -n takes back n, got {tokens_to_remove}")
+        removed = min(-tokens_to_remove, self.columns)
+        if removed == 0:
+            return
+        columns = self.columns - removed
+        if self.nsa is not None:
+            self.nsa.crop(self.nsa.lengths - self._real_tokens(columns))
+        self.columns = columns
+        if self.mask is not None:
+            self.mask = self.mask[:, :columns]
+
+    def _real_tokens(self, start: int) -> int | Tensor:
+        """Tokens that are not padding in the columns from `start` on: (B,) or one number for all sequences."""
+        if self.mask is None:
+            return self.columns - start
+        known = self.mask.size(1)
+        return self.mask[:, start:].sum(dim=1) + self.columns - max(start, known)
 
     def reset(self) -> None:
-        self.columns = [0] * len(self.columns)
+        self.columns, self.mask = 0, None
         if self.nsa is not None:
             self.nsa.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.nsa is not None:
             self.nsa.reorder(beam_idx)
+        if self.mask is not None:
+            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            "NSALlamaCache takes tokens from NSAAttention alone and keeps them and its batch size"
-        )
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every sequence `repeats` times, one after the other."""
+        if self.nsa is not None:
+            index = torch.arange(self.batch_size, device=self.nsa.device)
+            self.batch_select_indices(index.repeat_interleave(repeats))
 
-    update = crop = batch_repeat_interleave = batch_select_indices = _refuse
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """The sequences numbered indices (B',), or those for which indices (B,) bool is true."""
+        if self.nsa is None:
+            return
+        index = torch.arange(self.batch_size, device=self.nsa.device)[indices]
+        self.nsa = copy_cache(self.nsa, index)
+        if self.mask is not None:
+            self.mask = self.mask[index.to(self.mask.device)]
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("NSALlamaCache takes tokens from NSAAttention alone")
+
+    update = early_initialization = _refuse

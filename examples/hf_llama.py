@@ -15,6 +15,7 @@ Run as a program, it trains a small model on the text of this file, saves, loads
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import tempfile
 from copy import deepcopy
@@ -24,17 +25,21 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaPreTrainedModel
 
 from hf_cache import NSALlamaCache
-from hf_padding import ATTENTION, RESTARTS, Padding
-from nsa_torch import NSAAttention
+from hf_packing import Packing, check_mask, check_tensors
+from nsa_torch import NSAAttention, ops
 from nsa_torch.block_compression import BlockCompression
 from nsa_torch.cache import NSALayerCache
+from nsa_torch.cache_copy import look
+from nsa_torch.rope import Tables, check_tables
 
+ATTENTION = "nsa"
 # The argument that carries the cache: transformers 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
@@ -78,41 +83,67 @@ class NSALlamaAttention(NSAAttention):
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Padding | str | None = None,
         past_key_values: NSALlamaCache | None = None,
         cache: NSALlamaCache | None = None,
+        packing: Packing | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states (B, T, hidden), position_embeddings cos and sin (B or 1, T, Dk) -> (B, T, hidden), None."""
-        if isinstance(attention_mask, Tensor):
-            shape = tuple(attention_mask.shape)
-            raise ValueError(f"attention_mask must be (B, T) ones and zeros, got a mask of shape {shape}")
-        if attention_mask == RESTARTS and cu_seq_lens_q is None:
-            raise ValueError(f"cu_seq_lens_q must be given when {RESTARTS}")
-        layer_cache = self._layer_cache(past_key_values if cache is None else cache, hidden_states)
-        if not isinstance(attention_mask, Padding):
-            options: dict[str, Any] = {"position_embeddings": position_embeddings, "cache": layer_cache}
-            options |= {"cu_seqlens": cu_seq_lens_q, "max_seqlen": max_length_q}
-            return super().forward(hidden_states, **options), None
-        padding = attention_mask if layer_cache is None else attention_mask.without_padding()
+        cache = past_key_values if cache is None else cache
+        layer = None if cache is None else cache.layer(self.layer_idx, hidden_states)
+        if packing is None:
+            options = {"position_embeddings": position_embeddings, "cache": layer}
+            return super().forward(hidden_states, **options, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q), None
         cos, sin = position_embeddings
-        out = super().forward(
-            padding.take(hidden_states),
-            position_embeddings=(padding.take(cos), padding.take(sin)),
-            cu_seqlens=padding.cu_seqlens,
-            max_seqlen=hidden_states.size(1),
-            cache=layer_cache,
-        )
-        return padding.put_back(out), None
+        packed = packing.take(hidden_states), (packing.take(cos), packing.take(sin))
+        if packing.ends_padded and not torch.is_grad_enabled():
+            if layer is None:
+                return self._attend_padded(*packed, packing), None
+            out = packing.put_back(self._attend_chunk(*packed, packing, layer))
+            last, appended = (hidden_states[:, -1], (cos[:, -1], sin[:, -1])), packed[0].size(0) > 0
+            return packing.put_last(out, self._attend_last_padding(*last, layer, appended)), None
+        return packing.put_back(self._attend_chunk(*packed, packing, layer)), None
 
-    def _layer_cache(self, cache: Cache | None, hidden_states: Tensor) -> NSALayerCache | None:
-        if cache is None:
-            return None
-        if not isinstance(cache, NSALlamaCache):
-            raise TypeError(f"{CACHE} must be an NSALlamaCache, got {type(cache).__name__}")
-        return cache.layer(self.layer_idx, hidden_states)
+    def _attend_chunk(self, x: Tensor, tables: Tables, packing: Packing, layer: NSALayerCache | None) -> Tensor:
+        """Packed tokens x (N, hidden) -> (N, hidden)."""
+        options = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": packing.shape[1], "cache": layer}
+        return super().forward(x, position_embeddings=tables, **options)
+
+    def _attend_padded(self, x: Tensor, tables: Tables, packing: Packing) -> Tensor:
+        """As `_attend_chunk` of a padded batch without a cache; the last column's padding sees its row's real tokens.
+
+        x (B T, hidden), as `Packing.of_padded` sorts it -> (B, T, hidden). The last token of a row is its last column's
+        padding, if there is any.
+        """
+        batch, length = packing.shape
+        inputs, packed = self._inputs(x, tables, packing.cu_seqlens, length)
+        options = self._block_options() | self._choice_options() | {"window": self.window, "scale": self.scale}
+        out = ops.nsa_attention(*inputs, **options, **packed)
+        # One query for the first of a row's two sequences, or for its padding if that is all it has.
+        real = packing.cu_seqlens.diff()[::2] > 0
+        rows = torch.arange(batch, device=x.device, dtype=torch.int32)
+        ends = torch.stack((rows + real, rows + 1), dim=1).flatten().to(torch.int32)
+        packed |= {"cu_seqlens_q": F.pad(ends, (1, 0)), "max_seqlen_q": 1}
+        queries = inputs._replace(q=inputs.q[length - 1 :: length], gates=inputs.gates[length - 1 :: length])
+        last = ops.nsa_attention(*queries, **options, **packed).masked_fill(~real[:, None, None], 0)
+        out, last = (self.o_proj(attended.flatten(-2)) for attended in (out, last))
+        return packing.put_last(packing.put_back(out), last)
+
+    def _attend_last_padding(self, x: Tensor, tables: Tables, layer: NSALayerCache, appended: bool) -> Tensor:
+        """Attend from tokens x (B, hidden) that are not appended to all that the cache holds: (B, hidden).
+
+        appended: whether the layer has got tokens in this step.
+        """
+        cos, sin = (table.expand(x.size(0), -1) for table in tables)
+        inputs = self._project(x, check_tables((cos, sin), (x.size(0), self.head_dim)))
+        state = layer.sequences
+        lengths = state.step.lengths if appended and state.step is not None else state.lengths
+        step, window = look(layer, lengths)
+        options = self._choice_options() | {"scale": self.scale}
+        out = layer.attend(step, inputs.q, inputs.gates, window, **options)
+        return self.o_proj(out.masked_fill((lengths == 0)[:, None, None], 0).flatten(-2))
 
 
 class NSALlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -151,16 +182,82 @@ class NSALlamaModel(NSALlamaPreTrainedModel, LlamaModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cache: NSALlamaCache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel; a cache is made when asked for (or by the configuration's use_cache) and gradients are off."""
-        cache = past_key_values if cache is None else cache
+        """As LlamaModel; a cache is made when asked for (or by the configuration's use_cache) and gradients are off.
+
+        A call that fails leaves the cache as it was.
+
+        Raises:
+            ValueError: an attention_mask that is not (B, columns of the cache and of the input), or that changes what
+                is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding.
+            TypeError: an input that is not a tensor, or another kind of cache.
+        """
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        tensors |= {"inputs_embeds": inputs_embeds, "cu_seq_lens_q": cu_seq_lens_q}
+        check_tensors(**tensors)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        cache = self._cache_for_call(past_key_values if cache is None else cache, use_cache, cu_seq_lens_q)
+        batch, length = tokens.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = None
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, batch, past, length).to(tokens.device)
+        packing = self._packing(batch, length, mask, position_ids, cu_seq_lens_q, cache)
+        kwargs |= tensors | {"attention_mask": None, CACHE: cache, "use_cache": cache is not None, "packing": packing}
+        state = None if cache is None else cache.state()
+        try:
+            out = super().forward(**kwargs)
+        except BaseException:
+            if cache is not None:
+                cache.restore(state)
+            raise
+        if cache is not None:
+            cache.append(length, mask)
+        return out
+
+    def _cache_for_call(self, cache: Cache | None, use_cache: bool | None, cu_seq_lens_q: Tensor | None) -> Any:
+        """The cache that was given, or a new one if it is wanted."""
         if cache is None:
-            use_cache = (self.config.use_cache if use_cache is None else use_cache) and not torch.is_grad_enabled()
-            cache = NSALlamaCache(self.config) if use_cache else None
-        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        kwargs |= {CACHE: cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        return super().forward(**kwargs)
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            packed = cu_seq_lens_q is not None
+            return NSALlamaCache(self.config) if use_cache and not packed and not torch.is_grad_enabled() else None
+        if not isinstance(cache, NSALlamaCache):
+            raise TypeError(f"{CACHE} must be an NSALlamaCache, got {type(cache).__name__}")
+        if cu_seq_lens_q is not None:
+            raise ValueError(f"cu_seq_lens_q must be None with {CACHE}: a cache continues one sequence a row")
+        return cache
+
+    def _packing(
+        self,
+        batch: int,
+        length: int,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        cache: NSALlamaCache | None,
+    ) -> Packing | None:
+        """How the rows of the batch are sequences: None if each is one."""
+        if mask is not None:
+            if cu_seq_lens_q is not None:
+                raise ValueError("attention_mask must be None with cu_seq_lens_q")
+            if cache is None:
+                return Packing.of_padded(mask)
+            cache.check_mask(mask)
+            return Packing.of_chunk(mask[:, -length:])
+        if position_ids is None or cu_seq_lens_q is not None or length == 1:
+            return None
+        if cache is None:
+            return Packing.of_documents(position_ids, batch)
+        if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 1).any()):
+            raise ValueError(
+                f"position_ids must rise within a row with {CACHE}, which holds one sequence a row: for several "
+                f"documents a row, use_cache=False"
+            )
+        return None
 
 
 class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):
@@ -171,13 +268,62 @@ class NSALlamaForCausalLM(NSALlamaPreTrainedModel, LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """As LlamaForCausalLM. A call that fails leaves the cache as it was."""
+        cache = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
+        state = cache.state() if isinstance(cache, NSALlamaCache) else None
+        try:
+            return super().forward(*args, **kwargs)
+        except BaseException:
+            if state is not None and cache.columns != state.columns:
+                cache.restore(state)
+            raise
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get(CACHE)
+        if isinstance(cache, NSALlamaCache):
+            cache.starts_assisted = True
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
+    @functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
+        if isinstance(cache, NSALlamaCache) and cache.starts_assisted:
+            # Assisted decoding would feed all of its input, also what a given cache holds already.
+            cache.starts_assisted = False
+            if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > cache.columns > 0:
+                kwargs["next_sequence_length"] = input_ids.size(1) - cache.columns
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") is None
+        if isinstance(cache, NSALlamaCache) and cache.columns > 0 and not first:
+            inputs.pop("attention_mask", None)  # tokens that `generate` chose are real, and what is cached is known
+        return inputs
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(f"cache_implementation must be None, got {generation_config.cache_implementation!r}")
-        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
-            model_kwargs[CACHE] = NSALlamaCache(self.config, max_cache_length)
+        """Make a cache for `generate`, unless one was given. "static" makes one of fixed length."""
+        cache, implementation = model_kwargs.get(CACHE), generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation must be None, 'dynamic' or 'static', got {implementation!r}")
+        if cache is not None:
+            if not isinstance(cache, NSALlamaCache):
+                raise TypeError(f"{CACHE} must be an NSALlamaCache, got {type(cache).__name__}")
+            if implementation is not None:
+                raise ValueError(f"cache_implementation must be None with {CACHE}, got {implementation!r}")
+            cache._is_user_defined = True
+            return
+        if not generation_config.use_cache:
+            return
+        options: dict[str, Any] = {"expected_length": max_cache_length}
+        if implementation == "static":
+            options = {"max_length": max(max_cache_length, generation_config.max_cache_len or 0)}
+        if not generation_config.return_dict_in_generate:
+            options["max_crop"] = 0  # nobody gets it
+        cache = model_kwargs[CACHE] = NSALlamaCache(self.config, **options)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
 
 
 AutoConfig.register(NSALlamaConfig.model_type, NSALlamaConfig)
@@ -190,7 +336,12 @@ def use_nsa(model: LlamaForCausalLM, **nsa_options: Any) -> NSALlamaForCausalLM:
 
     Every branch starts with the keys and values of the dense layer, gates near a half, the compression near the mean.
     nsa_options: block_size, block_stride, select_size, num_selected, num_initial, num_local, window, compression.
+
+    Raises:
+        TypeError: a model of another class.
     """
+    if type(model) is not LlamaForCausalLM:
+        raise TypeError(f"model must be a LlamaForCausalLM, got {type(model).__name__}")
     llama = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         llama.pop(name, None)
@@ -200,7 +351,9 @@ def use_nsa(model: LlamaForCausalLM, **nsa_options: Any) -> NSALlamaForCausalLM:
         if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             weights[name] = torch.cat([weights[name]] * 3)
     missing, unexpected = copy.load_state_dict(weights, strict=False)
-    assert not unexpected and all(".gate_proj." in name or ".compress_" in name for name in missing)
+    unknown = [*unexpected, *(name for name in missing if ".gate_proj." not in name and ".compress_" not in name)]
+    if unknown:
+        raise ValueError(f"model must have the weights of a LlamaForCausalLM, got others, or none, for {unknown}")
     copy.generation_config = deepcopy(model.generation_config)
     return copy.train(model.training)
 
