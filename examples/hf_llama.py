@@ -198,7 +198,9 @@ def use_nsa(model: LlamaForCausalLM, **nsa_options: Any) -> NSALlamaForCausalLM:
     weights = model.state_dict()
     for name in list(weights):
         if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
-            weights[name] = torch.cat([weights[name]] * 3)
+            # The same rows for each branch of a head.
+            rows = weights[name].unflatten(0, (-1, 1, model.config.head_dim))
+            weights[name] = torch.cat([rows] * 3, dim=1).flatten(0, 2)
     missing, unexpected = copy.load_state_dict(weights, strict=False)
     assert not unexpected and all(".gate_proj." in name or ".compress_" in name for name in missing)
     copy.generation_config = deepcopy(model.generation_config)
