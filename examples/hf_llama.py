@@ -349,7 +349,9 @@ def use_nsa(model: LlamaForCausalLM, **nsa_options: Any) -> NSALlamaForCausalLM:
     weights = model.state_dict()
     for name in list(weights):
         if ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
-            weights[name] = torch.cat([weights[name]] * 3)
+            # The same rows for each branch of a head.
+            rows = weights[name].unflatten(0, (-1, 1, model.config.head_dim))
+            weights[name] = torch.cat([rows] * 3, dim=1).flatten(0, 2)
     missing, unexpected = copy.load_state_dict(weights, strict=False)
     unknown = [*unexpected, *(name for name in missing if ".gate_proj." not in name and ".compress_" not in name)]
     if unknown:
