@@ -33,6 +33,7 @@ def copy_cache(cache: NSACache, index: Tensor | None = None, max_crop: int | Non
         An NSACache of batch B', otherwise with the arguments of the old one.
     """
     old, layer = cache._sequences, cache.layers[0]
+    old.settle()
     index = torch.arange(cache.batch_size, device=cache.device) if index is None else index.to(cache.device).long()
     geometry = old.geometry
     copy = NSACache(
@@ -55,7 +56,8 @@ def copy_cache(cache: NSACache, index: Tensor | None = None, max_crop: int | Non
     # Larger rings start with what the smaller ones held, as if as many tokens more had gone through them.
     grown = new.geometry.raw_size - geometry.raw_size
     new.reach.copy_(torch.maximum(old.reach, old.lengths)[index] + grown)
-    new.length_bound = old.length_bound
+    new.asked.copy_(old.asked[index])
+    new.length_bound = cache.length_bound
     for source, target in zip(cache.layers, copy.layers, strict=True):
         buffers = target.buffers()
         for name, buffer in source.buffers().items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaModel, Qwen2Config, Qwen2ForCausalLM
 
 from hf_models import (
@@ -192,6 +192,37 @@ def test_rows_are_repeated_and_selected(model: NSALlamaForCausalLM, length: int)
     for row in range(2):
         tokens = torch.cat((ids[row, :-1][mask[row, :-1].bool()], new[row]))
         torch.testing.assert_close(logits[row], model(tokens[None], use_cache=False).logits[0, -9:], **close)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["model.layers.0.mlp", "model.layers.1.mlp", "model.norm", "lm_head"])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("held", [0, 23])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(where: str, error: type[BaseException], held: int) -> None:
+    model = make_model()
+    ids, mask = pad(make_sequences([held + 9, 5]), "left")
+    cache = NSALlamaCache(model.config)
+    if held:
+        model(ids[:, :held], attention_mask=mask[:, :held], **{CACHE: cache})
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    for end in (held + 8, held + 9):  # a chunk, then a single token
+        step = {"input_ids": ids[:, cache.get_seq_length() : end], "attention_mask": mask[:, :end], CACHE: cache}
+        before = cache.get_seq_length()
+        module: nn.Module = model.get_submodule(where)
+        handle = module.register_forward_pre_hook(fail)
+        for _ in range(2):
+            with pytest.raises(error):
+                model(**step)
+            assert cache.get_seq_length() == before
+            if cache.nsa is not None:
+                assert cache.nsa.lengths.tolist() == mask[:, :before].sum(1).tolist()
+        handle.remove()
+        logits = model(**step).logits
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(logits, expected, **close)
 
 
 @torch.no_grad()
