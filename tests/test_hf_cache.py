@@ -9,20 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig, LlamaModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache
 
 from hf_models import (
-    CACHE,
-    LLAMA,
-    NSALlamaCache,
-    NSALlamaForCausalLM,
     close,
     dense_pair,
     make_model,
     make_sequences,
     pad,
-    use_nsa,
 )
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -39,14 +35,14 @@ def model() -> NSALlamaForCausalLM:
 
 
 @torch.no_grad()
-def filled(model: NSALlamaForCausalLM, ids: Tensor, mask: Tensor | None = None, **options: Any) -> NSALlamaCache:
-    cache = NSALlamaCache(model.config, **options)
+def filled(model: NSALlamaForCausalLM, ids: Tensor, mask: Tensor | None = None, **options: Any) -> NSAModelCache:
+    cache = NSAModelCache(model.config, **options)
     model(ids, attention_mask=mask, **{CACHE: cache})
     return cache
 
 
 def test_what_transformers_asks_a_cache_is_answered_truly(model: NSALlamaForCausalLM) -> None:
-    cache = NSALlamaCache(model.config)
+    cache = NSAModelCache(model.config)
     assert len(cache) == len(cache.layers) == 2
     assert not cache.is_initialized and cache.batch_size == -1 and cache.get_seq_length() == 0
     assert cache.is_linear == [False, False] and cache.is_sliding == [False, False]
@@ -58,7 +54,7 @@ def test_what_transformers_asks_a_cache_is_answered_truly(model: NSALlamaForCaus
     assert cache.get_seq_length() == cache.get_seq_length(1) == cache.get_query_offset() == 9
     assert cache.get_mask_sizes(4, 0) == cache.get_mask_sizes(4, 1) == (13, 0)
     assert all(layer.is_initialized and layer.get_seq_length() == 9 for layer in cache.layers)
-    fixed = NSALlamaCache(model.config, max_length=20, max_crop=0)
+    fixed = NSAModelCache(model.config, max_length=20, max_crop=0)
     assert fixed.get_max_length() == fixed.get_max_length(0) == 20 and not fixed.is_croppable
     with pytest.raises(NotImplementedError, match="takes tokens from NSAAttention alone"):
         cache.update(torch.zeros(3, 2, 1, 8), torch.zeros(3, 2, 1, 8), 0)
@@ -77,7 +73,7 @@ def test_single_tokens_heed_the_mask(model: NSALlamaForCausalLM) -> None:
     real = torch.tensor([[1, 1, 0, 1, 1, 1], [0, 0, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]])
     positions = (torch.cat((mask, real), 1).cumsum(1) - 1).clamp(min=0)
     rows: list[list[Tensor]] = [[], [], []]
-    caches = [DynamicCache(config=dense.config), NSALlamaCache(sparse.config), NSALlamaCache(model.config)]
+    caches = [DynamicCache(config=dense.config), NSAModelCache(sparse.config), NSAModelCache(model.config)]
     for row, cache, run in zip(rows, caches, (dense, sparse, model), strict=True):
         options: dict[str, Any] = {"position_ids": positions[:, :9], CACHE: cache}
         row.append(run(ids, attention_mask=mask, **options).logits)
@@ -107,7 +103,7 @@ def test_padding_in_the_last_column_sees_its_row_with_a_cache_and_without(
     whole = model(ids, attention_mask=mask, use_cache=False).logits
     cached = model(ids, attention_mask=mask, use_cache=True).logits
     torch.testing.assert_close(cached, whole, **close)
-    cache = NSALlamaCache(model.config, max_crop=3)
+    cache = NSAModelCache(model.config, max_crop=3)
     for start in range(ids.size(1)):
         part = slice(start, start + 1)
         last = model(ids[:, part], attention_mask=mask[:, : start + 1], **{CACHE: cache}).logits
@@ -201,7 +197,7 @@ def test_rows_are_repeated_and_selected(model: NSALlamaForCausalLM, length: int)
 def test_a_call_that_fails_leaves_the_cache_as_it_was(where: str, error: type[BaseException], held: int) -> None:
     model = make_model()
     ids, mask = pad(make_sequences([held + 9, 5]), "left")
-    cache = NSALlamaCache(model.config)
+    cache = NSAModelCache(model.config)
     if held:
         model(ids[:, :held], attention_mask=mask[:, :held], **{CACHE: cache})
 
@@ -283,7 +279,7 @@ def test_compiled_steps_with_a_cache(padded: bool) -> None:
     torch._dynamo.reset()
     run = torch.compile(model, fullgraph=not padded, backend="aot_eager")
     ids, mask = pad(make_sequences([20, 12 if padded else 20]), "left")
-    cache = NSALlamaCache(model.config, max_length=32)
+    cache = NSAModelCache(model.config, max_length=32)
     expected = model(ids, attention_mask=mask, use_cache=False).logits
     model(ids[:, :15], attention_mask=mask[:, :15] if padded else None, **{CACHE: cache})
     for column in range(15, 20):
@@ -292,11 +288,3 @@ def test_compiled_steps_with_a_cache(padded: bool) -> None:
         torch.testing.assert_close(logits[:, 0], expected[:, column], **close)
         assert cache.get_seq_length() == column + 1
     assert cache.nsa.lengths.tolist() == mask.sum(1).tolist()
-
-
-def test_models_that_are_not_llama_are_refused() -> None:
-    qwen = Qwen2ForCausalLM(Qwen2Config(**LLAMA))
-    with pytest.raises(TypeError, match="model must be a LlamaForCausalLM, got Qwen2ForCausalLM"):
-        use_nsa(qwen)
-    with pytest.raises(TypeError, match="model must be a LlamaForCausalLM, got LlamaModel"):
-        use_nsa(LlamaModel(LlamaConfig(**LLAMA)))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_models import CACHE, NSALlamaCache, NSALlamaForCausalLM, dense_pair, make_model, make_sequences, pad
+from hf_models import dense_pair, make_model, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -63,7 +64,7 @@ def test_assisted_generation_equals_greedy(model: NSALlamaForCausalLM, draft_see
     expected = generate(model, ids, max_new_tokens=40, use_cache=False)
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=draft), expected)
     assert torch.equal(generate(model, ids, max_new_tokens=40, prompt_lookup_num_tokens=6), expected)
-    cache = NSALlamaCache(model.config, max_crop=0)
+    cache = NSAModelCache(model.config, max_crop=0)
     with torch.no_grad():
         model(ids[:, :-1], **{CACHE: cache})
     assert torch.equal(generate(model, ids, max_new_tokens=40, assistant_model=draft, **{CACHE: cache}), expected)
@@ -73,7 +74,7 @@ def test_assisted_generation_equals_greedy(model: NSALlamaForCausalLM, draft_see
 @pytest.mark.parametrize("how", ["given", "returned"])
 def test_a_cache_goes_on_over_three_turns(model: NSALlamaForCausalLM, how: str, side: str) -> None:
     ids, mask = pad(make_sequences([17, 17] if side == "none" else [17, 5]), "left")
-    options: dict[str, Any] = {CACHE: NSALlamaCache(model.config)} if how == "given" else {}
+    options: dict[str, Any] = {CACHE: NSAModelCache(model.config)} if how == "given" else {}
     for turn in range(3):
         expected = generate(model, ids, mask, use_cache=False)
         out = generate(model, ids, mask, return_dict_in_generate=True, **options)
@@ -111,7 +112,7 @@ def test_padded_turns_and_crops_are_the_dense_model_s(side: str) -> None:
 
 def test_only_the_new_tokens_need_to_be_given(model: NSALlamaForCausalLM) -> None:
     first, second = make_sequences([17, 9])
-    cache = NSALlamaCache(model.config)
+    cache = NSAModelCache(model.config)
     with torch.no_grad():
         model(first[None], **{CACHE: cache})
     ids = torch.cat((first, second))[None]
@@ -124,7 +125,7 @@ def test_a_prompt_cache_serves_several_continuations(model: NSALlamaForCausalLM,
     lengths = [30, 30] if side == "none" else [30, 18]
     prompt, prompt_mask = pad(make_sequences(lengths), "left")
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)  # as `generate` numbers them
-    cache = NSALlamaCache(model.config)
+    cache = NSAModelCache(model.config)
     with torch.no_grad():
         model(prompt, attention_mask=prompt_mask, position_ids=positions, **{CACHE: cache})
     for seed, options in enumerate([{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 3}]):
@@ -166,9 +167,9 @@ def test_generate_refuses_other_caches(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match="cache_implementation must be None, 'dynamic' or 'static', got 'offloaded'"):
         generate(model, ids, cache_implementation="offloaded")
-    with pytest.raises(TypeError, match=f"{CACHE} must be an NSALlamaCache, got DynamicCache"):
+    with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, got DynamicCache"):
         generate(model, ids, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match=f"cache_implementation must be None with {CACHE}"):
-        generate(model, ids, cache_implementation="static", **{CACHE: NSALlamaCache(model.config)})
+        generate(model, ids, cache_implementation="static", **{CACHE: NSAModelCache(model.config)})
     with pytest.raises(ValueError, match="max_length must be at least 13"):
-        generate(model, ids, **{CACHE: NSALlamaCache(model.config, max_length=12)})
+        generate(model, ids, **{CACHE: NSAModelCache(model.config, max_length=12)})

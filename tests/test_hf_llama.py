@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-import hf_models
 from hf_models import (
-    CACHE,
     LLAMA,
     NSA,
-    NSALlamaCache,
-    NSALlamaConfig,
-    NSALlamaForCausalLM,
     close,
     dense_pair,
     make_model,
     make_sequences,
     pad,
 )
+from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import hf_llama
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -105,7 +104,7 @@ def test_cache_continues_a_right_padded_batch_in_chunks(model: NSALlamaForCausal
     ids, mask = pad(first, "right")
     out = model(ids, attention_mask=mask, use_cache=True)
     cache = getattr(out, CACHE)
-    assert isinstance(cache, NSALlamaCache) and cache.get_seq_length() == 17 and cache.get_max_length() == -1
+    assert isinstance(cache, NSAModelCache) and cache.get_seq_length() == 17 and cache.get_max_length() == -1
     assert cache.nsa is not None and cache.nsa.lengths.tolist() == [17, 5, 1]
 
     rest = [sequence[len(part) :] for sequence, part in zip(sequences, first, strict=True)]
@@ -195,7 +194,7 @@ def test_unsupported_calls_are_refused(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\)"):
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
-    with pytest.raises(TypeError, match=f"{CACHE} must be an NSALlamaCache, got DynamicCache"), torch.no_grad():
+    with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, got DynamicCache"), torch.no_grad():
         model(ids, **{CACHE: DynamicCache()})
     with pytest.raises(ValueError, match="attn_implementation must be 'nsa', got 'eager'"):
         NSALlamaForCausalLM._from_config(NSALlamaConfig(**LLAMA, **NSA), attn_implementation="eager")
@@ -205,7 +204,7 @@ def test_unsupported_calls_are_refused(model: NSALlamaForCausalLM) -> None:
 
 def test_the_program_trains_and_samples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["hf_llama.py", "--steps", "4", "--length", "64", "--new-tokens", "8"])
-    hf_models.hf_llama.main()
+    hf_llama.main()
     lines = capsys.readouterr().out.splitlines()
     first, last = (float(line.split()[3]) for line in lines[:2])
     assert last < first

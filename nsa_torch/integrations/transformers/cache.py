@@ -1,34 +1,31 @@
-"""The cache of examples/hf_llama.py: transformers' interface to `nsa_torch.NSACache`."""
+"""transformers' interface to `nsa_torch.NSACache`."""
 
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from nsa_torch import NSACache
-from nsa_torch.cache import NSALayerCache
-from nsa_torch.cache_copy import copy_cache, reserve
-from nsa_torch.cache_step import CacheStep
-
-if TYPE_CHECKING:
-    from hf_llama import NSALlamaConfig
+from ...cache import NSACache, NSALayerCache
+from ...cache_copy import copy_cache, reserve
+from ...cache_step import CacheStep
+from .options import head_dim
 
 _MAX_CROP = 64
 
 
-class NSALlamaCacheLayer(CacheLayerMixin):
-    """One layer of an NSALlamaCache, which answers for all of them: tokens come and go in all layers at once."""
+class NSAModelCacheLayer(CacheLayerMixin):
+    """One layer of an NSAModelCache, which answers for all of them: tokens come and go in all layers at once."""
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: NSALlamaCache):
+    def __init__(self, cache: NSAModelCache):
         self.cache = cache
         self.keys = self.values = None
 
@@ -51,7 +48,7 @@ class NSALlamaCacheLayer(CacheLayerMixin):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "a layer of NSALlamaCache takes tokens from NSAAttention alone, stays on its device, and changes with "
+            "a layer of NSAModelCache takes tokens from NSAAttention alone, stays on its device, and changes with "
             "the whole cache: call the cache's method"
         )
 
@@ -60,7 +57,7 @@ class NSALlamaCacheLayer(CacheLayerMixin):
 
 
 class _State(NamedTuple):
-    """What `NSALlamaCache.restore` goes back to."""
+    """What `NSAModelCache.restore` goes back to."""
 
     nsa: NSACache | None
     step: CacheStep | None
@@ -68,7 +65,7 @@ class _State(NamedTuple):
     mask: Tensor | None
 
 
-class NSALlamaCache(Cache):
+class NSAModelCache(Cache):
     """The cache of these models: an `NSACache` for all layers, made when the first tokens arrive.
 
     Models take it as `cache`, and as `past_key_values`, its name before transformers 5.24. Its length counts columns of
@@ -83,12 +80,12 @@ class NSALlamaCache(Cache):
 
     def __init__(
         self,
-        config: NSALlamaConfig,
+        config: Any,
         max_length: int | None = None,
         max_crop: int = _MAX_CROP,
         expected_length: int = 0,
     ):
-        super().__init__(layers=[NSALlamaCacheLayer(self) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[NSAModelCacheLayer(self) for _ in range(config.num_hidden_layers)])
         self.config = config
         self.max_length = max_length
         self.max_crop = max_crop
@@ -116,7 +113,7 @@ class NSALlamaCache(Cache):
             hidden_states.size(0),
             self.max_length,
             num_kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            head_dim=head_dim(config),
             num_layers=config.num_hidden_layers,
             block_size=config.block_size,
             block_stride=config.block_stride,
@@ -242,6 +239,6 @@ class NSALlamaCache(Cache):
             self.mask = self.mask[index.to(self.mask.device)]
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("NSALlamaCache takes tokens from NSAAttention alone")
+        raise NotImplementedError("NSAModelCache takes tokens from NSAAttention alone")
 
     update = early_initialization = _refuse
