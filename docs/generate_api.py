@@ -32,7 +32,7 @@ def exported() -> dict[str, set[str] | None]:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nsa_torch."):
             names = {alias.name for alias in node.names if not alias.name.startswith("_")}
             modules[str(node.module).removeprefix("nsa_torch.")] = names
-    return modules | {"reference": None}
+    return modules | {"reference": None, "distributed": None}
 
 
 def definitions(tree: ast.Module, names: set[str] | None) -> list[Definition]:
@@ -170,7 +170,11 @@ def class_text(node: ast.ClassDef) -> Iterator[str]:
 def python_page(module: str, names: set[str] | None) -> str:
     """The page of one module."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    title = {"__init__": "# nsa_torch", "reference": "# nsa_torch.reference"}.get(module, f"# nsa_torch: {module}")
+    title = {
+        "__init__": "# nsa_torch",
+        "reference": "# nsa_torch.reference",
+        "distributed": "# nsa_torch.distributed",
+    }.get(module, f"# nsa_torch: {module}")
     parts = [title + "\n", markdown(ast.get_docstring(tree) or "") + "\n"]
     for node in definitions(tree, names):
         if isinstance(node, ast.ClassDef):
