@@ -33,7 +33,8 @@ def exported() -> dict[str, set[str] | None]:
             names = {alias.name for alias in node.names if not alias.name.startswith("_")}
             modules[str(node.module).removeprefix("nsa_torch.")] = names
     folder = "integrations/transformers/"
-    return modules | {"reference": None, f"{folder}convert": {"use_nsa"}, f"{folder}cache": {"NSAModelCache"}}
+    integrations: dict[str, set[str] | None] = {f"{folder}convert": {"use_nsa"}, f"{folder}cache": {"NSAModelCache"}}
+    return modules | {"reference": None, "distributed": None} | integrations
 
 
 def definitions(tree: ast.Module, names: set[str] | None) -> list[Definition]:
@@ -171,9 +172,9 @@ def class_text(node: ast.ClassDef) -> Iterator[str]:
 def python_page(module: str, names: set[str] | None) -> str:
     """The page of one module."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    package, _, last = f"nsa_torch/{module}".rpartition("/")
-    plain = f"# {package.replace('/', '.')}: {last}"
-    title = {"__init__": "# nsa_torch", "reference": "# nsa_torch.reference"}.get(module, plain)
+    package, _, last = f"nsa_torch/{module}".replace("/", ".").rpartition(".")
+    plain = f"# {package}.{last}" if module in ("reference", "distributed") else f"# {package}: {last}"
+    title = "# nsa_torch" if module == "__init__" else plain
     parts = [title + "\n", markdown(ast.get_docstring(tree) or "") + "\n"]
     for node in definitions(tree, names):
         if isinstance(node, ast.ClassDef):

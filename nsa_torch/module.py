@@ -13,7 +13,8 @@ from .block_compression import BlockCompression
 from .cache import NSACache, NSALayerCache
 from .checks import check_at_least, check_divides
 from .heads import NSAInputs, split_heads
-from .packing import packed_block_ends, packed_positions, padding_rows
+from .layer_checks import check_cache, take_tokens
+from .packing import packed_block_ends, packed_positions
 from .rope import Tables, check_tables, for_heads, rotary_tables, rotate, take_rows
 
 __all__ = ["BlockCompression", "NSAAttention", "NSAChoices"]
@@ -166,7 +167,7 @@ class NSAAttention(nn.Module):
         return NSACache(
             batch_size,
             max_length,
-            num_kv_heads=self.num_kv_heads // self._ranks,
+            num_kv_heads=self.num_kv_heads // self.ranks,
             head_dim=self.head_dim,
             v_head_dim=self.v_head_dim,
             num_layers=num_layers,
@@ -212,11 +213,8 @@ class NSAAttention(nn.Module):
             TypeError: cu_seqlens of another dtype or device.
             RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
         """
-        x = self._check_tokens(hidden_states, cu_seqlens)
-        layer = None if cache is None else self._check_cache(cache)
-        padding = None if cu_seqlens is None else padding_rows(cu_seqlens, x.size(0))
-        if padding is not None:
-            x = x.masked_fill(padding, 0)
+        x, padding = take_tokens(self, hidden_states, cu_seqlens)
+        layer = None if cache is None else check_cache(self, cache)
         if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
         else:
@@ -243,7 +241,7 @@ class NSAAttention(nn.Module):
         max_seqlen: int | None = None,
     ) -> NSAChoices:
         """The blocks that every query reads and its gates, of this rank's heads; arguments as for `forward`."""
-        x = self._check_tokens(hidden_states, cu_seqlens)
+        x, padding = take_tokens(self, hidden_states, cu_seqlens)
         inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             packing["seqlen_k"] = x.size(1)
@@ -251,11 +249,12 @@ class NSAAttention(nn.Module):
         q, k_cmp, v_cmp = inputs[:3]
         _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **options)
         indices = ops.select_blocks(q, k_cmp, lse, **self._choice_options(), **options)
-        return NSAChoices(indices, inputs.gates)
+        gates = inputs.gates if padding is None else inputs.gates.masked_fill(padding.unsqueeze(-1), 0)
+        return NSAChoices(indices, gates)
 
     @property
-    def _ranks(self) -> int:
-        """Over how many ranks the heads are cut."""
+    def ranks(self) -> int:
+        """Over how many ranks of tensor parallelism the heads are cut."""
         return 1 if (mesh := self.compress_k.tensor_parallel) is None else mesh.size()
 
     def _block_options(self) -> dict[str, Any]:
@@ -337,7 +336,7 @@ class NSAAttention(nn.Module):
                 cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in tables)
                 tables = cos, sin
         if x.size(0) == 0:
-            return x.new_zeros(0, self.num_heads // self._ranks, self.v_head_dim)
+            return x.new_zeros(0, self.num_heads // self.ranks, self.v_head_dim)
         step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
         if tables is None and self.rope_theta is not None:
             tables = rotary_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
@@ -354,51 +353,6 @@ class NSAAttention(nn.Module):
         window_slots = cache.extend_window(step, inputs.k_win, inputs.v_win)
         options = self._choice_options()
         return cache.attend(step, inputs.q, inputs.gates, window_slots, scale=self.scale, **options)
-
-    def _check_like_weight(self, hidden_states: Tensor) -> None:
-        weight = self.q_proj.weight
-        if hidden_states.device != weight.device:
-            raise TypeError(f"hidden_states must be on the layer's device {weight.device}, got {hidden_states.device}")
-        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise TypeError(f"hidden_states must have the layer's dtype {weight.dtype}, got {hidden_states.dtype}")
-
-    def _check_tokens(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """hidden_states without the leading 1 that packed ones may have."""
-        shape = tuple(hidden_states.shape)
-        dense, packed = len(shape) == 3, len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-        if not (dense if cu_seqlens is None else packed) or shape[-1] != self.hidden_size:
-            leading = "B, T" if cu_seqlens is None else "sum T"
-            expected = f"({leading}, hidden_size = {self.hidden_size})"
-            raise ValueError(f"hidden_states must be {expected}, got shape {shape}")
-        if type(self.q_proj) is nn.Linear:  # a quantized or adapted one has rules of its own
-            self._check_like_weight(hidden_states)
-        if cu_seqlens is None:
-            return hidden_states
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            got = tuple(cu_seqlens.shape)
-            raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 1, got shape {got}")
-        if cu_seqlens.dtype != torch.int32:
-            raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-        return hidden_states.flatten(0, -2)
-
-    def _check_cache(self, cache: NSACache | NSALayerCache) -> NSALayerCache:
-        if isinstance(cache, NSACache):
-            if len(cache) != 1:
-                raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
-            cache = cache[0]
-        geometry = cache.sequences.geometry
-        for name in ("block_size", "block_stride", "window"):
-            expected, got = getattr(self, name), getattr(geometry, name)
-            if got != expected:
-                raise ValueError(f"cache must have {name} {expected}, got {got}")
-        heads = (self.num_kv_heads // self._ranks, self.head_dim, self.v_head_dim)
-        held = (*cache.k_slc.shape[1:], cache.v_slc.size(2))
-        if held != heads:
-            names = "(num_kv_heads, head_dim, v_head_dim)"
-            raise ValueError(f"cache must have {names} {heads}, got {held}")
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise RuntimeError("a cache records no gradients: use torch.no_grad()")
-        return cache
 
     def extra_repr(self) -> str:
         heads = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")

@@ -181,8 +181,8 @@ class Sequences:
         if asked > self.geometry.capacity:
             sequences = [b for b, length in enumerate(self.asked.tolist()) if length > self.geometry.capacity]
             raise RuntimeError(
-                f"a CUDA graph was replayed past the end of sequences {sequences}: tokens up to {asked} did not fit "
-                f"into max_length {self.geometry.capacity} and were left out; crop() or reset() the cache"
+                f"a CUDA graph was replayed past the end of sequences {sequences}: what did not fit into max_length "
+                f"{self.geometry.capacity} was left out; crop() or reset() the cache"
             )
         self.length_bound = longest
 
