@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,31 @@ def test_saved_models_load_with_the_same_results(tmp_path: Path, family: str) ->
         assert not info["missing_keys"] and not info["unexpected_keys"]
         with torch.no_grad():
             torch.testing.assert_close(loaded.eval()(ids)[0], model(ids)[0], **close)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_models_saved_by_version_0_1_are_converted(tmp_path: Path, family: str) -> None:
+    model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA)
+    for weight in model.parameters():  # branches of their own
+        weight.data += 0.1 * torch.randn_like(weight)
+    ids = torch.stack(make_sequences([30, 30]))
+    expected = model(ids).logits
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                for weight in projection.parameters():
+                    weight.copy_(weight.unflatten(0, (2, 3, -1)).transpose(0, 1).flatten(0, 2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("nsa_version") == 2
+    path.write_text(json.dumps(config))
+    for auto in (AutoModelForCausalLM, type(model)):
+        loaded = auto.from_pretrained(tmp_path, dtype=torch.float64)
+        torch.testing.assert_close(loaded(ids).logits, expected, **close)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
+    torch.testing.assert_close(again(ids).logits, expected, **close)
 
 
 @torch.no_grad()

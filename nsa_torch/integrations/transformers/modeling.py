@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from ...block_compression import BlockCompression
+from ...checkpoints import VERSION, convert_rows_0_1
 from .attention import NSASelfAttention
 from .batches import Packing, check_mask, check_tensors
 from .cache import NSAModelCache
@@ -26,6 +27,19 @@ class NSAPreTrained:
     """Before a family's PreTrainedModel among the bases."""
 
     _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it. Models that nsa_torch 0.1 saved are converted."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.nsa_version == 1:
+            for layer in model.modules():
+                if isinstance(layer, NSASelfAttention):
+                    for weight in (*layer.k_proj.parameters(), *layer.v_proj.parameters()):
+                        weight.data = convert_rows_0_1(weight.data, layer.num_kv_heads)
+            model.config.nsa_version = VERSION
+        return loaded
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         if attn_implementation not in (None, ATTENTION):
