@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
 from hf_models import dense_pair, make_model, make_sequences, pad
 from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
@@ -161,14 +162,44 @@ def test_padded_generation_is_the_dense_model_s(side: str, use_cache: bool) -> N
     assert torch.equal(generate(model, ids, mask, use_cache=use_cache), generate(dense, ids, mask))
 
 
-def test_generate_refuses_other_caches(model: NSALlamaForCausalLM) -> None:
-    from transformers import DynamicCache
+@pytest.mark.parametrize("kind", ["empty", "configured", "static"])
+@pytest.mark.parametrize("side", ["none", "left"])
+def test_caches_of_transformers_go_on(model: NSALlamaForCausalLM, kind: str, side: str) -> None:
+    ids, mask = pad(make_sequences([17, 17] if side == "none" else [17, 5]), "left")
+    make = {
+        "empty": DynamicCache,
+        "configured": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=70),
+    }
+    cache = make[kind]()
+    out = generate(model, ids, mask, return_dict_in_generate=True, **{CACHE: cache})
+    assert out[CACHE] is cache and cache.get_seq_length() == 36 and len(cache) == 2
+    assert cache.is_croppable and not cache.is_compileable and cache.is_linear == cache.is_sliding == [False, False]
+    assert cache.get_max_length() == (70 if kind == "static" else -1)
+    assert torch.equal(out.sequences, generate(model, ids, mask, use_cache=False))
+    cache.crop(-3)
+    ids, new = out.sequences[:, :33], torch.stack(make_sequences([4, 4], seed=3))
+    ids, mask = torch.cat((ids, new), dim=1), torch.cat((mask, mask.new_ones(2, 20)), dim=1)
+    used = copy.deepcopy(cache)
+    assert used.batch_size == 2
+    used.batch_repeat_interleave(2)
+    out = generate(model, ids, mask, num_beams=2, **{CACHE: used})
+    assert torch.equal(out, generate(model, ids, mask, num_beams=2, use_cache=False))
+    assert cache.get_seq_length() == 33 and used.get_seq_length() == 56
+    out = generate(model, ids, mask, **{CACHE: cache})
+    assert torch.equal(out, generate(model, ids, mask, use_cache=False))
+    cache.reset()
+    assert cache.get_seq_length() == 0
 
+
+def test_generate_refuses_other_caches(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match="cache_implementation must be None, 'dynamic' or 'static', got 'offloaded'"):
         generate(model, ids, cache_implementation="offloaded")
-    with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, got DynamicCache"):
-        generate(model, ids, **{CACHE: DynamicCache()})
+    held = DynamicCache()
+    held.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, .* got DynamicCache"):
+        generate(model, ids, **{CACHE: held})
     with pytest.raises(ValueError, match=f"cache_implementation must be None with {CACHE}"):
         generate(model, ids, cache_implementation="static", **{CACHE: NSAModelCache(model.config)})
     with pytest.raises(ValueError, match="max_length must be at least 13"):

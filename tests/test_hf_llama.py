@@ -194,8 +194,11 @@ def test_unsupported_calls_are_refused(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\)"):
         model(ids, attention_mask=torch.ones(1, 1, 12, 12))
-    with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, got DynamicCache"), torch.no_grad():
-        model(ids, **{CACHE: DynamicCache()})
+    held = DynamicCache()
+    held.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    for cache in (held, [()]):
+        with pytest.raises(TypeError, match=f"{CACHE} must be an NSAModelCache, or .* got {type(cache).__name__}"):
+            model(ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="attn_implementation must be 'nsa', got 'eager'"):
         NSALlamaForCausalLM._from_config(NSALlamaConfig(**LLAMA, **NSA), attn_implementation="eager")
     with pytest.raises(ValueError, match="attention_dropout must be 0"):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 
 from ...cache import NSACache, NSALayerCache
 from ...cache_copy import copy_cache, reserve
@@ -19,14 +19,18 @@ _MAX_CROP = 64
 
 
 class NSAModelCacheLayer(CacheLayerMixin):
-    """One layer of an NSAModelCache, which answers for all of them: tokens come and go in all layers at once."""
+    """One layer of an NSAModelCache: what transformers sees of it, also in a DynamicCache or StaticCache (see `adopt`).
+
+    Tokens come and go in all layers at once: the first layer acts for all, the others do nothing.
+    """
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, cache: NSAModelCache):
+    def __init__(self, cache: NSAModelCache, index: int):
         self.cache = cache
+        self.index = index
         self.keys = self.values = None
 
     @property
@@ -37,6 +41,10 @@ class NSAModelCacheLayer(CacheLayerMixin):
     def is_croppable(self) -> bool:
         return self.cache.is_croppable
 
+    @property
+    def batch_size(self) -> int:
+        return self.cache.batch_size
+
     def get_seq_length(self) -> int:
         return self.cache.columns
 
@@ -46,14 +54,36 @@ class NSAModelCacheLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.columns + query_length, 0
 
+    def activate_past_recording(self) -> None:
+        if self.index == 0:
+            self.cache.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if self.index == 0:
+            self.cache.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        if self.index == 0:
+            self.cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.index == 0:
+            self.cache.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.index == 0:
+            self.cache.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.index == 0:
+            self.cache.batch_select_indices(indices)
+
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "a layer of NSAModelCache takes tokens from NSAAttention alone, stays on its device, and changes with "
-            "the whole cache: call the cache's method"
+            "a layer of NSAModelCache takes tokens from NSAAttention alone and stays on its device"
         )
 
-    update = lazy_initialization = offload = prefetch = reset = reorder_cache = crop = _refuse
-    batch_repeat_interleave = batch_select_indices = _refuse
+    update = lazy_initialization = offload = prefetch = _refuse
 
 
 class _State(NamedTuple):
@@ -85,7 +115,7 @@ class NSAModelCache(Cache):
         max_crop: int = _MAX_CROP,
         expected_length: int = 0,
     ):
-        super().__init__(layers=[NSAModelCacheLayer(self) for _ in range(config.num_hidden_layers)])
+        super().__init__(layers=[NSAModelCacheLayer(self, index) for index in range(config.num_hidden_layers)])
         self.config = config
         self.max_length = max_length
         self.max_crop = max_crop
@@ -242,3 +272,22 @@ class NSAModelCache(Cache):
         raise NotImplementedError("NSAModelCache takes tokens from NSAAttention alone")
 
     update = early_initialization = _refuse
+
+
+def adopt(cache: Any, config: Any, name: str) -> NSAModelCache:
+    """The NSAModelCache of a cache that was given as `name`: itself, or what a transformers' cache holds.
+
+    A DynamicCache or a StaticCache without tokens gets an NSAModelCache's layers in place of its own, and from then on
+    speaks for it; a StaticCache's is of its fixed length. TypeError for any other cache.
+    """
+    if isinstance(cache, NSAModelCache):
+        return cache
+    layers = cache.layers if type(cache) in (DynamicCache, StaticCache) else None
+    if layers and all(isinstance(layer, NSAModelCacheLayer) for layer in layers):
+        return layers[0].cache
+    if layers is None or cache.offloading or any(layer.is_initialized for layer in layers):
+        expected = "an NSAModelCache, or a DynamicCache or StaticCache without tokens and offloading"
+        raise TypeError(f"{name} must be {expected}, got {type(cache).__name__}")
+    adopted = NSAModelCache(config, layers[0].max_cache_len if type(cache) is StaticCache else None)
+    cache.layers, cache.layer_class_to_replicate = adopted.layers, None
+    return adopted

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache import NSAModelCache
+from .cache import NSAModelCache, adopt
 from .modeling import CACHE, NSAPreTrained
 
 
@@ -29,8 +29,9 @@ class NSAForCausalLM(NSAPreTrained):
     @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the family's model. A call that fails leaves the cache as it was."""
-        cache = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
-        state = cache.state() if isinstance(cache, NSAModelCache) else None
+        given = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = None if given is None else adopt(given, self.config, CACHE)
+        state = None if cache is None else cache.state()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
@@ -39,22 +40,24 @@ class NSAForCausalLM(NSAPreTrained):
             raise
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE)
-        if isinstance(cache, NSAModelCache):
-            cache.starts_assisted = True
+        if kwargs.get(CACHE) is not None:
+            adopt(kwargs[CACHE], self.config, CACHE).starts_assisted = True
         return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
 
     @functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the family's model."""
         cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
-        if isinstance(cache, NSAModelCache) and cache.starts_assisted:
-            # Assisted decoding would feed all of its input, also what a given cache holds already.
-            cache.starts_assisted = False
-            if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > cache.columns > 0:
-                kwargs["next_sequence_length"] = input_ids.size(1) - cache.columns
+        if cache is not None:
+            cache = adopt(cache, self.config, CACHE)
+            if cache.starts_assisted:
+                # Assisted decoding would feed all of its input, also what a given cache holds already.
+                cache.starts_assisted = False
+                if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > cache.columns > 0:
+                    kwargs["next_sequence_length"] = input_ids.size(1) - cache.columns
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") is None
-        if isinstance(cache, NSAModelCache) and cache.columns > 0 and not first:
+        if cache is not None and cache.columns > 0 and not first:
             inputs.pop("attention_mask", None)  # tokens that `generate` chose are real, and what is cached is known
         return inputs
 
@@ -66,8 +69,7 @@ class NSAForCausalLM(NSAPreTrained):
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation must be None, 'dynamic' or 'static', got {implementation!r}")
         if cache is not None:
-            if not isinstance(cache, NSAModelCache):
-                raise TypeError(f"{CACHE} must be an NSAModelCache, got {type(cache).__name__}")
+            adopt(cache, self.config, CACHE)
             if implementation is not None:
                 raise ValueError(f"cache_implementation must be None with {CACHE}, got {implementation!r}")
             cache._is_user_defined = True

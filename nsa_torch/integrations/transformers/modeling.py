@@ -15,7 +15,7 @@ from ...block_compression import BlockCompression
 from ...checkpoints import VERSION, convert_rows_0_1
 from .attention import NSASelfAttention
 from .batches import Packing, check_mask, check_tensors
-from .cache import NSAModelCache
+from .cache import NSAModelCache, adopt
 
 ATTENTION = "nsa"
 
@@ -72,10 +72,10 @@ class NSAModel(NSAPreTrained):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: NSAModelCache | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        cache: NSAModelCache | None = None,
+        cache: Cache | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -86,7 +86,7 @@ class NSAModel(NSAPreTrained):
         Raises:
             ValueError: an attention_mask that is not (B, columns of the cache and of the input), or that changes what
                 is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding.
-            TypeError: an input that is not a tensor, or another kind of cache.
+            TypeError: an input that is not a tensor, or a cache that `cache.adopt` refuses.
         """
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         tensors |= {"inputs_embeds": inputs_embeds, "cu_seq_lens_q": cu_seq_lens_q}
@@ -94,7 +94,8 @@ class NSAModel(NSAPreTrained):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        cache = self._cache_for_call(past_key_values if cache is None else cache, use_cache, cu_seq_lens_q)
+        given = past_key_values if cache is None else cache
+        cache = self._cache_for_call(given, use_cache, cu_seq_lens_q)
         batch, length = tokens.shape[:2]
         past = 0 if cache is None else cache.get_seq_length()
         mask = None
@@ -111,6 +112,7 @@ class NSAModel(NSAPreTrained):
             raise
         if cache is not None:
             cache.append(length, mask)
+            out[CACHE] = cache if given is None else given
         return out
 
     def _cache_for_call(self, cache: Cache | None, use_cache: bool | None, cu_seq_lens_q: Tensor | None) -> Any:
@@ -119,8 +121,7 @@ class NSAModel(NSAPreTrained):
             use_cache = self.config.use_cache if use_cache is None else use_cache
             packed = cu_seq_lens_q is not None
             return NSAModelCache(self.config) if use_cache and not packed and not torch.is_grad_enabled() else None
-        if not isinstance(cache, NSAModelCache):
-            raise TypeError(f"{CACHE} must be an NSAModelCache, got {type(cache).__name__}")
+        cache = adopt(cache, self.config, CACHE)
         if cu_seq_lens_q is not None:
             raise ValueError(f"cu_seq_lens_q must be None with {CACHE}: a cache continues one sequence a row")
         return cache
