@@ -156,7 +156,7 @@ def test_crop_is_exact_or_refused(model: NSALlamaForCausalLM) -> None:
     for used, start in ((cache, 56), (before, 60)):
         expected = model(torch.cat((ids[:, :start], more), 1), use_cache=False).logits[:, start:]
         torch.testing.assert_close(model(more, **{CACHE: used}).logits, expected, **close)
-    # Steps that are recorded can be taken back whole, however long.
+    # Steps that are recorded can be taken back whole.
     before.activate_past_recording()
     length = before.get_seq_length()
     for size in (5, 90, 70):

@@ -16,6 +16,8 @@ from ...cache_step import CacheStep
 from .options import head_dim
 
 _MAX_CROP = 64
+# Of longer chunks only the last _MAX_CROP tokens can be taken back: they are prompts, and rings of their size cost.
+_LONGEST_DRAFT = 512
 
 
 class NSAModelCacheLayer(CacheLayerMixin):
@@ -131,7 +133,7 @@ class NSAModelCache(Cache):
         """The cache of one layer, to which tokens of hidden_states (B, T, hidden) are about to be appended."""
         if self.nsa is None:
             self.nsa = self._new(hidden_states)
-        elif self._records_past and hidden_states.size(1) > self.nsa.max_crop and index == 0:
+        elif self._records_past and self.nsa.max_crop < hidden_states.size(1) <= _LONGEST_DRAFT and index == 0:
             self._allow_crop(hidden_states.size(1))
         return self.nsa[index]
 
@@ -198,7 +200,7 @@ class NSAModelCache(Cache):
         return self.max_crop > 0
 
     def activate_past_recording(self) -> None:
-        """From now on the tokens of every step can be taken back by the `crop` that follows it."""
+        """From now on the tokens of a step, up to 512 of them, can be taken back by the `crop` that follows it."""
         self._records_past = True
         self._allow_crop(_MAX_CROP)
 
