@@ -117,7 +117,8 @@ class Sequences:
     def keep(self, layer: int, ring: Tensor, rows: Tensor) -> None:
         """Called before `rows` (N,) of a ring are overwritten."""
         if self.keeps_log:
-            if rows.numel() < ring.size(0):
+            # A compiled step is the same for short and long chunks.
+            if torch.compiler.is_compiling() or rows.numel() < ring.size(0):
                 self.undo.append(Overwritten(layer, ring, rows, ring.index_select(0, rows)))
             else:
                 self.undo.append(Overwritten(layer, ring, None, ring.clone()))
