@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cache_step import CacheGeometry
-from .checks import check_at_least, check_divides
+from .checks import check_at_least, check_divides, check_integers
 from .layer_cache import NSALayerCache
 from .packing import count_blocks
 from .sequences import Reordering, Sequences
@@ -183,12 +183,13 @@ class NSACache:
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes the former sequence index[b], in place (beam search).
 
-        index: (B,) integers. ValueError for another shape. If it is interrupted, call it again with the same index:
-        until then every other use but `reset` raises RuntimeError.
+        index: (B,) integers. ValueError for another shape, TypeError for a list. If it is interrupted, call it again
+        with the same index: until then every other use but `reset` raises RuntimeError.
         """
-        if tuple(index.shape) != (self.batch_size,):
+        if isinstance(index, Tensor) and tuple(index.shape) != (self.batch_size,):
             got = tuple(index.shape)
             raise ValueError(f"index must be (batch_size,) = ({self.batch_size},), got {got}")
+        check_integers("index", index, (self.batch_size,))
         state, index, first = self._sequences, index.to(self.device, copy=True), 0
         buffers = [buffer for layer in self.layers for buffer in layer.buffers().values()]
         tensors = (*buffers, state.lengths, state.reach, state.asked)
@@ -206,14 +207,17 @@ class NSACache:
     def crop(self, length: int | Tensor) -> None:
         """Shorten every sequence to at most `length` tokens (an int, or (B,) integers), exactly.
 
-        The rings hold the last w and l tokens and max_crop more: taking back max_crop tokens always
-        works, and so does emptying a sequence, or cropping one that never outgrew its rings. Reads
-        the lengths back to the host.
+        The rings hold the last w and l tokens and max_crop more, counted from the longest length that a sequence
+        reached since it was last empty: of that, max_crop tokens can always be taken back, in one call or in
+        several. Emptying a sequence always works, and so does cropping one that never outgrew its rings. Reads the
+        lengths back to the host.
 
         Raises:
             ValueError: a negative length, or the rings have lost what the shorter sequence needs.
                 Nothing has changed then.
+            TypeError: a length that is no integer.
         """
+        check_integers("length", length, (), (self.batch_size,))
         state, geometry = self._sequences, self._sequences.geometry
         state.settle()
         limit = torch.as_tensor(length, device=self.device)
