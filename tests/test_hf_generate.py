@@ -111,6 +111,39 @@ def test_padded_turns_and_crops_are_the_dense_model_s(side: str) -> None:
         assert torch.equal(dense, sparse)
 
 
+@pytest.mark.parametrize("mode", ["beams", "sequences", "beam_sequences"])
+def test_a_cache_goes_on_with_more_rows(model: NSALlamaForCausalLM, mode: str) -> None:
+    ids, mask = pad(make_sequences([17, 5]), "left")
+    out = generate(model, ids, mask, return_dict_in_generate=True)
+    new = torch.stack(make_sequences([6, 6], seed=1))
+    ids, mask = torch.cat((out.sequences, new), dim=1), torch.cat((mask, mask.new_ones(2, 26)), dim=1)
+    expected = generate(model, ids, mask, use_cache=False, **MODES[mode])
+    assert torch.equal(generate(model, ids, mask, **MODES[mode], **{CACHE: out[CACHE]}), expected)
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_cache_goes_on_after_beams(model: NSALlamaForCausalLM, side: str, stops: bool) -> None:
+    ids, mask = pad(make_sequences([17, 17] if side == "none" else [17, 5]), "left")
+    options: dict[str, Any] = {"return_dict_in_generate": True}
+    given: dict[str, Any] = {}
+    for turn, (beams, returned) in enumerate([(3, 1), (4, 2), (2, 1)]):
+        options |= {"num_beams": beams, "num_return_sequences": returned, "max_new_tokens": 10}
+        if stops:  # sequences that end early leave the search, and their rows
+            options |= {"eos_token_id": [3, 12], "length_penalty": -1.0}
+        expected = generate(model, ids, mask, use_cache=False, **options)
+        out = generate(model, ids, mask, **options, **given)
+        assert torch.equal(out.sequences, expected.sequences)
+        cache = given[CACHE] = out[CACHE]
+        assert cache.get_seq_length() in (0, expected.sequences.size(1) - 1) and (stops or cache.get_seq_length() > 0)
+        if not stops:
+            assert cache.batch_size == out.sequences.size(0)
+        new = torch.stack(make_sequences([4] * out.sequences.size(0), seed=turn))
+        ids = torch.cat((out.sequences, new), dim=1)
+        mask = mask.repeat_interleave(returned, dim=0)
+        mask = torch.cat((mask, mask.new_ones(len(ids), ids.size(1) - mask.size(1))), dim=1)
+
+
 def test_only_the_new_tokens_need_to_be_given(model: NSALlamaForCausalLM) -> None:
     first, second = make_sequences([17, 9])
     cache = NSAModelCache(model.config)

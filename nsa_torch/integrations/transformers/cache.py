@@ -8,84 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from ...cache import NSACache, NSALayerCache
 from ...cache_copy import copy_cache, reserve
 from ...cache_step import CacheStep
+from .cache_layer import NSAModelCacheLayer
 from .options import head_dim
 
 _MAX_CROP = 64
 # Of longer chunks only the last _MAX_CROP tokens can be taken back: they are prompts, and rings of their size cost.
 _LONGEST_DRAFT = 512
-
-
-class NSAModelCacheLayer(CacheLayerMixin):
-    """One layer of an NSAModelCache: what transformers sees of it, also in a DynamicCache or StaticCache (see `adopt`).
-
-    Tokens come and go in all layers at once: the first layer acts for all, the others do nothing.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(self, cache: NSAModelCache, index: int):
-        self.cache = cache
-        self.index = index
-        self.keys = self.values = None
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.cache.is_initialized
-
-    @property
-    def is_croppable(self) -> bool:
-        return self.cache.is_croppable
-
-    @property
-    def batch_size(self) -> int:
-        return self.cache.batch_size
-
-    def get_seq_length(self) -> int:
-        return self.cache.columns
-
-    def get_max_length(self) -> int:
-        return -1 if self.cache.max_length is None else self.cache.max_length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns + query_length, 0
-
-    def activate_past_recording(self) -> None:
-        if self.index == 0:
-            self.cache.activate_past_recording()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.index == 0:
-            self.cache.crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        if self.index == 0:
-            self.cache.reset()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.index == 0:
-            self.cache.reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.index == 0:
-            self.cache.batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.index == 0:
-            self.cache.batch_select_indices(indices)
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(
-            "a layer of NSAModelCache takes tokens from NSAAttention alone and stays on its device"
-        )
-
-    update = lazy_initialization = offload = prefetch = _refuse
 
 
 class _State(NamedTuple):
@@ -128,6 +61,10 @@ class NSAModelCache(Cache):
         self.mask: Tensor | None = None
         self.starts_assisted = False  # whether the next input comes from the start of assisted decoding
         self._records_past = False
+        # For beam search: what it fed last, (B, columns or the newest of them), and how rows are to move before more.
+        self.searching = False
+        self.fed: Tensor | None = None
+        self._order: Tensor | None = None
 
     def layer(self, index: int, hidden_states: Tensor) -> NSALayerCache:
         """The cache of one layer, to which tokens of hidden_states (B, T, hidden) are about to be appended."""
@@ -179,6 +116,7 @@ class NSAModelCache(Cache):
 
     def state(self) -> _State:
         """For `restore`."""
+        self._apply_order()
         return _State(self.nsa, None if self.nsa is None else self.nsa._sequences.step, self.columns, self.mask)
 
     def restore(self, state: _State) -> None:
@@ -250,10 +188,42 @@ class NSAModelCache(Cache):
             self.nsa.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.nsa is not None:
-            self.nsa.reorder(beam_idx)
-        if self.mask is not None:
-            self.mask = self.mask.index_select(0, beam_idx.to(self.mask.device))
+        # The last time that beam search reorders, it is for a step that does not come: `keep_sequences` does without.
+        self._order = beam_idx if self._order is None else self._order.index_select(0, beam_idx)
+        if not self.searching:
+            self._apply_order()
+
+    def _apply_order(self) -> None:
+        order = self._order
+        if order is not None and self.nsa is not None:
+            self.nsa.reorder(order)
+            if self.mask is not None:
+                self.mask = self.mask.index_select(0, order.to(self.mask.device))
+        self._order = None
+
+    def stop_search(self) -> None:
+        """A beam search failed: rows are where it moved them last."""
+        self.searching, self.fed = False, None
+        self._apply_order()
+
+    def keep_sequences(self, sequences: Tensor, batch: int) -> None:
+        """Keep the rows of these sequences (batch * R, T), that a beam search over more rows returned.
+
+        A sequence that ended before the search did has left no row: then the cache is emptied, to be filled anew.
+        """
+        self.searching, self._order = False, None
+        if (fed := self.fed) is None or self.nsa is None:
+            return
+        length = fed.size(1)
+        rows = fed.view(batch, 1, -1, length)
+        wanted = F.pad(sequences, (0, max(length - sequences.size(1), 0)), value=-1)[:, :length]
+        same = (rows == wanted.to(fed.device).view(batch, -1, 1, length)).all(dim=-1)
+        if bool(same.any(dim=-1).all()):
+            first = torch.arange(batch, device=fed.device).unsqueeze(1) * same.size(2)
+            self.batch_select_indices((same.int().argmax(dim=-1) + first).flatten().to(self.nsa.device))
+        else:
+            self.nsa, self.columns, self.mask = None, 0, None
+        self.fed = None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every sequence `repeats` times, one after the other."""

@@ -44,12 +44,34 @@ class NSAForCausalLM(NSAPreTrained):
             adopt(kwargs[CACHE], self.config, CACHE).starts_assisted = True
         return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
 
+    def _beam_search(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        given = kwargs.get(CACHE)
+        returned = generation_config.return_dict_in_generate or hasattr(given, "_is_user_defined")
+        cache = adopt(given, self.config, CACHE) if given is not None and returned else None
+        if cache is not None:
+            cache.searching = True
+        try:
+            searched = super()._beam_search(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+            )
+        except BaseException:
+            if cache is not None:
+                cache.stop_search()
+            raise
+        if cache is not None:
+            sequences = searched if isinstance(searched, Tensor) else searched.sequences
+            cache.keep_sequences(sequences, input_ids.size(0) // generation_config.num_beams)
+        return searched
+
     @functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the family's model."""
         cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
         if cache is not None:
             cache = adopt(cache, self.config, CACHE)
+            cache.fed = input_ids if cache.searching else None
             if cache.starts_assisted:
                 # Assisted decoding would feed all of its input, also what a given cache holds already.
                 cache.starts_assisted = False
@@ -64,15 +86,21 @@ class NSAForCausalLM(NSAPreTrained):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
-        """Make a cache for `generate`, unless one was given. "static" makes one of fixed length."""
+        """Make a cache for `generate`, unless one was given. "static" makes one of fixed length.
+
+        A given one of the batch's rows gets as many as there are beams, or sequences to return, for each.
+        """
         cache, implementation = model_kwargs.get(CACHE), generation_config.cache_implementation
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation must be None, 'dynamic' or 'static', got {implementation!r}")
         if cache is not None:
-            adopt(cache, self.config, CACHE)
+            held = adopt(cache, self.config, CACHE)
             if implementation is not None:
                 raise ValueError(f"cache_implementation must be None with {CACHE}, got {implementation!r}")
             cache._is_user_defined = True
+            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if repeats > 1 and held.batch_size == batch_size:
+                held.batch_repeat_interleave(repeats)
             return
         if not generation_config.use_cache:
             return
