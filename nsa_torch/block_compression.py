@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .checks import check_at_least, check_divides
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 COMPRESSIONS = ("mlp", "linear", "mean")
 
@@ -66,6 +71,8 @@ class BlockCompression(nn.Module):
         self.block_size = block_size
         self.block_stride = block_stride
         self.compression = compression
+        self.per_head = num_heads is not None
+        self.tensor_parallel: DeviceMesh | None = None  # the ranks that the KV heads are cut over
         shapes: dict[str, tuple[int, ...]] = {}
         if compression != "mean":
             width = hidden if compression == "mlp" else dim
@@ -111,13 +118,14 @@ class BlockCompression(nn.Module):
 
         The rows of packed blocks are as `nsa_torch.compress` describes them.
         """
+        weights: tuple[Tensor | None, ...] = (self.pe, self.w1, self.b1, self.w2, self.b2)
+        if self.tensor_parallel is not None:
+            from .distributed import local_weight
+
+            weights = tuple(map(local_weight, weights))
         return ops.compress(
             x,
-            self.pe,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
+            *weights,
             block_size=self.block_size,
             block_stride=self.block_stride,
             cu_seqlens_k=cu_seqlens,

@@ -99,7 +99,7 @@ def test_wheel_has_the_library_the_header_and_the_cmake_package(wheel: Path) -> 
         "nsa_torch/py.typed",
         "nsa_torch/include/nsa.h",
         "nsa_torch/share/cmake/nsa_torch/nsa_torchConfig.cmake",
-        *(f"nsa_torch/{path.name}" for path in (ROOT / "nsa_torch").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "nsa_torch").rglob("*.py")),
     }
     assert expected <= names
     assert len([name for name in names if re.fullmatch(r"nsa_torch/_C\..*so", name)]) == 1
