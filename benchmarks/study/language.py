@@ -1,8 +1,8 @@
 """Language modelling of bytes, and retrieval: a key and its value hidden in real text, asked for at its end.
 
 `Language` predicts every byte; it is scored in bits per byte, by position, on packages that were not trained on.
-`Needle` puts a line "The code of KEY is VALUE." into a text at any depth, and ends with "The code of KEY is ": the digits
-of VALUE must follow.
+`Needle` puts a line "The code of KEY is VALUE." into a text at any depth, and ends with "The code of KEY is ": the
+digits of VALUE must follow.
 """
 
 from __future__ import annotations

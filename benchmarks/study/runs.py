@@ -26,7 +26,7 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS = 64_000_000
 SMALL_TOKENS = 120_000
@@ -55,7 +55,7 @@ def make_task(name: str) -> Task:
 
 def sweep(task: str, models: tuple[str, ...], tokens: int) -> list[Run]:
     """Every model at every rate, first seed."""
-    return [Run(task, model, lr, SEEDS[0], tokens) for model in models for lr in RATES]
+    return [Run(task, model, lr, SEEDS[0], tokens) for lr in RATES for model in models]
 
 
 PLANS: dict[str, list[Run]] = {
