@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ import nsa_torch
 from study import block_lists, layers, models, reformer
 from study.layers import Shape
 from study.nsa_layers import ClosedGates, nsa_layer, random_blocks
-from study.runs import PLANS, make_task
+from study.runs import PLANS, RATES, RECALL_TOKENS, make_task
+from study.training import Run, write_json
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16)
 ODD_LENGTHS = (1, 31, 64, 65, 200)
@@ -186,8 +188,26 @@ def test_unknown_names_are_refused() -> None:
     assert isinstance(nsa_layer(SHAPE), nsa_torch.NSAAttention)
 
 
-def test_runs_of_a_plan_have_names_of_their_own() -> None:
-    for runs in PLANS.values():
+def test_runs_of_a_plan_have_names_of_their_own(tmp_path: Path) -> None:
+    for plan in PLANS.values():
+        runs = plan(tmp_path)
         assert len({run.name for run in runs}) == len(set(runs))
         for run in runs:
             assert run.model in models.ATTENTION and make_task(run.task).sizes.stages
+
+
+def test_seeds_and_equal_time_follow_from_the_sweep(tmp_path: Path) -> None:
+    for lr, right in zip(RATES, (0.2, 0.9, 0.4), strict=True):
+        run = Run("recall", "nsa", lr, 0, RECALL_TOKENS)
+        scores = {"accuracy": {"128": {"32": right}}}
+        write_json(tmp_path / f"{run.name}.json", {"run": asdict(run), "status": "done", "scores": scores})
+    assert PLANS["recall-seeds"](tmp_path) == [Run("recall", "nsa", RATES[1], seed, RECALL_TOKENS) for seed in (1, 2)]
+    assert PLANS["recall-time"](tmp_path) == []
+    lengths = [stage.length for stage in make_task("recall").sizes.stages]
+    cost = {"full": 1.0, "nsa": 2.0}
+    rows = [{"model": name, "length": n, "seconds_per_million": s} for name, s in cost.items() for n in lengths]
+    write_json(tmp_path / "_steps_recall.json", {"rows": rows})
+    runs = PLANS["recall-time"](tmp_path)
+    assert [(run.model, run.lr, run.seed, run.tokens) for run in runs] == [
+        ("nsa", RATES[1], seed, RECALL_TOKENS // 2) for seed in (0, 1, 2)
+    ]

@@ -149,7 +149,7 @@ def test_stages_follow_their_shares_and_the_rate_rises_and_falls() -> None:
     assert rate(1) == pytest.approx(training.LAST)
 
 
-@pytest.mark.parametrize("name", [run.model for run in PLANS["small"]])
+@pytest.mark.parametrize("name", [run.model for run in PLANS["small"](Path())])
 def test_every_model_learns_something(name: str, tmp_path: Path) -> None:
     result = execute(
         Run("recall-small", name, 3e-3, 0, tokens=24576), make_task("recall-small"), CPU, tmp_path / "c.pt"
@@ -180,7 +180,7 @@ def test_what_exists_is_skipped_and_what_fails_is_told(tmp_path: Path) -> None:
     statuses = runner.make_runs(runs, tmp_path, device="cpu", quiet=True)
     assert statuses == {runs[0].name: "done", runs[1].name: "diverged", runs[2].name: "failed"}
     assert runner.make_runs(runs, tmp_path, device="cpu", quiet=True) == {}
-    results = {result["name"]: result for result in runner.read_results(tmp_path)}
+    results = {result["name"]: result for result in training.read_results(tmp_path)}
     assert "task must be one of" in results[runs[2].name]["reason"]
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
 
@@ -200,7 +200,20 @@ def test_command_line(tmp_path: Path) -> None:
     assert result["command"] == RUN.command and result["run"]["tokens"] == 8192
     planned = [sys.executable, "-m", "study", "plan", "small", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(planned, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
-    assert f"{len(PLANS['small'])} to make" in done.stdout
+    assert f"{len(PLANS['small'](tmp_path))} to make" in done.stdout
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["full+conv", "nsa+conv", "bigbird", "nsa-no-window"])
+def test_recorded_steps_train_as_eager_ones_do(name: str, tmp_path: Path) -> None:
+    cuda, run, notes = torch.device("cuda"), Run("recall-small", name, 3e-3, 0, tokens=81920), []
+    for graphs in (True, False):
+        trainer = Trainer(run, make_task("recall-small"), cuda, tmp_path / "c.pt", graphs=graphs)
+        assert trainer.train(lambda progress: None, math.inf)
+        assert trainer.make_step.not_recorded == ""
+        notes.append([note["loss"] for note in trainer.notes])
+    assert notes[0] == pytest.approx(notes[1], rel=0.05)
+    assert notes[0][-1] < notes[0][0]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

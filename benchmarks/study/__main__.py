@@ -13,10 +13,10 @@ import torch
 
 from . import texts
 from .models import ATTENTION
-from .runner import make_runs, read_results, result_path, unmade
+from .runner import make_runs, result_path, unmade
 from .runs import PLANS, TASKS, make_task
 from .step_times import measure_steps
-from .training import Run, write_json
+from .training import Run, read_results, write_json
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +85,7 @@ def _one(options: argparse.Namespace) -> list[Run]:
 
 
 def _planned(options: argparse.Namespace) -> list[Run]:
-    runs = list(dict.fromkeys(run for name in options.plans for run in PLANS[name]))
+    runs = list(dict.fromkeys(run for name in options.plans for run in PLANS[name](options.out)))
     if options.retry:
         for result in read_results(options.out):
             if result["status"] == "failed":

@@ -39,7 +39,7 @@ class Recall:
     num_noise: int = 64
     spacing: int = 32  # trained on: a pair for so many tokens
     shape: Shape = SHAPE
-    tokens_per_step: int = 32768
+    tokens_per_step: int = 16384
     mlp_width: int = 512
     evaluated_tokens: int = 131072  # for each length and spacing
 

@@ -5,7 +5,6 @@ A run that raises is written down as failed, with its error, and so are runs who
 
 from __future__ import annotations
 
-import json
 import math
 import multiprocessing
 import os
@@ -140,8 +139,3 @@ def _watch(
             return
         bar.n = min(bar.total, round(finished + sum(progress.values()), 2))
         bar.refresh()
-
-
-def read_results(out: Path) -> list[dict[str, Any]]:
-    """All results of a folder, by name."""
-    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if not path.name.startswith("_")]

@@ -1,19 +1,22 @@
-"""Which runs there are: every task by its name, and plans, each a list of runs that answers one question."""
+"""Which runs there are: every task by its name, and plans, each of which answers one question."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from .language import Language, Needle
 from .layers import Shape
 from .recall import Recall
 from .tasks import Task
-from .training import Run
+from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 FIRST_FIVE = ("full", "full+conv", "nsa", "nsa+conv", "window")
-LISTED = ("longformer", "bigbird", "reformer")
+LISTED = ("longformer", "bigbird")
 ABLATIONS = (
     "nsa-no-compressed",
     "nsa-no-selected",
@@ -28,8 +31,10 @@ ABLATIONS = (
 )
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
-RECALL_TOKENS = 64_000_000
+RECALL_TOKENS = 32_000_000
 SMALL_TOKENS = 120_000
+
+Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
 
 TASKS: dict[str, Callable[[], Task]] = {
     "recall": Recall,
@@ -53,12 +58,87 @@ def make_task(name: str) -> Task:
     return TASKS[name]()
 
 
-def sweep(task: str, models: tuple[str, ...], tokens: int) -> list[Run]:
+def sweep(task: str, models: tuple[str, ...], tokens: int) -> Plan:
     """Every model at every rate, first seed."""
-    return [Run(task, model, lr, SEEDS[0], tokens) for lr in RATES for model in models]
+    return lambda out: [Run(task, model, lr, SEEDS[0], tokens) for lr in RATES for model in models]
 
 
-PLANS: dict[str, list[Run]] = {
-    "small": [Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*FIRST_FIVE, *LISTED)],
+def seeds(task: str, models: tuple[str, ...], tokens: int) -> Plan:
+    """Every model at the best rate of its sweep, with the other seeds."""
+
+    def plan(out: Path) -> list[Run]:
+        rates = best_rates(read_results(out), task, tokens)
+        return [
+            Run(task, model, rates[model], seed, tokens) for seed in SEEDS[1:] for model in models if model in rates
+        ]
+
+    return plan
+
+
+def equal_time(task: str, pairs: dict[str, str], tokens: int) -> Plan:
+    """Each model with the tokens that it can take in the time that its peer takes for `tokens`, both alone.
+
+    Times are those of `python -m study steps`, so that runs may be made side by side, on any machine.
+    """
+
+    def plan(out: Path) -> list[Run]:
+        results = read_results(out)
+        rates, cost = best_rates(results, task, tokens), seconds_per_million(out, task)
+        runs = []
+        for model, peer in pairs.items():
+            if model in rates and {model, peer} <= set(cost):
+                fitting = round(tokens * cost[peer] / cost[model], -5)
+                runs += [Run(task, model, rates[model], seed, int(fitting)) for seed in SEEDS]
+        return runs
+
+    return plan
+
+
+def score(result: dict[str, Any]) -> float:
+    """What rates are chosen by: mean accuracy over lengths and numbers of pairs; the fewest bits; codes found."""
+    scores = result["scores"]
+    if "accuracy" in scores:
+        cells = [cell for row in scores["accuracy"].values() for cell in row.values()]
+    elif "language" in scores:
+        cells = [-row["bits_per_byte"] for row in scores["language"].values()]
+    else:
+        cells = [cell for row in scores["needle"]["digits"].values() for cell in row]
+    return sum(cells) / len(cells)
+
+
+def best_rates(results: list[dict[str, Any]], task: str, tokens: int) -> dict[str, float]:
+    """For each model whose sweep is complete its best rate; a run that failed is no candidate."""
+    found: dict[str, dict[float, float]] = {}
+    for result in results:
+        run = result["run"]
+        if (run["task"], run["tokens"], run["seed"]) == (task, tokens, SEEDS[0]) and run["lr"] in RATES:
+            value = score(result) if result["status"] != "failed" else float("-inf")
+            found.setdefault(run["model"], {})[run["lr"]] = value
+    return {model: max(row, key=row.__getitem__) for model, row in found.items() if len(row) == len(RATES)}
+
+
+def seconds_per_million(out: Path, task: str) -> dict[str, float]:
+    """Of each model measured by `python -m study steps`, over the curriculum's shares of tokens."""
+    path = out / f"_steps_{task}.json"
+    if not path.exists():
+        return {}
+    stages = make_task(task).sizes.stages
+    share = {stage.length: stage.share / sum(s.share for s in stages) for stage in stages}
+    cost: dict[str, float] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        cost[row["model"]] = cost.get(row["model"], 0.0) + share[row["length"]] * row["seconds_per_million"]
+    return cost
+
+
+PLANS: dict[str, Plan] = {
+    "small": lambda out: [
+        Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*FIRST_FIVE, *LISTED, "reformer")
+    ],
     "recall-sweep": sweep("recall", FIRST_FIVE, RECALL_TOKENS),
+    "recall-seeds": seeds("recall", FIRST_FIVE, RECALL_TOKENS),
+    "recall-time": equal_time("recall", {"nsa": "full", "nsa+conv": "full+conv", "window": "full"}, RECALL_TOKENS),
+    "recall-listed-sweep": sweep("recall", LISTED, RECALL_TOKENS),
+    "recall-listed-seeds": seeds("recall", LISTED, RECALL_TOKENS),
+    "mqar-sweep": sweep("mqar", FIRST_FIVE, RECALL_TOKENS),
+    "mqar-seeds": seeds("mqar", FIRST_FIVE, RECALL_TOKENS),
 }

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from .models import Decoder, make_model
-from .tasks import TRAINING, Task, generator, logits_of, stage_at
+from .steps import Step
+from .tasks import TRAINING, Task, generator, stage_at
 
 MAX_SECONDS = 480.0  # of training; a run that needs more is recorded as stopped
 CHECKPOINT_SECONDS = 30.0
@@ -71,19 +71,13 @@ def rate(progress: float) -> float:
 class Trainer:
     """The state of a run; `checkpoint` holds all of it."""
 
-    def __init__(self, run: Run, task: Task, device: torch.device, checkpoint: Path) -> None:
+    def __init__(self, run: Run, task: Task, device: torch.device, checkpoint: Path, *, graphs: bool = True) -> None:
         self.run, self.task, self.device, self.checkpoint = run, task, device, checkpoint
         torch.manual_seed(run.seed)
         sizes = task.sizes
         model, self.sizes = make_model(run.model, sizes.vocabulary, sizes.shape, sizes.mlp_width)
         self.model: Decoder = model.to(device)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=run.lr,
-            betas=(0.9, 0.95),
-            weight_decay=sizes.weight_decay,
-            fused=device.type == "cuda",
-        )
+        self.make_step = Step(self.model, device, weight_decay=sizes.weight_decay, graphs=graphs)
         self.step, self.tokens, self.seconds, self.resumed, self.peak = 0, 0, 0.0, 0, 0
         self.notes: list[dict[str, float]] = []
         self.stages: dict[str, dict[str, float]] = {}
@@ -95,7 +89,7 @@ class Trainer:
         if state["run"] != asdict(self.run):
             raise ValueError(f"{self.checkpoint} is of another run: {state['run']}")
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.make_step.optimizer.load_state_dict(state["optimizer"])
         for name in ("step", "tokens", "seconds", "notes", "stages", "peak"):
             setattr(self, name, state[name])
         self.resumed = state["resumed"] + 1
@@ -106,7 +100,7 @@ class Trainer:
         names = ("step", "tokens", "seconds", "notes", "stages", "resumed")
         state = {name: getattr(self, name) for name in names}
         state |= {"run": asdict(self.run), "model": self.model.state_dict(), "peak": self.peak_bytes()}
-        state |= {"optimizer": self.optimizer.state_dict()}
+        state |= {"optimizer": self.make_step.optimizer.state_dict()}
         part = self.checkpoint.with_suffix(f".{os.getpid()}.part")
         torch.save(state, part)
         part.replace(self.checkpoint)
@@ -126,18 +120,13 @@ class Trainer:
 
     def one_step(self, length: int) -> torch.Tensor:
         """The loss before the step, still on the device."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.run.lr * rate(self.progress)
+        self.make_step.set_rate(self.run.lr * rate(self.progress))
         sequences = max(1, self.task.sizes.tokens_per_step // length)
         batch = self.task.batch(length, sequences, generator(self.device, TRAINING, self.run.seed, self.step))
-        loss = F.cross_entropy(logits_of(self.model, batch).flatten(0, 1), batch.targets.flatten())
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        loss = self.make_step(batch)
         self.step += 1
         self.tokens += batch.tokens.numel()
-        return loss.detach()
+        return loss
 
     def some_steps(self) -> None:
         """Steps of one length, whose time ends when the device has done them."""
@@ -225,6 +214,7 @@ def execute(
         "status": status,
         "reason": reason,
         "scores": scores,
+        "sizes": asdict(task.sizes),
         "parameters": trainer.sizes.parameters,
         "mlp_width": trainer.sizes.width,
         "steps": trainer.step,
@@ -234,6 +224,7 @@ def execute(
         "peak_bytes": peak,
         "side_by_side": side_by_side,
         "resumed": trainer.resumed,
+        "not_recorded": trainer.make_step.not_recorded,
         "stages": trainer.stages,
         "curve": trainer.notes,
     }
@@ -246,3 +237,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(path)
+
+
+def read_results(out: Path) -> list[dict[str, Any]]:
+    """All results of a folder, by name."""
+    return [json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if not path.name.startswith("_")]
