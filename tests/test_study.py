@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nsa_torch
+from nsa_torch import rope
 from study import block_lists, layers, models, reformer
 from study.layers import Shape
 from study.nsa_layers import ClosedGates, nsa_layer, random_blocks
@@ -144,6 +145,40 @@ def test_shut_branches_have_no_weight(shut: tuple[str, ...]) -> None:
     assert (gates == 0).all((0, 1, 2)).tolist() == [name in shut for name in ("compressed", "selected", "window")]
     layer(x).square().sum().backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+def test_dropped_branches_leave_some_sequences_the_compressed_one() -> None:
+    layer = nsa_layer(SHAPE, dropped=0.5).double()
+    x = rand(64, 40, SHAPE.hidden)
+    assert (layer.eval().choices(x).gates > 0).all()
+    torch.manual_seed(0)
+    gates = layer.train().choices(x).gates
+    alone = (gates[..., 1:] == 0).all((1, 2, 3))
+    assert 16 < alone.sum() < 48
+    assert ((gates > 0).all((1, 2, 3)) | alone).all() and (gates[..., 0] > 0).all()
+    with pytest.raises(ValueError, match="share"):
+        nsa_layer(SHAPE, dropped=1.5)
+
+
+def test_shared_keys_choose_by_means_of_the_selected_branchs_keys() -> None:
+    options = {
+        "compression": "mean",
+        "block_size": 8,
+        "block_stride": 8,
+        "select_size": 8,
+        "num_selected": 4,
+        "window": 8,
+    }
+    layer = nsa_layer(SHAPE, choice="shared", num_initial=0, num_local=1, **options).double()
+    x = rand(2, 72, SHAPE.hidden)
+    inputs, _ = layer._inputs(x, None, None, None)
+    tables = rope.rotary_tables(torch.arange(72), SHAPE.head_dim, SHAPE.rope_theta, x.dtype)
+    cos, sin = rope.for_heads(tables)
+    unrotated = nsa_torch.rotate(inputs.k_slc, cos, sin, transposed=True)
+    expected = unrotated.unflatten(1, (9, 8)).mean(2)
+    ends = torch.arange(9) * 8 + 7
+    expected = nsa_torch.rotate(expected, cos[ends], sin[ends])
+    torch.testing.assert_close(inputs.k_cmp, expected)
 
 
 def test_random_blocks_are_lists_as_nsa_makes_them() -> None:

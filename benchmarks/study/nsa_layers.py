@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import nsa_torch
+from nsa_torch import rope
 
 from .layers import ConvolvedLinear, Shape
 
@@ -30,6 +31,43 @@ class ClosedGates(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         logits = self.linear(x).unflatten(-1, (-1, len(BRANCHES)))
         return logits.masked_fill(self.closed, float("-inf")).flatten(-2)
+
+
+class DroppedBranches(nn.Module):
+    """The gates' projection that in training leaves some sequences the compressed branch alone.
+
+    The choice of blocks has no gradient: its scores are learned only as far as the compressed branch is of use. Where
+    the other branches do all the work, as they can on texts that n blocks cover, nothing teaches it.
+    """
+
+    def __init__(self, linear: nn.Linear, share: float) -> None:
+        super().__init__()
+        if not 0 <= share < 1:
+            raise ValueError(f"share of the sequences must be in [0, 1), got {share}")
+        self.linear, self.share = linear, share
+        self.register_buffer("others", torch.tensor([name != "compressed" for name in BRANCHES]), persistent=False)
+
+    def reset_parameters(self) -> None:
+        self.linear.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear(x)
+        if not self.training:
+            return logits
+        alone = torch.rand(x.size(0), 1, 1, 1, device=x.device) < self.share
+        logits = logits.unflatten(-1, (-1, len(BRANCHES)))
+        return logits.masked_fill(alone & self.others, float("-inf")).flatten(-2)
+
+
+class SharedKeys(nsa_torch.NSAAttention):
+    """NSA that compresses the selected branch's keys: what that branch learns about them also serves the choice."""
+
+    def _project(self, x: Tensor, tables: rope.Tables | None) -> Any:
+        inputs = super()._project(x, tables)
+        if tables is None:
+            return inputs._replace(k_cmp=inputs.k_slc)
+        cos, sin = rope.for_heads(tables)
+        return inputs._replace(k_cmp=nsa_torch.rotate(inputs.k_slc, cos, sin, transposed=True))
 
 
 def random_blocks(tokens: int, kv_heads: int, layer: nsa_torch.NSAAttention, device: torch.device) -> Tensor:
@@ -60,8 +98,17 @@ class RandomChoice(nsa_torch.NSAAttention):
         return self.o_proj(out.flatten(-2))
 
 
+CHOICES = {"scores": nsa_torch.NSAAttention, "shared": SharedKeys, "random": RandomChoice}
+
+
 def nsa_layer(
-    shape: Shape, *, conv: bool = False, without: tuple[str, ...] = (), choice: str = "scores", **options: Any
+    shape: Shape,
+    *,
+    conv: bool = False,
+    without: tuple[str, ...] = (),
+    dropped: float = 0.0,
+    choice: str = "scores",
+    **options: Any,
 ) -> nsa_torch.NSAAttention:
     """NSAAttention of these sizes.
 
@@ -69,17 +116,19 @@ def nsa_layer(
         shape: the comparison's sizes.
         conv: a CausalConv on all branches' keys and values, before rotation and compression.
         without: branches to shut.
-        choice: "scores", as the paper has it, or "random".
+        dropped: share of the sequences that in training have the compressed branch alone.
+        choice: by "scores", as the paper has it, by scores of "shared" keys, or at "random".
         options: of NSAAttention.
     """
-    if choice not in ("scores", "random"):
-        raise ValueError(f"choice must be 'scores' or 'random', got {choice!r}")
-    kind = RandomChoice if choice == "random" else nsa_torch.NSAAttention
-    layer = kind(
+    if choice not in CHOICES:
+        raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
+    layer = CHOICES[choice](
         shape.hidden, shape.heads, shape.kv_heads, head_dim=shape.head_dim, rope_theta=shape.rope_theta, **options
     )
     if conv:
         layer.k_proj, layer.v_proj = ConvolvedLinear(layer.k_proj), ConvolvedLinear(layer.v_proj)
+    if dropped:
+        layer.gate_proj = DroppedBranches(layer.gate_proj, dropped)
     if without:
         layer.gate_proj = ClosedGates(layer.gate_proj, without)
     return layer

@@ -38,6 +38,7 @@ Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follo
 
 TASKS: dict[str, Callable[[], Task]] = {
     "recall": Recall,
+    "recall-long": lambda: Recall(lengths=(2048, 4096, 8192)),
     "mqar": lambda: Recall(kind="mqar"),
     "language": Language,
     "language-code": lambda: Language(split="code"),
@@ -130,6 +131,11 @@ def seconds_per_million(out: Path, task: str) -> dict[str, float]:
     return cost
 
 
+def first(task: str, models: tuple[str, ...], tokens: int, lr: float = 1e-3) -> Plan:
+    """One run of each model, to see where to look."""
+    return lambda out: [Run(task, model, lr, SEEDS[0], tokens) for model in models]
+
+
 PLANS: dict[str, Plan] = {
     "small": lambda out: [
         Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*FIRST_FIVE, *LISTED, "reformer")
@@ -139,6 +145,8 @@ PLANS: dict[str, Plan] = {
     "recall-time": equal_time("recall", {"nsa": "full", "nsa+conv": "full+conv", "window": "full"}, RECALL_TOKENS),
     "recall-listed-sweep": sweep("recall", LISTED, RECALL_TOKENS),
     "recall-listed-seeds": seeds("recall", LISTED, RECALL_TOKENS),
+    "recall-choice": first("recall", ("nsa-shared+conv", "nsa-dropped+conv", "nsa-random+conv"), RECALL_TOKENS),
+    "recall-long": first("recall-long", ("full+conv", "nsa+conv"), RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", FIRST_FIVE, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", FIRST_FIVE, RECALL_TOKENS),
 }
