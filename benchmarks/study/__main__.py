@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import texts
+from . import report, texts
 from .models import ATTENTION
 from .runner import make_runs, result_path, unmade
 from .runs import PLANS, TASKS, make_task
@@ -45,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--tokens", type=int, default=0)
     one.add_argument("--seconds", type=float, default=0.0)
+    add("report", "fill docs/study.md and its pictures from the results")
     commands.add_parser("texts", help="prepare the real texts: apt-get download, dpkg -x, strip; into runs/texts")
     steps = add("steps", "time training steps of a task, each model alone, at each length")
     steps.add_argument("--task", default="recall", choices=tuple(TASKS))
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "texts":
         print(json.dumps(texts.prepare(), indent=1))
+        return 0
+    if options.command == "report":
+        report.write(options.out)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         print("study: error: --device cuda, but torch sees no GPU", file=sys.stderr)
