@@ -201,6 +201,7 @@ def test_command_line(tmp_path: Path) -> None:
     planned = [sys.executable, "-m", "study", "plan", "small", "--dry-run", "--out", str(tmp_path)]
     done = subprocess.run(planned, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
     assert f"{len(PLANS['small'](tmp_path))} to make" in done.stdout
+    assert "exists   " not in done.stdout
 
 
 @pytest.mark.cuda
@@ -221,4 +222,5 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     result: dict[str, Any] = json.loads(path.read_text())
     assert result["name"] == path.stem == Run(**result["run"]).name
     assert result["status"] in ("done", "diverged", "stopped", "failed")
-    assert result["commit"] != "unknown" and result["command"] == Run(**result["run"]).command
+    assert "unknown" not in result["commit"] and "changed" not in result["commit"]
+    assert result["command"] == Run(**result["run"]).command

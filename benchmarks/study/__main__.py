@@ -13,8 +13,8 @@ import torch
 
 from . import report, texts
 from .models import ATTENTION
-from .runner import make_runs, result_path, unmade
-from .runs import PLANS, TASKS, make_task
+from .runner import make_runs, unmade
+from .runs import FIRST_FIVE, LISTED, PLANS, TASKS, make_task, predicted_seconds
 from .step_times import measure_steps
 from .training import Run, read_results, write_json
 
@@ -33,7 +33,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         return command
 
     plan = add("plan", "make the runs of plans that do not exist yet")
-    plan.add_argument("plans", nargs="+", choices=tuple(PLANS), metavar="PLAN", help=", ".join(PLANS))
+    plan.add_argument(
+        "plans", nargs="+", choices=(*PLANS, "all"), metavar="PLAN", help=f"all, or of {', '.join(PLANS)}"
+    )
     plan.add_argument("--jobs", type=int, default=1, help="runs side by side")
     plan.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
     plan.add_argument("--retry", action="store_true", help="make failed runs again")
@@ -49,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser("texts", help="prepare the real texts: apt-get download, dpkg -x, strip; into runs/texts")
     steps = add("steps", "time training steps of a task, each model alone, at each length")
     steps.add_argument("--task", default="recall", choices=tuple(TASKS))
-    steps.add_argument("--models", nargs="+", default=["full", "nsa"], choices=tuple(ATTENTION), metavar="MODEL")
+    steps.add_argument("--models", nargs="+", default=[*FIRST_FIVE, *LISTED], choices=tuple(ATTENTION), metavar="MODEL")
     return parser.parse_args(arguments)
 
 
@@ -70,36 +72,45 @@ def main(arguments: list[str] | None = None) -> int:
         write_json(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
         return 0
     try:
-        runs = _one(options) if options.command == "one" else _planned(options)
+        return _one(options) if options.command == "one" else _plans(options)
     except ValueError as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2
-    if options.command == "plan" and options.dry_run:
-        return 0
-    started = time.monotonic()
-    limits = {"jobs": options.jobs, "seconds": options.seconds} if options.command == "plan" else {}
-    statuses = make_runs(runs, options.out, device=options.device, **limits)
-    counts = {status: list(statuses.values()).count(status) for status in sorted(set(statuses.values()))}
-    print(f"{counts} in {time.monotonic() - started:.0f} s; results are in {options.out}")
-    return int("failed" in counts)
 
 
-def _one(options: argparse.Namespace) -> list[Run]:
-    return [Run(options.task, options.model, options.lr, options.seed, options.tokens, options.seconds)]
+def _one(options: argparse.Namespace) -> int:
+    run = Run(options.task, options.model, options.lr, options.seed, options.tokens, options.seconds)
+    return _say(make_runs([run], options.out, device=options.device), options.out)
 
 
-def _planned(options: argparse.Namespace) -> list[Run]:
-    runs = list(dict.fromkeys(run for name in options.plans for run in PLANS[name](options.out)))
+def _plans(options: argparse.Namespace) -> int:
+    """One plan after the other, since some follow from the results of those before."""
     if options.retry:
         for result in read_results(options.out):
             if result["status"] == "failed":
                 (options.out / f"{result['name']}.json").unlink()
-    todo = unmade(runs, options.out)
-    print(f"{len(runs)} runs, {len(todo)} to make: {sum(run.tokens for run in todo) / 1e6:g} million tokens", end="")
-    print(f" and {sum(run.seconds for run in todo):g} s")
-    for run in runs:
-        print(f"  {'to make' if run in todo else 'exists '}  {result_path(options.out, run).name}")
-    return runs
+    names = [name for name in PLANS if name != "small"] if "all" in options.plans else options.plans
+    end, failed = time.monotonic() + options.seconds, 0
+    for name in names:
+        runs = PLANS[name](options.out)
+        todo = unmade(runs, options.out)
+        seconds = predicted_seconds(options.out, todo)
+        time_needed = "" if seconds is None else f", about {seconds:.0f} s of the GPU"
+        print(f"{name}: {len(runs)} runs, {len(todo)} to make{time_needed}", flush=True)
+        if options.dry_run:
+            print("".join(f"  {'to make' if run in todo else 'exists '}  {run.name}\n" for run in runs), end="")
+        elif todo:
+            left = end - time.monotonic()
+            statuses = make_runs(runs, options.out, device=options.device, jobs=options.jobs, seconds=left)
+            failed |= _say(statuses, options.out)
+    return failed
+
+
+def _say(statuses: dict[str, str], out: Path) -> int:
+    """Print how many runs ended how; 1 if one failed."""
+    counts = {status: list(statuses.values()).count(status) for status in sorted(set(statuses.values()))}
+    print(f"{counts}; results are in {out}", flush=True)
+    return int("failed" in counts)
 
 
 if __name__ == "__main__":

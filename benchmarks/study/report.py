@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runs import PLANS, RECALL_TOKENS, best_rates, seconds_per_million
+from .runs import PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
 from .training import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def fill(page: str, name: str, text: str) -> str:
 
 
 def plans_table(out: Path) -> str:
-    """Every plan: its runs, how many are there, and what the others would take alone, where step times are known."""
+    """Every plan: its runs, how many are there, and what the others would take, where step times are known."""
     existing = {result["name"] for result in read_results(out)}
     rows = []
     for name, plan in PLANS.items():
@@ -131,12 +131,7 @@ def plans_table(out: Path) -> str:
             continue
         runs = plan(out)
         left = [run for run in runs if run.name not in existing]
-        seconds: float | None = 0.0
-        for run in left:
-            cost = seconds_per_million(out, run.task) or seconds_per_million(out, run.task.split("-")[0])
-            slowest = max(cost.values(), default=None)
-            each = cost.get(run.model, slowest)
-            seconds = None if each is None or seconds is None else seconds + each * run.tokens / 1e6
+        seconds = predicted_seconds(out, left)
         needs = "what it follows from" if not runs else "step times" if seconds is None else f"{seconds:.0f} s"
         rows.append([f"`{name}`", str(len(runs)), str(len(runs) - len(left)), needs if left or not runs else "-"])
     return table(["plan", "runs", "there", "still needs"], rows)

@@ -32,6 +32,9 @@ ABLATIONS = (
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS = 32_000_000
+NEEDLE_TOKENS = 100_000_000
+LANGUAGE_TOKENS = 64_000_000
+PEERS = {"nsa": "full", "nsa+conv": "full+conv", "window": "full"}  # in whose time a model is trained too
 SMALL_TOKENS = 120_000
 
 Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
@@ -131,6 +134,30 @@ def seconds_per_million(out: Path, task: str) -> dict[str, float]:
     return cost
 
 
+def predicted_seconds(out: Path, runs: list[Run]) -> float | None:
+    """What the runs take, each alone, by measured step times; None where those of a task are missing.
+
+    A model without times counts as the slowest of its task.
+    """
+    total = 0.0
+    for run in runs:
+        cost = seconds_per_million(out, run.task) or seconds_per_million(out, run.task.split("-")[0])
+        if run.tokens and not cost:
+            return None
+        total += run.seconds or cost.get(run.model, max(cost.values())) * run.tokens / 1e6
+    return total
+
+
+def ablations(task: str, of: str, models: tuple[str, ...], tokens: int) -> Plan:
+    """NSA without a part, or with another one, at the rate that is best for `of`; all seeds."""
+
+    def plan(out: Path) -> list[Run]:
+        rate = best_rates(read_results(out), task, tokens).get(of)
+        return [Run(task, model, rate, seed, tokens) for seed in SEEDS for model in models] if rate else []
+
+    return plan
+
+
 def first(task: str, models: tuple[str, ...], tokens: int, lr: float = 1e-3) -> Plan:
     """One run of each model, to see where to look."""
     return lambda out: [Run(task, model, lr, SEEDS[0], tokens) for model in models]
@@ -142,11 +169,20 @@ PLANS: dict[str, Plan] = {
     ],
     "recall-sweep": sweep("recall", FIRST_FIVE, RECALL_TOKENS),
     "recall-seeds": seeds("recall", FIRST_FIVE, RECALL_TOKENS),
-    "recall-time": equal_time("recall", {"nsa": "full", "nsa+conv": "full+conv", "window": "full"}, RECALL_TOKENS),
+    "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),
     "recall-listed-sweep": sweep("recall", LISTED, RECALL_TOKENS),
     "recall-listed-seeds": seeds("recall", LISTED, RECALL_TOKENS),
     "recall-choice": first("recall", ("nsa-shared+conv", "nsa-dropped+conv", "nsa-random+conv"), RECALL_TOKENS),
     "recall-long": first("recall-long", ("full+conv", "nsa+conv"), RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", FIRST_FIVE, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", FIRST_FIVE, RECALL_TOKENS),
+    "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
+    "recall-reformer-sweep": sweep("recall", ("reformer",), RECALL_TOKENS),
+    "recall-reformer-seeds": seeds("recall", ("reformer",), RECALL_TOKENS),
+    "needle-sweep": sweep("needle", FIRST_FIVE, NEEDLE_TOKENS),
+    "needle-seeds": seeds("needle", FIRST_FIVE, NEEDLE_TOKENS),
+    "needle-time": equal_time("needle", PEERS, NEEDLE_TOKENS),
+    "language-sweep": sweep("language", FIRST_FIVE, LANGUAGE_TOKENS),
+    "language-seeds": seeds("language", FIRST_FIVE, LANGUAGE_TOKENS),
+    "language-time": equal_time("language", PEERS, LANGUAGE_TOKENS),
 }

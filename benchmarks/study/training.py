@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -167,10 +168,26 @@ class Trainer:
         return True
 
 
+def _commit() -> str:
+    """Of this checkout, "-changed" behind it where the sources differ; "unknown" outside one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        head, changed = (
+            subprocess.run(("git", *command), cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ("rev-parse", "--short=12", "HEAD"),
+                ("status", "--porcelain", "--", "csrc", "nsa_torch", "benchmarks/study"),
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return f"{head}-changed" if changed else head
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the run."""
     return {
-        "commit": os.environ.get("STUDY_COMMIT", "unknown"),
+        "commit": os.environ.get("STUDY_COMMIT") or _commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
