@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from study import runner, texts, training
+from study import report, runner, texts, training
 from study.language import DIGITS, Language, Needle
 from study.layers import Shape
 from study.models import Decoder
@@ -224,3 +224,24 @@ def test_results_say_where_they_come_from(path: Path) -> None:
     assert result["status"] in ("done", "diverged", "stopped", "failed")
     assert "unknown" not in result["commit"] and "changed" not in result["commit"]
     assert result["command"] == Run(**result["run"]).command
+
+
+def test_page_shows_what_was_measured(tmp_path: Path) -> None:
+    page = tmp_path / "study.md"
+    page.write_text(report.PAGE.read_text())
+    report.write(BENCHMARKS / "results" / "study", page, tmp_path)
+    assert page.read_text() == report.PAGE.read_text(), "run `python -m study report` in benchmarks/"
+    assert (tmp_path / "study-recall.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no place <!-- none -->"):
+        report.fill("<!-- some -->\n<!-- /some -->", "none", "")
+
+
+def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
+    results = []
+    for lr, seed, right in ((1e-3, 0, 0.5), (2e-3, 0, 0.8), (5e-4, 0, 0.1), (2e-3, 1, 0.6)):
+        run = {"task": "recall", "model": "nsa", "lr": lr, "seed": seed, "tokens": 7, "seconds": 0.0}
+        scores = {"accuracy": {"128": {"32": right}}}
+        results.append({"run": run, "status": "done", "scores": scores, "peak_bytes": 2e9})
+    lines = report.recall_table(results, "recall", 7, {"nsa": 2e6}).splitlines()
+    assert lines[2] == "| nsa | 0.002 | 2 | 0.700 ± 0.141 | 14.0 | 2.00 |"
+    assert report.sweep_table(results, "recall", 7).splitlines()[2] == "| nsa | 0.100 | 0.500 | 0.700 ± 0.141 |"

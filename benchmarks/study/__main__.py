@@ -14,7 +14,7 @@ import torch
 from . import report, texts
 from .models import ATTENTION
 from .runner import make_runs, unmade
-from .runs import FIRST_FIVE, LISTED, PLANS, TASKS, make_task, predicted_seconds
+from .runs import COMPARED, LISTED, PLANS, TASKS, make_task, predicted_seconds
 from .step_times import measure_steps
 from .training import Run, read_results, write_json
 
@@ -51,7 +51,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     commands.add_parser("texts", help="prepare the real texts: apt-get download, dpkg -x, strip; into runs/texts")
     steps = add("steps", "time training steps of a task, each model alone, at each length")
     steps.add_argument("--task", default="recall", choices=tuple(TASKS))
-    steps.add_argument("--models", nargs="+", default=[*FIRST_FIVE, *LISTED], choices=tuple(ATTENTION), metavar="MODEL")
+    steps.add_argument("--models", nargs="+", default=[*COMPARED, *LISTED], choices=tuple(ATTENTION), metavar="MODEL")
     return parser.parse_args(arguments)
 
 

@@ -15,7 +15,7 @@ from .tasks import Task
 from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
-FIRST_FIVE = ("full", "full+conv", "nsa", "nsa+conv", "window")
+COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
     "nsa-no-compressed",
@@ -34,7 +34,12 @@ SEEDS = (0, 1, 2)
 RECALL_TOKENS = 32_000_000
 NEEDLE_TOKENS = 100_000_000
 LANGUAGE_TOKENS = 64_000_000
-PEERS = {"nsa": "full", "nsa+conv": "full+conv", "window": "full"}  # in whose time a model is trained too
+PEERS = {
+    "nsa": "full",
+    "nsa+conv": "full+conv",
+    "nsa-dropped+conv": "full+conv",
+    "window": "full",
+}  # in whose time a model is trained too
 SMALL_TOKENS = 120_000
 
 Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
@@ -165,24 +170,24 @@ def first(task: str, models: tuple[str, ...], tokens: int, lr: float = 1e-3) -> 
 
 PLANS: dict[str, Plan] = {
     "small": lambda out: [
-        Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*FIRST_FIVE, *LISTED, "reformer")
+        Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*COMPARED, *LISTED, "reformer")
     ],
-    "recall-sweep": sweep("recall", FIRST_FIVE, RECALL_TOKENS),
-    "recall-seeds": seeds("recall", FIRST_FIVE, RECALL_TOKENS),
+    "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
+    "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),
     "recall-listed-sweep": sweep("recall", LISTED, RECALL_TOKENS),
     "recall-listed-seeds": seeds("recall", LISTED, RECALL_TOKENS),
-    "recall-choice": first("recall", ("nsa-shared+conv", "nsa-dropped+conv", "nsa-random+conv"), RECALL_TOKENS),
+    "recall-choice": first("recall", ("nsa-shared+conv", "nsa-random+conv", "nsa-dropped"), RECALL_TOKENS),
     "recall-long": first("recall-long", ("full+conv", "nsa+conv"), RECALL_TOKENS),
-    "mqar-sweep": sweep("mqar", FIRST_FIVE, RECALL_TOKENS),
-    "mqar-seeds": seeds("mqar", FIRST_FIVE, RECALL_TOKENS),
+    "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
+    "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
     "recall-reformer-sweep": sweep("recall", ("reformer",), RECALL_TOKENS),
     "recall-reformer-seeds": seeds("recall", ("reformer",), RECALL_TOKENS),
-    "needle-sweep": sweep("needle", FIRST_FIVE, NEEDLE_TOKENS),
-    "needle-seeds": seeds("needle", FIRST_FIVE, NEEDLE_TOKENS),
+    "needle-sweep": sweep("needle", COMPARED, NEEDLE_TOKENS),
+    "needle-seeds": seeds("needle", COMPARED, NEEDLE_TOKENS),
     "needle-time": equal_time("needle", PEERS, NEEDLE_TOKENS),
-    "language-sweep": sweep("language", FIRST_FIVE, LANGUAGE_TOKENS),
-    "language-seeds": seeds("language", FIRST_FIVE, LANGUAGE_TOKENS),
+    "language-sweep": sweep("language", COMPARED, LANGUAGE_TOKENS),
+    "language-seeds": seeds("language", COMPARED, LANGUAGE_TOKENS),
     "language-time": equal_time("language", PEERS, LANGUAGE_TOKENS),
 }
