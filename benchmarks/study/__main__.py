@@ -89,7 +89,7 @@ def _plans(options: argparse.Namespace) -> int:
         for result in read_results(options.out):
             if result["status"] == "failed":
                 (options.out / f"{result['name']}.json").unlink()
-    names = [name for name in PLANS if name != "small"] if "all" in options.plans else options.plans
+    names = [name for name in PLANS if name not in ("small", "mini")] if "all" in options.plans else options.plans
     end, failed = time.monotonic() + options.seconds, 0
     for name in names:
         runs = PLANS[name](options.out)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .layers import Shape
-from .models import Decoder
+from .models import REFERENCE, Decoder
 from .tasks import EVALUATION, Batch, Sizes, Stage, generator, logits_of
 
 SHARES = {128: 0.2, 256: 0.15, 512: 0.15, 1024: 0.125, 2048: 0.125, 4096: 0.125, 8192: 0.125}
@@ -41,6 +41,7 @@ class Recall:
     shape: Shape = SHAPE
     tokens_per_step: int = 16384
     mlp_width: int = 512
+    reference: str = REFERENCE
     evaluated_tokens: int = 131072  # for each length and spacing
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class Recall:
     def sizes(self) -> Sizes:
         stages = tuple(Stage(length, SHARES.get(length, 0.125)) for length in self.lengths)
         vocabulary = self.num_keys + self.num_values + self.num_noise
-        return Sizes(self.shape, vocabulary, stages, self.tokens_per_step, self.mlp_width)
+        return Sizes(self.shape, vocabulary, stages, self.tokens_per_step, self.mlp_width, reference=self.reference)
 
     def batch(self, length: int, sequences: int, generator: torch.Generator, *, spacing: int | None = None) -> Batch:
         """One pair for each `spacing` tokens, as many as there are keys at most; every key is asked for once."""

@@ -127,7 +127,7 @@ def plans_table(out: Path) -> str:
     existing = {result["name"] for result in read_results(out)}
     rows = []
     for name, plan in PLANS.items():
-        if name == "small":
+        if name in ("small", "mini"):
             continue
         runs = plan(out)
         left = [run for run in runs if run.name not in existing]

@@ -15,6 +15,8 @@ from .tasks import Task
 from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
+MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
+MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
@@ -40,7 +42,7 @@ PEERS = {
     "nsa-dropped+conv": "full+conv",
     "window": "full",
 }  # in whose time a model is trained too
-SMALL_TOKENS = 120_000
+SMALL_TOKENS, MINI_TOKENS = 120_000, 2_500_000
 
 Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
 
@@ -52,6 +54,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "language-code": lambda: Language(split="code"),
     "needle": Needle,
     "needle-4": lambda: Needle(needles=4),
+    "recall-mini": lambda: Recall(
+        lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
+        tokens_per_step=2048, mlp_width=64, reference="mini-nsa+conv", evaluated_tokens=32768,
+    ),
     "recall-small": lambda: Recall(
         lengths=(64, 128), num_keys=16, num_values=8, num_noise=8, shape=SMALL, tokens_per_step=1024, mlp_width=64,
         evaluated_tokens=4096,
@@ -172,6 +178,7 @@ PLANS: dict[str, Plan] = {
     "small": lambda out: [
         Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*COMPARED, *LISTED, "reformer")
     ],
+    "mini": first("recall-mini", MINI_MODELS, MINI_TOKENS, lr=3e-3),
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .layers import Shape
-from .models import Decoder
+from .models import REFERENCE, Decoder
 
 TRAINING, EVALUATION = 0, 1  # batches of the two never share random numbers
 
@@ -47,6 +47,7 @@ class Sizes:
     tokens_per_step: int
     mlp_width: int = 512  # of the reference's SwiGLU
     weight_decay: float = 0.05
+    reference: str = REFERENCE  # whose number of parameters all models have
 
 
 class Task(Protocol):

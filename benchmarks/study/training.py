@@ -76,7 +76,7 @@ class Trainer:
         self.run, self.task, self.device, self.checkpoint = run, task, device, checkpoint
         torch.manual_seed(run.seed)
         sizes = task.sizes
-        model, self.sizes = make_model(run.model, sizes.vocabulary, sizes.shape, sizes.mlp_width)
+        model, self.sizes = make_model(run.model, sizes.vocabulary, sizes.shape, sizes.mlp_width, sizes.reference)
         self.model: Decoder = model.to(device)
         self.make_step = Step(self.model, device, weight_decay=sizes.weight_decay, graphs=graphs)
         self.step, self.tokens, self.seconds, self.resumed, self.peak = 0, 0, 0.0, 0, 0
