@@ -34,7 +34,7 @@ SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
 # What a build depends on besides files: another value builds again.
 SETTINGS := NSA_CUDA=$(NSA_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 
-.PHONY: help demo test lint format bench tables docs wheel build sanitize sanitize-gpu clean distclean
+.PHONY: help demo test lint format bench tables study study-small docs wheel build sanitize sanitize-gpu clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -59,6 +59,19 @@ bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory: on the GPU, 
 
 tables: $(STAMPS)/venv  ## write the tables of figures from what `make bench` measured
 	$(Q)$(BIN)/python benchmarks/table.py --write
+
+STUDY := cd benchmarks && $(abspath $(BIN))/python -m study
+
+study-small: $(STAMPS)/build $(STAMPS)/test  ## train every model of the study on a small task: minutes on a CPU
+	$(STUDY) plan small --device cpu --out ../runs/study $(ARGS)
+
+study: $(STAMPS)/build $(STAMPS)/test  ## make all runs of the study that do not exist yet, on a GPU: docs/study.md
+	test -e runs/texts/manifest.json || { $(STUDY) texts; }
+	for task in recall mqar needle language; do \
+	  test -e benchmarks/results/study/_steps_$$task.json || ( $(STUDY) steps --task $$task --device cuda ) || exit 1; done
+	$(STUDY) plan all --dry-run
+	$(STUDY) plan all --device cuda $(ARGS)
+	$(STUDY) report
 
 docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 	$(Q)$(BIN)/python docs/generate_api.py

@@ -1,0 +1,193 @@
+"""Language modelling of bytes, and retrieval: a key and its value hidden in real text, asked for at its end.
+
+`Language` predicts every byte; it is scored in bits per byte, by position, on packages that were not trained on.
+`Needle` puts a line "The code of KEY is VALUE." into a text at any depth, and ends with "The code of KEY is ": the
+digits of VALUE must follow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import texts
+from .layers import Shape
+from .models import Decoder
+from .tasks import EVALUATION, Batch, Sizes, Stage, generator, logits_of
+
+BYTES = 256
+LANGUAGE_SHAPE = Shape(hidden=384, layers=6, heads=12, kv_heads=3, head_dim=64)
+NEEDLE_SHAPE = Shape(layers=4)
+
+
+class Texts:
+    """A split of real text on each device that asks for it."""
+
+    def __init__(self, split: str, folder: Path = texts.FOLDER) -> None:
+        self.split, self.folder = split, folder
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """uint8 (N,)."""
+        if device not in self._on:
+            self._on[device] = texts.load(self.split, self.folder).to(device)
+        return self._on[device]
+
+    def pieces(self, length: int, count: int, random: torch.Generator) -> Tensor:
+        """`count` pieces of `length` bytes from anywhere: int64 (count, length)."""
+        data = self.on(random.device)
+        if len(data) < length:
+            raise ValueError(f"{self.split} has {len(data)} bytes, fewer than the {length} of a piece")
+        starts = torch.randint(len(data) - length + 1, (count, 1), generator=random, device=random.device)
+        return data[starts + torch.arange(length, device=random.device)].long()
+
+
+@dataclass(frozen=True)
+class Language:
+    """The next byte, at every position. Short texts are scored too: the same model at `scored` lengths."""
+
+    split: str = "english"
+    length: int = 8192
+    scored: tuple[int, ...] = (1024, 8192)
+    shape: Shape = LANGUAGE_SHAPE
+    tokens_per_step: int = 32768
+    mlp_width: int = 768
+    scored_bytes: int = 1 << 20
+    folder: Path = texts.FOLDER
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.shape, BYTES, (Stage(self.length, 1.0),), self.tokens_per_step, self.mlp_width)
+
+    @cached_property
+    def training(self) -> Texts:
+        return Texts(f"{self.split}-train", self.folder)
+
+    @cached_property
+    def held_out(self) -> Texts:
+        return Texts(f"{self.split}-held-out", self.folder)
+
+    def batch(self, length: int, sequences: int, generator: torch.Generator) -> Batch:
+        pieces = self.training.pieces(length + 1, sequences, generator)
+        return Batch(pieces[:, :-1], pieces[:, 1:])
+
+    @torch.no_grad()
+    def evaluate(self, model: Decoder, device: torch.device) -> dict[str, Any]:
+        """Bits per byte at each scored length, and at powers of two of the position: "512" is positions 512 to 1023."""
+        scores: dict[str, Any] = {}
+        for length in self.scored:
+            bits = self._bits(model, device, length)
+            edges = [0, *(1 << i for i in range(6, length.bit_length() - 1)), length]
+            by_position = {str(a): bits[a:b].mean().item() for a, b in pairwise(edges)}
+            scores[str(length)] = {"bits_per_byte": bits.mean().item(), "by_position": by_position}
+        return {"language": scores}
+
+    def _bits(self, model: Decoder, device: torch.device, length: int) -> Tensor:
+        """The mean loss in bits at each position, (length,), on the same held-out pieces for every model."""
+        sequences = max(1, self.tokens_per_step // length)
+        total, count = torch.zeros(length, dtype=torch.float64, device=device), 0
+        while count * length < self.scored_bytes:
+            pieces = self.held_out.pieces(length + 1, sequences, generator(device, EVALUATION, length, count))
+            scores = logits_of(model, Batch(pieces[:, :-1], pieces[:, 1:]))
+            total += F.cross_entropy(scores.transpose(1, 2), pieces[:, 1:], reduction="none").double().sum(0)
+            count += sequences
+        return (total / count / math.log(2)).cpu()
+
+
+KEY_LETTERS, DIGITS = 4, 6
+LEAD, BETWEEN, END = b"\nThe code of ", b" is ", b".\n"
+NEEDLE_SHARES = {512: 0.2, 1024: 0.15, 2048: 0.15, 4096: 0.125, 8192: 0.125, 16384: 0.125, 32768: 0.0625, 65536: 0.0625}
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One of `needles` hidden keys is asked for; each needle lies at a depth of its own."""
+
+    split: str = "english"
+    lengths: tuple[int, ...] = tuple(NEEDLE_SHARES)
+    needles: int = 1
+    depths: int = 8  # scored: the middles of so many equal parts of the text
+    shape: Shape = NEEDLE_SHAPE
+    tokens_per_step: int = 65536
+    mlp_width: int = 512
+    scored_texts: int = 16  # for each length and depth
+    folder: Path = texts.FOLDER
+
+    @property
+    def sizes(self) -> Sizes:
+        stages = tuple(Stage(length, NEEDLE_SHARES.get(length, 0.1)) for length in self.lengths)
+        return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width)
+
+    @cached_property
+    def training(self) -> Texts:
+        return Texts(f"{self.split}-train", self.folder)
+
+    @cached_property
+    def held_out(self) -> Texts:
+        return Texts(f"{self.split}-held-out", self.folder)
+
+    def batch(self, length: int, sequences: int, generator: torch.Generator) -> Batch:
+        depth = torch.rand(sequences, self.needles, generator=generator, device=generator.device)
+        return self.hide(self.training.pieces(length, sequences, generator), depth, generator)
+
+    def hide(self, pieces: Tensor, depth: Tensor, random: torch.Generator) -> Batch:
+        """Needles at `depth` (sequences, needles), 0 to 1, written over pieces (sequences, T); later ones lie on top.
+
+        The last needle, which nothing covers, is the one asked for. All but the last of its digits are told after the
+        question, so that each digit is predicted from the right ones before it.
+        """
+        sequences, length = pieces.shape
+        device, pieces = pieces.device, pieces.clone()
+        needle, question = len(LEAD + BETWEEN + END) + KEY_LETTERS + DIGITS, len(LEAD + BETWEEN) + KEY_LETTERS
+        room = length - question - (DIGITS - 1) - needle
+        if room < 0:
+            raise ValueError(f"length must be at least {length - room} to hold a needle and its question, got {length}")
+        size = (sequences, self.needles)
+        keys = torch.randint(97, 123, (*size, KEY_LETTERS), generator=random, device=device)
+        values = torch.randint(48, 58, (*size, DIGITS), generator=random, device=device)
+        for number in range(self.needles):
+            told = self._sentence(keys[:, number], values[:, number])
+            start = (depth[:, number] * (room + 1)).long().clamp(max=room)
+            pieces.scatter_(1, start[:, None] + torch.arange(needle, device=device), told)
+        asked, code = self._sentence(keys[:, -1], values[:, -1]), values[:, -1]
+        pieces[:, length - question - (DIGITS - 1) :] = asked[:, : question + DIGITS - 1]
+        positions = torch.arange(length - DIGITS, length, device=device).expand(sequences, DIGITS)
+        return Batch(pieces, code, positions)
+
+    def _sentence(self, keys: Tensor, values: Tensor) -> Tensor:
+        parts = [torch.tensor(list(part), device=keys.device).expand(len(keys), -1) for part in (LEAD, BETWEEN, END)]
+        return torch.cat((parts[0], keys, parts[1], values, parts[2]), dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, model: Decoder, device: torch.device) -> dict[str, Any]:
+        """For each length and depth the share of codes that are right in all digits, and of digits."""
+        codes: dict[str, list[float]] = {}
+        digits: dict[str, list[float]] = {}
+        for length in self.lengths:
+            codes[str(length)], digits[str(length)] = [], []
+            for part in range(self.depths):
+                right = self._right(model, device, length, (part + 0.5) / self.depths)
+                codes[str(length)].append(right.all(1).double().mean().item())
+                digits[str(length)].append(right.double().mean().item())
+        return {"needle": {"codes": codes, "digits": digits}}
+
+    def _right(self, model: Decoder, device: torch.device, length: int, depth: float) -> Tensor:
+        """Which digits are named right, bool (scored_texts, DIGITS)."""
+        sequences = max(1, min(self.scored_texts, self.tokens_per_step // length))
+        rows = []
+        for number in range(-(-self.scored_texts // sequences)):
+            random = generator(device, EVALUATION, length, int(depth * 1e6), number)
+            pieces = self.held_out.pieces(length, sequences, random)
+            others = torch.rand(sequences, self.needles, generator=random, device=device)
+            others[:, -1] = depth
+            batch = self.hide(pieces, others, random)
+            rows.append(logits_of(model, batch).argmax(-1) == batch.targets)
+        return torch.cat(rows)[: self.scored_texts]

@@ -1,0 +1,175 @@
+"""Tables and pictures of the results: `python -m study report` writes them into docs/study.md and docs/figures."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .runs import PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
+from .training import read_results
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, FIGURES = ROOT / "docs" / "study.md", ROOT / "docs" / "figures"
+SPACING = "32"  # the number of pairs that was trained on
+Result = dict[str, Any]
+Lines = dict[str, dict[int, list[float]]]  # model -> length -> one value for each seed
+
+
+def accuracies(results: list[Result], task: str, keep: Callable[[Result], bool]) -> Lines:
+    """Accuracy at the trained number of pairs of the runs of a task that `keep` keeps."""
+    lines: Lines = {}
+    for result in results:
+        if result["run"]["task"] != task or "accuracy" not in result.get("scores", {}) or not keep(result):
+            continue
+        for length, row in result["scores"]["accuracy"].items():
+            lines.setdefault(result["run"]["model"], {}).setdefault(int(length), []).append(row[SPACING])
+    return lines
+
+
+def cell(values: list[float]) -> str:
+    """Mean and, of several, the spread (standard deviation)."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def recall_table(results: list[Result], task: str, tokens: int, cost: dict[str, float]) -> str:
+    """Each model at its best rate, over its seeds: accuracy by length, and what a run cost."""
+    rates = best_rates(results, task, tokens)
+
+    def chosen(result: Result) -> bool:
+        run = result["run"]
+        return run["tokens"] == tokens and run["lr"] == rates.get(run["model"])
+
+    lines = accuracies(results, task, chosen)
+    lengths = sorted({length for row in lines.values() for length in row})
+    rows = []
+    for model, row in lines.items():
+        own = [r for r in results if r["run"]["model"] == model and r["run"]["task"] == task and chosen(r)]
+        alone = f"{cost[model] * tokens / 1e6:.1f}" if model in cost else ""
+        peak = f"{max(r['peak_bytes'] for r in own) / 1e9:.2f}"
+        values = [cell(row[length]) if length in row else "" for length in lengths]
+        rows.append([model, f"{rates[model]:g}", str(len(own)), *values, alone, peak])
+    return table(["model", "rate", "seeds", *map(str, lengths), "s alone", "GB"], rows)
+
+
+def sweep_table(results: list[Result], task: str, tokens: int) -> str:
+    """Accuracy at the longest length of every run that is there, by model and rate; "-" for what was not made."""
+    runs = [r for r in results if r["run"]["task"] == task and r["run"]["tokens"] == tokens]
+    rates = sorted({r["run"]["lr"] for r in runs})
+    rows = []
+    for model in dict.fromkeys(r["run"]["model"] for r in runs):
+        row = [model]
+        for lr in rates:
+            own = [r for r in runs if r["run"]["model"] == model and r["run"]["lr"] == lr]
+            values = [r["scores"]["accuracy"] for r in own if r["status"] == "done"]
+            longest = [scores[max(scores, key=int)][SPACING] for scores in values]
+            row.append(cell(longest) if longest else (own[0]["status"] if own else "-"))
+        rows.append(row)
+    return table(["model", *(f"{lr:g}" for lr in rates)], rows)
+
+
+def steps_table(out: Path, task: str) -> str:
+    """Milliseconds of a step, each model alone."""
+    measured = json.loads((out / f"_steps_{task}.json").read_text())
+    times: dict[str, dict[int, float]] = {}
+    for row in measured["rows"]:
+        times.setdefault(row["model"], {})[row["length"]] = row["ms"]
+    lengths = sorted({row["length"] for row in measured["rows"]})
+    rows = [[model, *(f"{row[n]:.2f}" if n in row else "" for n in lengths)] for model, row in times.items()]
+    return table(["model", *map(str, lengths)], rows)
+
+
+def picture(lines: Lines, title: str, path: Path) -> None:
+    """Accuracy over the length, a band from the least to the greatest of the seeds."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
+    for model, row in lines.items():
+        lengths = sorted(row)
+        means = [statistics.mean(row[n]) for n in lengths]
+        style = "--" if model.startswith(("full", "window")) else "-"
+        (line,) = axes.plot(lengths, means, style, marker="o", markersize=3, label=model)
+        low, high = ([f(row[n]) for n in lengths] for f in (min, max))
+        axes.fill_between(lengths, low, high, color=line.get_color(), alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("accuracy")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, ncol=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with `text` between <!-- name --> and <!-- /name -->. ValueError where it has no such place."""
+    place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n?<!-- /{re.escape(name)} -->)", re.DOTALL)
+    if not place.search(page):
+        raise ValueError(f"the page has no place <!-- {name} --> ... <!-- /{name} -->")
+    return place.sub(lambda found: f"{found[1]}{text}\n{found[2].lstrip()}", page, count=1)
+
+
+def plans_table(out: Path) -> str:
+    """Every plan: its runs, how many are there, and what the others would take, where step times are known."""
+    existing = {result["name"] for result in read_results(out)}
+    rows = []
+    for name, plan in PLANS.items():
+        if name in ("small", "mini"):
+            continue
+        runs = plan(out)
+        left = [run for run in runs if run.name not in existing]
+        seconds = predicted_seconds(out, left)
+        needs = "what it follows from" if not runs else "step times" if seconds is None else f"{seconds:.0f} s"
+        rows.append([f"`{name}`", str(len(runs)), str(len(runs) - len(left)), needs if left or not runs else "-"])
+    return table(["plan", "runs", "there", "still needs"], rows)
+
+
+def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
+    """Fill the page's places and draw its pictures from the results in `out`."""
+    results = read_results(out)
+    cost = seconds_per_million(out, "recall")
+    first = {result["run"]["model"]: result for result in results if result["run"]["task"] == "recall"}
+
+    def one_rate(result: Result) -> bool:
+        run = result["run"]
+        return run["tokens"] == RECALL_TOKENS and run["lr"] == 1e-3 and run["seed"] == 0
+
+    choice = accuracies(results, "recall", lambda r: one_rate(r) and "+conv" in r["run"]["model"])
+    lengths = sorted({length for row in choice.values() for length in row})
+    rows = [[model, *(cell(row[n]) if n in row else "" for n in lengths)] for model, row in choice.items()]
+    places = {
+        "steps": steps_table(out, "recall"),
+        "sweep": sweep_table(results, "recall", RECALL_TOKENS),
+        "recall": recall_table(results, "recall", RECALL_TOKENS, cost),
+        "choice": table(["model", *map(str, lengths)], rows),
+        "plans": plans_table(out),
+        "parameters": table(
+            ["model", "parameters", "SwiGLU"],
+            [[m, f"{r['parameters']:,}", str(r["mlp_width"])] for m, r in sorted(first.items()) if "parameters" in r],
+        ),
+    }
+    text = page.read_text()
+    for name, place in places.items():
+        text = fill(text, name, place)
+    page.write_text(text)
+    rates = best_rates(results, "recall", RECALL_TOKENS)
+    best = accuracies(
+        results,
+        "recall",
+        lambda r: r["run"]["tokens"] == RECALL_TOKENS and r["run"]["lr"] == rates.get(r["run"]["model"]),
+    )
+    if best:
+        picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")

@@ -1,0 +1,38 @@
+"""How long a training step takes, each model alone on the device, at each length of a task's curriculum."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tasks import Task
+from .training import Run, Trainer, environment
+
+WARM, TIMED, TOGETHER = 3, 7, 4  # times that are left out and that count, each of so many steps that follow one another
+
+
+def measure_steps(models: list[str], task: Task, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a step (the median), peak memory, and seconds for a million tokens."""
+    rows = []
+    for name in models:
+        for length in [stage.length for stage in task.sizes.stages]:
+            trainer = Trainer(Run("steps", name, 1e-3, 0, tokens=1 << 40), task, device, Path("none"))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = []
+            for _ in range(WARM + TIMED):
+                started = time.perf_counter()
+                for _ in range(TOGETHER):
+                    loss = trainer.one_step(length)
+                loss.item()
+                times.append((time.perf_counter() - started) / TOGETHER)
+            median = statistics.median(times[WARM:])
+            tokens = trainer.tokens // trainer.step
+            row = {"model": name, "length": length, "ms": 1e3 * median, "seconds_per_million": 1e6 * median / tokens}
+            rows.append(row | {"peak_bytes": trainer.peak_bytes(), "parameters": trainer.sizes.parameters})
+            print(f"{name:20} {length:6} {1e3 * median:8.2f} ms", flush=True)
+    return {"rows": rows, "tokens_per_step": task.sizes.tokens_per_step} | environment(device)
