@@ -1,4 +1,4 @@
-"""Shows a build by one line of progress: `compiled 37 of 110: selected/plain.cu`.
+"""Shows a build by one line of progress: `compiled 37 of 110: selected/plain/attention.cu`.
 
 torch's BuildExtension runs `ninja -v`, which prints a command of some 900 characters for each source. Inside `shown()`
 file descriptor 1 is a pipe: what comes through it is printed, except for those commands. Warnings and errors stand as

@@ -1,4 +1,4 @@
-// Attention over a range of keys, backward, for Hopper: the gradient of q. As backward_query_sm80.cuh:
+// Attention over a range of keys, backward, for Hopper: the gradient of q. As range/sm80/backward_query.cuh:
 //   P = exp(scale Q K^T - lse),   dS = P (dO V^T - delta),   dQ = scale gate dS K
 // Two producer warps feed rows, and K and V, to warpgroups of 64 rows each, which share K and V; one block of threads
 // stays on each multiprocessor and walks tiles of rows, the longest first (range/sm90/query_tiles.cuh).

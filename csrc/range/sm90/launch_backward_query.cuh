@@ -47,7 +47,7 @@ void launch_range_backward_query_shape(const RangeBackwardParams& range, cudaStr
          sizeof(typename Shape::Shared), stream, kName, params);
 }
 
-// Three warpgroups where their registers hold the sums: docs/hopper_query_gradient.md.
+// Three warpgroups where their registers hold the sums: docs/notes/hopper_query_gradient.md.
 template <typename Element, int kDimK, int kDimV>
 using GradQuerySm90ShapeFor = std::conditional_t<
     (kDimK <= 64), RangeBackwardQuerySm90Shape<Element, kDimK, kDimV, 3, 80, 6, 4, 4>,

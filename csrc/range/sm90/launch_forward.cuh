@@ -51,7 +51,7 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
          sizeof(typename Shape::Shared), stream, kName, params);
 }
 
-// Three warpgroups with as many keys a step as their registers hold are the fastest: docs/hopper_range.md.
+// Three warpgroups with as many keys a step as their registers hold are the fastest: docs/notes/hopper_range.md.
 template <typename Element, int kDimK, int kDimV>
 using ForwardSm90Shape =
     RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2, (kDimK <= 128 ? 2 : 1)>;

@@ -1,4 +1,4 @@
-// Attention over listed blocks, backward: the gradient of q. See token_sm80.cuh.
+// Attention over listed blocks, backward: the gradient of q. See selected/sm80/token.cuh.
 #pragma once
 
 #include "selected/params.h"

@@ -1,4 +1,4 @@
-// Attention over listed blocks, forward: see token_sm80.cuh.
+// Attention over listed blocks, forward: see selected/sm80/token.cuh.
 #pragma once
 
 #include "selected/params.h"

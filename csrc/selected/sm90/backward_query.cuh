@@ -1,7 +1,7 @@
 // Attention over listed blocks, backward, for Hopper: the gradient of q.
 //   P = exp(scale q K^T - lse), dS = P (dO V^T - delta), dq = scale gate dS K
 //
-// The forward's tiles and walk: see union_walk_sm90.cuh. A warpgroup's 64 rows of dq stay in registers. For each block
+// The forward's tiles and walk: see union_walk.cuh. A warpgroup's 64 rows of dq stay in registers. For each block
 // that several of its tokens chose it starts Q K^T and dO V^T together, turns them into dS, which stays in registers,
 // and adds dS K; rows of tokens that did not choose the block have dS = 0. A block that one token chose is left to that
 // token's warp, which holds the same rows and columns by mma.sync.

@@ -2,7 +2,7 @@
 // of the gradients of k and v handed over.
 //   dq = scale dS K
 //
-// The forward's tiles and walk (union_walk_sm90.cuh), without values and rows of Q: shared memory is one ring of K. A
+// The forward's tiles and walk (union_walk.cuh), without values and rows of Q: shared memory is one ring of K. A
 // warpgroup's 64 rows of dq stay in registers; a warp loads its tokens' dS of a block as it lies, as left operands. A
 // block that several of its tokens chose is taken by all of its warps, by wgmma; others by the tokens' warps, by
 // mma.sync.

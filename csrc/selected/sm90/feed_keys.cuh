@@ -1,4 +1,4 @@
-// What feeds the warpgroups of Hopper's gradients of k and v over listed blocks (backward_keys_sm90.cuh): who works on
+// What feeds the warpgroups of Hopper's gradients of k and v over listed blocks (backward_keys.cuh): who works on
 // which piece, the copies of keys and of rows, and the numbers of rows.
 #pragma once
 

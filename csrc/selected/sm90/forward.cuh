@@ -2,7 +2,7 @@
 //
 // Every token's own reading of its blocks is bound by what leaves the L2 cache, so 12 consecutive tokens of one KV head
 // (24 where a group has at most eight heads, 48 where it has at most four) form a tile that walks the union of their
-// lists once: see union_walk_sm90.cuh. A warpgroup owns 64 rows of it, the heads of four, eight or sixteen tokens, and
+// lists once: see union_walk.cuh. A warpgroup owns 64 rows of it, the heads of four, eight or sixteen tokens, and
 // holds their sums in registers. It multiplies a block that several of its tokens chose with all its rows, by wgmma;
 // rows of the others get weights of 0. A block that one or two warps' tokens alone chose is left to those warps, which
 // hold the same rows and columns by mma.sync.

@@ -10,7 +10,7 @@
 // the exponentials of one run under the products of the others.
 //
 // A consumer's step: wait for S_j; exponentials and sums over heads; start S_{j+1}; p to the strips, for the ranking
-// warp. Shared memory: shape_sm90.cuh. Figures: docs/hopper_select_blocks.md.
+// warp. Shared memory: shape.cuh. Figures: docs/notes/hopper_select_blocks.md.
 #pragma once
 
 #include "selection/sm90/ranking.cuh"
