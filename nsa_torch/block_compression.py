@@ -113,16 +113,25 @@ class BlockCompression(nn.Module):
             self.w1[..., : 2 * self.dim, :] += torch.cat((mean, -mean)).to(self.w1)
             self.w2[..., : 2 * self.dim] += torch.cat((identity, -identity), dim=1).to(self.w2)
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> Tensor:
         """x (B, T, Hkv, D) -> (B, M, Hkv, D); packed (sum T, Hkv, D) -> (sum T // d, Hkv, D).
 
-        The rows of packed blocks are as `nsa_torch.compress` describes them.
+        The rows of packed blocks are as `nsa_torch.compress` describes them. mesh: x has this rank's part of the
+        heads, which the ranks of this mesh share.
         """
         weights: tuple[Tensor | None, ...] = (self.pe, self.w1, self.b1, self.w2, self.b2)
-        if self.tensor_parallel is not None:
+        mesh = mesh if self.tensor_parallel is None else self.tensor_parallel
+        if mesh is not None:
             from .distributed import local_weight
 
-            weights = tuple(map(local_weight, weights))
+            weights = tuple(local_weight(weight, mesh, self.per_head) for weight in weights)
         return ops.compress(
             x,
             *weights,

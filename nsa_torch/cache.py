@@ -39,7 +39,8 @@ class NSACache:
     inference: no gradient flows through a cache.
 
     A step counts when every layer has finished it. After an error or an interrupt in one, call the
-    model again: what the failed step wrote is undone. `rollback` undoes a step that did finish.
+    model again: what the failed step wrote is undone. `rollback` undoes a step that did finish. A step
+    of several tokens keeps what it overwrites of the rings until the next one begins.
 
     A step captured in a CUDA graph can be replayed at any length. Tokens past the end of a sequence
     are left out, on the device, and `overflowed` tells; the next step outside of a graph raises

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from .block_compression import BlockCompression
@@ -25,7 +27,8 @@ def tensor_parallel_plan(layer: NSAAttention) -> dict[str, ParallelStyle]:
 
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
 
-    For a model, prefix the names: {f"layers.{i}.attn.{name}": style for name, style in plan.items()}.
+    For a model, prefix the names: {f"layers.{i}.attn.{name}": style for name, style in plan.items()}. A plan of your
+    own may leave compress_k and compress_v out: they stay ordinary parameters, whose gradients are summed, too.
 
     Raises:
         ValueError: by parallelize_module, before anything is cut, when the ranks do not divide num_kv_heads.
@@ -68,12 +71,30 @@ class CompressionParallel(ParallelStyle):
         return module
 
 
-def local_weight(weight: Tensor | None) -> Tensor | None:
-    """What this rank's heads need of a weight of `CompressionParallel`."""
-    if not isinstance(weight, DTensor):
+class _SumOfGradients(torch.autograd.Function):
+    """The tensor as it is, the same on all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.mesh.get_group())
+        return total, None
+
+
+def local_weight(weight: Tensor | None, mesh: DeviceMesh, per_head: bool) -> Tensor | None:
+    """What this rank's heads need of a weight of BlockCompression, be it whole or cut by CompressionParallel."""
+    if weight is None:
+        return None
+    cut = False
+    if isinstance(weight, DTensor):
+        cut = any(placement.is_shard() for placement in weight.placements)
+        weight = weight.to_local()
+    if cut:
         return weight
-    if all(isinstance(placement, Replicate) for placement in weight.placements):
-        # Each rank has the gradient of its heads; the backward of `redistribute` adds them up.
-        whole = weight.redistribute(placements=weight.placements)
-        return whole.to_local(grad_placements=[Partial()] * len(weight.placements))
-    return weight.to_local()
+    shared: Tensor = _SumOfGradients.apply(weight, mesh)
+    return shared.chunk(mesh.size())[mesh.get_local_rank()] if per_head else shared

@@ -8,7 +8,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``torch`` (version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
-        whether the CPU kernels run in parallel).
+        whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that
+        CUDA kernels were compiled for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``,
+        ``"sm80"``, the portable ones, ``"sm90a"``, those for Hopper).
     """
     from nsa_torch import _C
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from .heads import NSAInputs, split_heads
 from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
 from .rope import Tables, check_tables, for_heads, rotary_tables, rotate, take_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["BlockCompression", "NSAAttention", "NSAChoices"]
 
@@ -255,7 +259,17 @@ class NSAAttention(nn.Module):
     @property
     def ranks(self) -> int:
         """Over how many ranks of tensor parallelism the heads are cut."""
-        return 1 if (mesh := self.compress_k.tensor_parallel) is None else mesh.size()
+        if self.compress_k.tensor_parallel is not None:
+            return self.compress_k.tensor_parallel.size()
+        weight: Any = getattr(self.o_proj, "weight", None)
+        placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
+        sizes = [weight.device_mesh.size(dim) for dim, cut in enumerate(placements) if cut.is_shard(1)]
+        return math.prod(sizes)
+
+    def _mesh(self, kv_heads: int) -> DeviceMesh | None:
+        """The ranks of tensor parallelism that have the other heads, if this one has not all of them."""
+        whole = kv_heads == self.num_kv_heads
+        return None if whole else getattr(getattr(self.k_proj, "weight", None), "device_mesh", None)
 
     def _block_options(self) -> dict[str, Any]:
         return {"block_size": self.block_size, "block_stride": self.block_stride}
@@ -301,8 +315,9 @@ class NSAAttention(nn.Module):
                 positions = packed_positions(cu_seqlens, tokens)
             tables = rotary_tables(positions, self.head_dim, self.rope_theta, x.dtype)
         inputs = self._project(x, tables)
-        k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        mesh = self._mesh(inputs.k_cmp.size(-2))
+        k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
+        v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
         if tables is not None:
             rows = k_cmp.size(-3)
             if cu_seqlens is None:
@@ -344,7 +359,8 @@ class NSAAttention(nn.Module):
         if inputs.k_win.size(-2) != (expected := cache.k_win.size(-2)):
             raise ValueError(f"cache must have the {inputs.k_win.size(-2)} KV heads of k_proj here, got {expected}")
 
-        raw = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
+        raw: dict[str, Any] = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
+        raw["mesh"] = self._mesh(inputs.k_cmp.size(-2))
         k_raw, v_raw = cache.extend_raw(step, inputs.k_cmp, inputs.v_cmp)
         k_cmp = self.compress_k(k_raw.to(inputs.q.dtype), **raw)
         k_cmp = rotate(k_cmp, for_heads(take_rows(tables, step.block_ends)))

@@ -91,13 +91,14 @@ class Sequences:
                 if overwritten.layer == layer:
                     overwritten.put_back()
             return self.step
+        capturing, compiling = _capturing(self.lengths.device), torch.compiler.is_compiling()
+        if capturing and self.open and not self.capturing:
+            raise RuntimeError("a step that failed must be undone before another is captured: call rollback()")
         late = [other for other, finished in enumerate(self.finished) if not finished] if self.open else []
-        if late and any(self.finished) and not torch.compiler.is_compiling():
+        self.settle()
+        if late and any(self.finished) and not compiling:
             message = f"cache layers {late} have not finished the previous step, which is undone"
             warnings.warn(message, stacklevel=4)
-        self.settle()
-        device = self.lengths.device
-        capturing, compiling = _capturing(device), torch.compiler.is_compiling()
         self._check_chunk(cu_seqlens, tokens, max_seqlen)
         if self.unseen and not (capturing or compiling):
             self._look()
@@ -145,7 +146,7 @@ class Sequences:
 
     def settle_commit(self) -> None:
         """Take back a commit that was interrupted; the step stays open."""
-        if self.open and self.step is not None and all(self.finished):
+        if self.open and not self.capturing and self.step is not None and all(self.finished):
             self.lengths.copy_(self.step.before)
             self.length_bound = self.bound_before
 

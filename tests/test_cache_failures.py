@@ -259,6 +259,27 @@ def test_growing_that_fails_keeps_tokens(monkeypatch: Any) -> None:
                 assert torch.equal(layer.buffers()[name][:, :14], before.buffers()[name][:, :14])
 
 
+@pytest.mark.parametrize("size", [1, 30])
+@pytest.mark.filterwarnings("ignore:cache layers")
+def test_steps_in_inference_mode_are_undone_outside_of_it(size: int) -> None:
+    frozen = [copy.deepcopy(layer).requires_grad_(False) for layer in LAYERS]
+    cache, more = frozen[0].new_cache(2, 64, num_layers=2), tokens(2, 4, seed=8)
+    with torch.inference_mode():
+        model(tokens(2, 14), cache)
+    untouched = held(cache, more)
+    for finished in (True, False):
+        with torch.inference_mode():
+            first = frozen[0](tokens(2, size), cache=cache[0])
+            if finished:
+                frozen[1](first, cache=cache[1])
+        if finished:
+            assert cache.rollback()
+        with torch.enable_grad():
+            frozen[0](more, cache=cache[0])
+        cache.rollback()
+        assert_equal(held(cache, more), untouched)
+
+
 def test_rings_know_what_an_undone_token_took() -> None:
     """A ring's spare row lets one crop further than promised, until a token is written there."""
     x, more = tokens(1, 22), tokens(1, 4, seed=8)

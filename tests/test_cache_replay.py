@@ -172,6 +172,19 @@ def test_a_capture_that_failed_is_forgotten(replay: Replay) -> None:
     assert cache.lengths.tolist() == [20, 20]
 
 
+def test_undoing_is_not_captured(replay: Replay) -> None:
+    """Every replay would undo it again."""
+    layers, x = [make(seed=i) for i in range(2)], tokens(2, 20)
+    cache = layers[0].new_cache(2, 37, num_layers=2)
+    layers[0](x[:, :9], cache=cache[0])  # and no second layer
+    with pytest.raises(RuntimeError, match="a step that failed must be undone before another is captured"):
+        replay(layers[0], x[:, :1], cache[0])
+    assert cache.rollback()
+    replay(layers[0], x[:, :1], cache[0])
+    replay(layers[1], x[:, :1], cache[1])
+    assert cache.lengths.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("lengths", [[37, 0], [36, 37], [35, 30], [37, 37], [0, 0]])
 @pytest.mark.parametrize("counts", [[1, 1], [3, 5], [0, 37], [2, 0]])
 def test_planned_rows_lie_within_their_sequences(lengths: list[int], counts: list[int]) -> None:

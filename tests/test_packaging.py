@@ -169,6 +169,7 @@ def test_nsa_cuda(value: str, sources: Path) -> None:
         with_cuda = value == "1" or (value == "" and toolkit)
         assert (f"with CUDA {torch.version.cuda}" if with_cuda else "without CUDA") in result.stdout
         assert len(re.findall("building for torch", result.stdout)) == 1
+        assert ("compiling for compute capabilities" in result.stdout) == with_cuda
 
 
 def test_build_requirements_are_stated_alike() -> None:

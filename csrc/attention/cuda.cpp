@@ -78,6 +78,7 @@ bool range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
   if (out.defined()) {
     copy_back(out_written, out);
   }
+  fill_unused_rows(options.packing, {{out}, {sums ? gating.sum : at::Tensor()}, {lse, Unused::Value::kNothingSeen}});
   return sums;
 }
 
@@ -146,6 +147,9 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
   }
   copy_back(dk_written, dk);
   copy_back(dv_written, dv);
+  if (!grad_q.defined()) {
+    fill_unused_rows(options.packing, {{dq}});
+  }
   return {dq, dk, dv};
 }
 

@@ -27,7 +27,7 @@ void check_compressed(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 
 void check_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
   check_scale(options.scale);
-  TORCH_CHECK_VALUE(options.window >= 1, "window must be at least 1, the query's own key, got ", options.window);
+  check_window_length(options.window);
   check_queries_keys(q, k, options.packing, {});
   check_values(q, k, v, {});
   check_query_length(q, k.sym_size(-3), "q", "k", options.packing);

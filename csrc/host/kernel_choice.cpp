@@ -1,7 +1,5 @@
 #include "host/kernel_choice.h"
 
-#include <torch/version.h>
-
 #include <algorithm>
 #include <stdexcept>
 
@@ -110,20 +108,6 @@ KernelChoice choose_kernel(const KernelQuery& query) {
   }
   require(query.device == "cuda", "device must be cpu or cuda, got " + query.device);
   return choose_cuda_kernel(query);
-}
-
-BuildInfo build_info() {
-#if defined(NSA_CUDA_VERSION)
-  const std::string cuda = NSA_CUDA_VERSION;
-#else
-  const std::string cuda;
-#endif
-#if defined(_OPENMP)
-  constexpr bool kOpenMp = true;
-#else
-  constexpr bool kOpenMp = false;
-#endif
-  return {TORCH_VERSION, cuda, __VERSION__, kOpenMp};
 }
 
 }  // namespace nsa

@@ -30,14 +30,4 @@ KernelChoice choose_kernel(const KernelQuery& query);
 // The ops that choose_kernel knows.
 std::vector<std::string> ops_with_kernels();
 
-// What this library was built with: "torch", "cuda" ("" when built without), "compiler", "openmp".
-struct BuildInfo {
-  std::string torch;
-  std::string cuda;
-  std::string compiler;
-  bool openmp;
-};
-
-BuildInfo build_info();
-
 }  // namespace nsa

@@ -59,6 +59,7 @@ GatedWindow gated_window(const NsaInputs& in, const AttentionOptions& options, c
     range_attention_forward(in.q, in.k_win, in.v_win, of_window, result.out_win, lse);
   }
   combine_gates(in.gates, {out_cmp, out_slc, result.out_win}, out);
+  fill_unused_rows(options.packing, {{out}});
   return result;
 }
 

@@ -24,7 +24,7 @@ void check_nsa(const NsaInputs& in, const AttentionOptions& options) {
   constexpr AttentionNames kSelected{"q", "k_slc", "v_slc"};
   check_scale(options.scale);
   check_block_sizes(options.block_size, options.block_stride, options.select_size);
-  TORCH_CHECK_VALUE(options.window >= 1, "window must be at least 1, the query's own key, got ", options.window);
+  check_window_length(options.window);
   check_queries_keys(in.q, in.k_slc, options.packing, kSelected);
   check_values(in.q, in.k_slc, in.v_slc, kSelected);
   check_query_length(in.q, in.k_slc.sym_size(-3), "q", "k_slc", options.packing);
@@ -142,6 +142,7 @@ NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, cons
       cuda::selected_attention_backward(grad_out, in.q, in.k_slc, in.v_slc, gates.rows[1], options, dq);
   auto [dq_win, dk_win, dv_win] =
       cuda::range_attention_backward(grad_out, in.q, in.k_win, in.v_win, gates.rows[2], of_window, dq);
+  cuda::fill_unused_rows(options.packing, {{dq}, {gates.grad_gates}});
   return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, gates.grad_gates};
 }
 #endif

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "host/build_info.h"
 #include "host/kernel_choice.h"
 
 namespace py = pybind11;
@@ -16,6 +17,8 @@ py::dict build_info() {
   result["cuda"] = info.cuda.empty() ? py::object(py::none()) : py::object(py::str(info.cuda));
   result["compiler"] = info.compiler;
   result["openmp"] = info.openmp;
+  result["architectures"] = info.architectures;
+  result["kernels"] = info.kernels;
   return result;
 }
 
@@ -31,7 +34,14 @@ py::tuple choose_kernel(std::string op, std::string device, std::string dtype, i
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nsa_torch, and which kernel runs for given shapes.";
   m.def("build_info", &build_info,
-        "What libnsa_torch.so was built with: torch, cuda (None without), compiler, openmp.");
+        "What libnsa_torch.so was built with: torch, cuda (None without), compiler, openmp, architectures, kernels.");
+  m.def(
+      "missing_kernels",
+      [](const std::vector<std::string>& architectures, std::pair<int, int> capability) {
+        return nsa::missing_kernels(architectures, capability.first, capability.second);
+      },
+      py::arg("architectures"), py::arg("capability"),
+      "What a GPU of this compute capability is told of a build for these architectures; empty if it lacks nothing.");
   m.def("ops_with_kernels", &nsa::ops_with_kernels, "The ops that choose_kernel knows.");
   m.def("choose_kernel", &choose_kernel, py::arg("op"), py::kw_only(), py::arg("device") = "cpu",
         py::arg("dtype") = "float32", py::arg("num_heads") = 1, py::arg("num_kv_heads") = 1, py::arg("num_keys") = 1,

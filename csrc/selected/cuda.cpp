@@ -11,11 +11,7 @@
 namespace nsa::cuda {
 namespace {
 
-int32_t checked_select_size(const AttentionOptions& options) {
-  TORCH_CHECK_VALUE(options.select_size <= 0x7fffffff, "select_size must be below 2^31 on CUDA, got ",
-                    options.select_size);
-  return static_cast<int32_t>(options.select_size);
-}
+int32_t select_size_of(const AttentionOptions& options) { return static_cast<int32_t>(options.select_size); }
 
 int64_t count_blocks(const Sequences& sequences, int32_t select_size) {
   const int64_t slots = sequences.packed() ? sequences.length_k / select_size + sequences.batch
@@ -118,7 +114,7 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
   const at::Tensor out_written = writable(out);
   const SelectedForwardParams params{.sequences = call.sequences,
                                      .scale = forward_scale(options, q),
-                                     .select_size = checked_select_size(options),
+                                     .select_size = select_size_of(options),
                                      .num_selected = static_cast<int32_t>(lists.size(-1)),
                                      .block_indices = lists.const_data_ptr<int32_t>(),
                                      .q = view_of(q_read),
@@ -132,6 +128,7 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
     launch_selected_forward_plain(params, stream);
   }
   copy_back(out_written, out);
+  fill_unused_rows(options.packing, {{out}, {lse, Unused::Value::kNothingSeen}});
 }
 
 AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
@@ -165,10 +162,10 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   const bool separate = !dq_written.is_same(dq) && grad_q.defined();  // the sum with grad_q is then taken here
   SelectedBackwardParams params{.sequences = call.sequences,
                                 .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
-                                .select_size = checked_select_size(options),
+                                .select_size = select_size_of(options),
                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
                                 .block_indices = lists.const_data_ptr<int32_t>(),
-                                .chosen_by = {.blocks = count_blocks(call.sequences, checked_select_size(options))},
+                                .chosen_by = {.blocks = count_blocks(call.sequences, select_size_of(options))},
                                 .q = view_of(q_read),
                                 .k = view_of(k_read),
                                 .v = view_of(v_read),
@@ -208,6 +205,9 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   }
   copy_back(dk_written, dk);
   copy_back(dv_written, dv);
+  if (!grad_q.defined()) {
+    fill_unused_rows(options.packing, {{dq}});
+  }
   return {dq, dk, dv};
 }
 

@@ -16,10 +16,11 @@ constexpr int kScanThreads = 1024;
 __device__ inline bool readable_block(const InvertListsParams& params, const SequencePlace& place, const Tile& at,
                                       int64_t block) {
   const int64_t first_key = block * params.select_size;
-  return block >= 0 && first_key <= place.offset + at.index && first_key < place.k_length;
+  return at.index < place.q_length && block >= 0 && first_key <= place.offset + at.index && first_key < place.k_length;
 }
 
-// Entry i of all lists as (block, query). What no query may read, such as -1, gets the block after the last.
+// Entry i of all lists as (block, query). What no query may read, such as -1, gets the block after the last, and so
+// does what rows after the last sequence list.
 __global__ void list_pairs(const __grid_constant__ InvertListsParams params) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= params.pairs) {

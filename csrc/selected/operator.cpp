@@ -17,7 +17,7 @@ namespace {
 void check_selected(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& block_indices,
                     int64_t select_size, const OptionalDouble& scale, const Packing& packing) {
   check_scale(scale);
-  check_at_least("select_size", select_size, 1);
+  check_size("select_size", select_size, 1);
   check_queries_keys(q, k, packing, {});
   check_values(q, k, v, {});
   check_query_length(q, k.sym_size(-3), "q", "k", packing);

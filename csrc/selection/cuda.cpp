@@ -18,7 +18,6 @@ void check_supported(const at::Tensor& q, const at::Tensor& k_cmp, const Attenti
   TORCH_CHECK_VALUE(select_size / options.block_stride <= kMostPieces, "select_size must be at most ", kMostPieces,
                     " strides on CUDA, got ", select_size, " with stride ", options.block_stride,
                     " (the CPU takes any)");
-  TORCH_CHECK_VALUE(select_size <= 0x7fffffff, "select_size must be below 2^31 on CUDA, got ", select_size);
   TORCH_CHECK_VALUE(q.scalar_type() == at::kFloat || q.size(-2) / k_cmp.size(-2) <= kMostHeads, "q must have at most ",
                     kMostHeads, " heads per KV head in 16 bits on CUDA, got ", q.size(-2), " and ", k_cmp.size(-2));
 }
@@ -55,6 +54,7 @@ void select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tenso
                                   .num_keys = k_read.size(-3),
                                   .block_indices = block_indices.mutable_data_ptr<int32_t>()};
   launch_select_blocks(params, type, c10::cuda::getCurrentCUDAStream());
+  fill_unused_rows(options.packing, {{block_indices, Unused::Value::kNoBlock}});
 }
 
 }  // namespace nsa::cuda

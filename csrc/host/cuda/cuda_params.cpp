@@ -5,6 +5,8 @@
 
 #include "attention/launch.h"
 #include "common/dispatch.h"
+#include "common/unused_rows.h"
+#include "host/build_info.h"
 #include "host/cuda/params.h"
 
 namespace nsa::cuda {
@@ -102,10 +104,18 @@ RowView rows_of(const at::Tensor& tensor) {
 
 RowView no_rows() { return {.data = nullptr, .batch_stride = 0, .head_stride = 0}; }
 
+void warn_of_missing_kernels() {
+  static const std::vector<std::string> architectures = build_info().architectures;
+  const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
+  const std::string warning = missing_kernels(architectures, device->major, device->minor);
+  if (!warning.empty()) {
+    TORCH_WARN_ONCE(warning);
+  }
+}
+
 CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
                              bool compressed, int64_t block_size, int64_t block_stride) {
-  // The stride, which divides it, too. Larger ones, that no sequence has room for, would lose their upper bits.
-  TORCH_CHECK_VALUE(!compressed || block_size <= 0x7fffffff, "block_size must be below 2^31 on CUDA, got ", block_size);
+  warn_of_missing_kernels();  // here, since every op with kernels for one GPU alone lists its sequences
   CallSequences call{};
   Sequences& s = call.sequences;
   s.heads_kv = static_cast<int32_t>(k.size(-2));
@@ -133,6 +143,39 @@ CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t l
     s.cumulative_cmp = call.cumulative_cmp.const_data_ptr<int32_t>();
   }
   return call;
+}
+
+void fill_unused_rows(const Packing& packing, std::initializer_list<Unused> results) {
+  if (!packing.packed() || packing.cu_seqlens_q->size(0) < 2) {
+    return;
+  }
+  const at::Tensor cumulative = contiguous_lengths(*packing.cu_seqlens_q);
+  FillUnusedRowsParams params{.cumulative = cumulative.const_data_ptr<int32_t>(),
+                              .batch = static_cast<int32_t>(cumulative.size(0) - 1),
+                              .tokens = 0,
+                              .count = 0,
+                              .rows = {}};
+  for (const Unused& result : results) {
+    const at::Tensor& x = result.tensor;
+    if (!x.defined() || x.numel() == 0) {
+      continue;
+    }
+    TORCH_INTERNAL_ASSERT(x.is_contiguous() && params.count < kMostFilled);
+    const bool of_lse = result.value == Unused::Value::kNothingSeen;
+    params.tokens = x.size(of_lse ? -1 : -3);
+    const int32_t word_bytes = static_cast<int32_t>(min_of(x.element_size(), 4));
+    const int64_t row_words = of_lse ? 1 : x.size(-2) * x.size(-1);
+    params.rows[params.count++] = {.data = x.mutable_data_ptr(),
+                                   .outer = of_lse ? x.size(0) : 1,
+                                   .words = row_words * (x.element_size() / word_bytes),
+                                   .word_bytes = word_bytes,
+                                   .value = result.value == Unused::Value::kZero      ? 0
+                                            : result.value == Unused::Value::kNoBlock ? 0xffffffffu
+                                                                                      : 0xff800000u};
+  }
+  if (params.count > 0) {
+    launch_fill_unused_rows(params, c10::cuda::getCurrentCUDAStream());
+  }
 }
 
 at::Tensor empty_key_gradient(const at::Tensor& like, bool packed) {

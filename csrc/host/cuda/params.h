@@ -5,6 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <initializer_list>
+
 #include "common/params.h"
 #include "host/options.h"
 
@@ -42,6 +44,9 @@ inline float forward_scale(const AttentionOptions& options, const at::Tensor& q)
   return scale == 0.f ? 1e-30f : scale;
 }
 
+// Warns once, where the current GPU has kernels of its own that this build lacks.
+void warn_of_missing_kernels();
+
 // Sequences, and the tensors that their pointers point into.
 struct CallSequences {
   Sequences sequences;
@@ -51,6 +56,16 @@ struct CallSequences {
 // `length_k`: uncompressed keys of a dense sequence, of all packed ones. For ops on compressed keys, with block sizes.
 CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
                              bool compressed, int64_t block_size, int64_t block_stride);
+
+// A result of a packed call, and what its rows hold that belong to no sequence: 0 in every tensor of numbers, -1 in a
+// list of blocks, -inf in lse. Tokens are dimension -3 of a tensor of three dimensions, the last of lse (Hq, sum Tq).
+struct Unused {
+  at::Tensor tensor;
+  enum class Value { kZero, kNoBlock, kNothingSeen } value = Value::kZero;
+};
+
+// Fills those rows: the last entry of cu_seqlens_q may lie before the tokens' end. Nothing to do for a dense call.
+void fill_unused_rows(const Packing& packing, std::initializer_list<Unused> results);
 
 // What a backward over a range or over listed blocks is told of its rows: (B, H, T) or packed (H, sum T), float32.
 struct BackwardRows {
