@@ -4,10 +4,10 @@
 
 #include "common/dispatch.h"
 #include "common/launch.cuh"
+#include "range/cuda/kernels.h"
 #include "range/sm80/backward_keys.cuh"
 #include "range/sm80/backward_query.cuh"
 #include "range/sm80/forward.cuh"
-#include "range/sm80/launch.h"
 
 namespace nsa {
 

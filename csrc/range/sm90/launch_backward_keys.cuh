@@ -5,9 +5,9 @@
 
 #include "common/dispatch.h"
 #include "common/sm90/launch.cuh"
+#include "range/cuda/kernels.h"
 #include "range/plan.h"
 #include "range/sm90/backward_keys.cuh"
-#include "range/sm90/launch.h"
 
 namespace nsa {
 

@@ -4,9 +4,9 @@
 #include <type_traits>
 
 #include "common/sm90/launch.cuh"
+#include "range/cuda/kernels.h"
 #include "range/plan.h"
 #include "range/sm90/backward_query.cuh"
-#include "range/sm90/launch.h"
 
 namespace nsa {
 

@@ -2,9 +2,9 @@
 #pragma once
 
 #include "common/sm90/launch.cuh"
+#include "range/cuda/kernels.h"
 #include "range/plan.h"
 #include "range/sm90/forward.cuh"
-#include "range/sm90/launch.h"
 
 namespace nsa {
 

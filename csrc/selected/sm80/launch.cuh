@@ -4,10 +4,10 @@
 
 #include "common/dispatch.h"
 #include "common/launch.cuh"
+#include "selected/cuda/kernels.h"
 #include "selected/sm80/backward_keys.cuh"
 #include "selected/sm80/backward_query.cuh"
 #include "selected/sm80/forward.cuh"
-#include "selected/sm80/launch.h"
 
 namespace nsa {
 

@@ -3,8 +3,8 @@
 
 #include "common/dispatch.h"
 #include "common/sm90/launch.cuh"
+#include "selected/cuda/kernels.h"
 #include "selected/sm90/backward_keys.cuh"
-#include "selected/sm90/launch.h"
 
 namespace nsa {
 
@@ -50,12 +50,6 @@ void launch_selected_backward_keys_shape(const SelectedBackwardParams& selected,
     launch_selected_backward_keys_heads<Shape>(selected, head, static_cast<int32_t>(min_of(at_a_time, heads_kv - head)),
                                                stream);
   }
-}
-
-template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_keys_sm90(const SelectedBackwardParams& params, const SelectedBackwardPlan& plan,
-                                        cudaStream_t stream) {
-  launch_selected_backward_keys_shape<SelectedKeysSm90Shape<Element, kDimK, kDimV>>(params, plan.keys_heads, stream);
 }
 
 }  // namespace nsa

@@ -1,8 +1,8 @@
 // Launches of the gradient of q for Hopper.
 #pragma once
 
+#include "selected/cuda/kernels.h"
 #include "selected/sm90/backward_query.cuh"
-#include "selected/sm90/launch.h"
 #include "selected/sm90/launch_union.cuh"
 
 namespace nsa {

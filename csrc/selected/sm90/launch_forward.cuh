@@ -1,8 +1,8 @@
 // Launches of the forward kernel for Hopper, and how many stages it runs with.
 #pragma once
 
+#include "selected/cuda/kernels.h"
 #include "selected/sm90/forward.cuh"
-#include "selected/sm90/launch.h"
 #include "selected/sm90/launch_union.cuh"
 
 namespace nsa {

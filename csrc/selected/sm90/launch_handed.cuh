@@ -2,8 +2,8 @@
 // of scores to that of the gradient of q,
 #pragma once
 
+#include "selected/cuda/kernels.h"
 #include "selected/sm90/backward_query_handed.cuh"
-#include "selected/sm90/launch.h"
 #include "selected/sm90/launch_backward_keys.cuh"
 #include "selected/sm90/launch_union.cuh"
 
@@ -56,11 +56,15 @@ void launch_selected_backward_handed_shapes(const SelectedBackwardParams& all, c
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_handed_sm90(const SelectedBackwardParams& params, const SelectedBackwardPlan& plan,
-                                          cudaStream_t stream) {
-  launch_selected_backward_handed_shapes<SelectedKeysSm90Shape<Element, kDimK, kDimV>,
-                                         SelectedHandedShape<Element, kDimK, false>,
-                                         SelectedHandedShape<Element, kDimK, true>>(params, plan, stream);
+void launch_selected_backward_keys_sm90(const SelectedBackwardParams& params, const SelectedBackwardPlan& plan,
+                                        cudaStream_t stream) {
+  using KeysShape = SelectedKeysSm90Shape<Element, kDimK, kDimV>;
+  if (plan.handed_heads > 0) {
+    launch_selected_backward_handed_shapes<KeysShape, SelectedHandedShape<Element, kDimK, false>,
+                                           SelectedHandedShape<Element, kDimK, true>>(params, plan, stream);
+  } else {
+    launch_selected_backward_keys_shape<KeysShape>(params, plan.keys_heads, stream);
+  }
 }
 
 }  // namespace nsa

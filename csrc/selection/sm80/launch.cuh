@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/launch.cuh"
-#include "selection/sm80/launch.h"
+#include "selection/cuda/kernels.h"
 #include "selection/sm80/select.cuh"
 
 namespace nsa {

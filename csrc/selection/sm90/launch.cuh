@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/sm90/launch.cuh"
-#include "selection/sm90/launch.h"
+#include "selection/cuda/kernels.h"
 #include "selection/sm90/select.cuh"
 
 namespace nsa {

@@ -1,4 +1,4 @@
-// Launches of the kernels for Hopper for one element type and one tile dimension: instantiations/ compiles them.
+// Launches of the kernels for one element type and one tile dimension, defined in <machine>/launch.cuh.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,6 +7,8 @@
 
 namespace nsa {
 
+template <typename Element, int kDim>
+void launch_select_blocks_sm80(const SelectBlocksParams& params, cudaStream_t stream);
 template <typename Element, int kDim>
 void launch_select_blocks_sm90(const SelectBlocksParams& params, const SelectBlocksPlan& plan, cudaStream_t stream);
 
