@@ -7,16 +7,14 @@
 #include "common/scores.cuh"
 #include "common/sm80/tile.cuh"
 #include "common/softmax.cuh"
+#include "common/tile_dims.h"
 
 namespace nsa {
 
 constexpr int kTokenWarps = 4;
 
-template <typename Element_, int kDimK_, int kDimV_, int kStages_>
-struct TokenShape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+template <typename Element, int kDimK, int kDimV, int kStages_>
+struct TokenShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kTokenWarps;
   static constexpr int kThreads = 32 * kWarps;
@@ -46,6 +44,8 @@ struct TokenPlace {
   int32_t first_head;  // among all query heads
   int32_t heads;       // at most 16
   int64_t list;        // where the query's list begins
+
+  __device__ int32_t limit() const { return min(position + 1, place.k_length); }  // keys before it are seen
 };
 
 // One KV head after the other, so that the keys in use stay in the L2 cache.
@@ -125,6 +125,81 @@ struct UnitWalk {
       part -= parts;
       ++entry;
     }
+  }
+};
+
+// The units of one warp: it walks them, and fills its buffers with the keys and values of those to come.
+template <typename Shape, typename Params>
+struct TokenFeed {
+  using Element = typename Shape::Element;
+  using KTile = typename Shape::KTile;
+  using VTile = typename Shape::VTile;
+
+  const Params& params;
+  const TokenPlace& at;
+  Element* own;  // kStages buffers
+  UnitWalk ahead;
+  UnitWalk walk;
+  int stage = 0;
+
+  // Begins to fill all buffers but one.
+  __device__ TokenFeed(const Params& params_, const TokenPlace& at_, Element* own_, const UnitWalk& units)
+      : params(params_), at(at_), own(own_), ahead(units), walk(units) {
+#pragma unroll
+    for (int i = 0; i + 1 < Shape::kStages; ++i) {
+      copy_next(i);
+    }
+  }
+  __device__ KTile k_tile(int of_stage) const { return {own + of_stage * Shape::kStageSize}; }
+  __device__ VTile v_tile(int of_stage) const { return {k_tile(of_stage).data + KTile::kSize}; }
+
+  __device__ void copy_next(int to_stage) {
+    if (!ahead.done()) {
+      const KeyUnit unit = ahead.unit();
+      const int64_t first = at.place.k_begin + unit.first_key;
+      k_tile(to_stage).template copy_consecutive<32>(params.k.template row<Element>(at.place.batch, first, at.head_kv),
+                                                     params.k.token_stride, unit.count, params.k.width, this_lane());
+      v_tile(to_stage).template copy_consecutive<32>(params.v.template row<Element>(at.place.batch, first, at.head_kv),
+                                                     params.v.token_stride, unit.count, params.v.width, this_lane());
+      ahead.advance();
+    }
+    commit_copies();
+  }
+  // Waits for the buffers of the walk's unit.
+  __device__ void begin_step() {
+    __syncwarp();  // every lane is done with the buffer that is filled now
+    copy_next(stage == 0 ? Shape::kStages - 1 : stage - 1);
+    wait_copies<Shape::kStages - 1>();
+    __syncwarp();
+  }
+  __device__ void end_step() { stage = stage + 1 == Shape::kStages ? 0 : stage + 1; }
+};
+
+// What a block of threads has in shared memory after its tiles of rows: its warps' buffers, then the query's list.
+template <typename Shape>
+struct TokenBuffers {
+  using Element = typename Shape::Element;
+  static constexpr int kWarpSize = Shape::kStages * Shape::kStageSize;
+  static constexpr int kFloatsApart = kWarpSize * sizeof(Element) / sizeof(float);
+
+  Element* data;
+
+  __device__ Element* own() const { return data + this_warp() * kWarpSize; }
+  __device__ int32_t* list() const { return reinterpret_cast<int32_t*>(data + Shape::kWarps * kWarpSize); }
+  __device__ float* sums() const { return reinterpret_cast<float*>(data); }
+  __device__ float* own_sums() const { return reinterpret_cast<float*>(own()); }
+
+  // By the first warp; `count` is in shared memory as well.
+  template <typename Params>
+  __device__ void read_list(const Params& params, const TokenPlace& at, int32_t& count) const {
+    if (this_warp() == 0) {
+      nsa::read_list(list(), count, params.block_indices + at.list, params.num_selected, params.select_size, at.limit(),
+                     this_lane());
+    }
+  }
+  template <typename Params>
+  __device__ TokenFeed<Shape, Params> feed(const Params& params, const TokenPlace& at, int32_t count) const {
+    return {params, at, own(), UnitWalk(list(), count, params.select_size, at.limit(), this_warp())};
   }
 };
 
