@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/threads.cuh"
+
 namespace nsa {
 
 using Half = __half;
@@ -15,11 +17,6 @@ using BFloat16 = __nv_bfloat16;
 __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
-
-// The warp of this thread in its block, and its lane there. Parts of a kernel call them rather than be told: the
-// compiler then knows that lanes differ, and doesn't write a loop twice, once for either outcome of a test of the lane.
-__device__ inline int this_warp() { return static_cast<int>(threadIdx.x) / 32; }
-__device__ inline int this_lane() { return static_cast<int>(threadIdx.x) % 32; }
 
 // threadIdx.x, read anew: what is computed from it is not kept in registers across a loop that has none to spare.
 __device__ inline int fresh_thread() {

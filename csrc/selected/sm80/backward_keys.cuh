@@ -32,17 +32,7 @@ __device__ inline SelectedKeyTile selected_key_tile(const SelectedBackwardParams
 
 // The last block whose segments begin at or before `segment`.
 __device__ inline int64_t block_of_segment(const ChosenBy& chosen_by, int64_t segment) {
-  int64_t low = 0;
-  int64_t high = chosen_by.blocks - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (chosen_by.segments[middle] <= segment) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
+  return last_sequence_before<int64_t>(chosen_by.blocks, segment, [&](int64_t i) { return chosen_by.segments[i]; });
 }
 
 // To the gradients, or where a block has several segments to this one's partial sums.
@@ -125,6 +115,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   __syncthreads();
   store_tile<Shape>(params, kept_tile, kept_id, sums);
 }
+
 // One block of threads for each tile of each block.
 template <typename Shape>
 __global__ void __launch_bounds__(256)

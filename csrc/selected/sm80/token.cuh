@@ -66,10 +66,6 @@ __device__ inline TokenPlace token_place(const SequenceLayout& s, int64_t tokens
   return result;
 }
 
-__device__ inline int64_t count_tokens(const SequenceLayout& s) {
-  return s.packed() ? s.length_q : s.batch * s.length_q;
-}
-
 // The 16 keys that a warp takes in its turn `unit`: part `unit % parts` of the block that stands at unit / parts in the
 // list.
 struct KeyUnit {
