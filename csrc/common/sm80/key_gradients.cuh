@@ -348,10 +348,32 @@ __device__ inline void for_each_pair(int first_column, const float (&sums)[1][kT
   }
 }
 
-// Rounds the sums into the gradients of the tile's keys; `to` is the first key's row.
+// Where the gradients of a tile of keys go: the first key's rows.
+struct KeyGradientRows {
+  void* k;
+  void* v;
+  int64_t k_stride;
+  int64_t v_stride;
+  int32_t k_width;
+  int32_t v_width;
+  int32_t count;  // keys that exist
+
+  template <typename Element, typename Params>
+  static __device__ KeyGradientRows of(const Params& params, int64_t batch, int64_t first_key, int32_t head_kv,
+                                       int32_t count) {
+    return {params.grad_k.template row<Element>(batch, first_key, head_kv),
+            params.grad_v.template row<Element>(batch, first_key, head_kv),
+            params.grad_k.token_stride,
+            params.grad_v.token_stride,
+            params.grad_k.width,
+            params.grad_v.width,
+            count};
+  }
+};
+
 template <typename Element, int kTiles>
-__device__ inline void store_key_gradients(void* to, int64_t stride, int32_t count, int32_t width, int first_column,
-                                           const float (&sums)[1][kTiles][4], float factor) {
+__device__ inline void store_rounded(void* to, int64_t stride, int32_t count, int32_t width, int first_column,
+                                     const float (&sums)[1][kTiles][4], float factor) {
   for_each_pair(first_column, sums, factor, [&](int key, int column, float x, float y) {
     if (key < count && column < width) {
       *reinterpret_cast<uint32_t*>(static_cast<Element*>(to) + key * stride + column) = pack<Element>(x, y);
@@ -359,25 +381,41 @@ __device__ inline void store_key_gradients(void* to, int64_t stride, int32_t cou
   });
 }
 
-// The same, unrounded, into a partial sum: (kKeys, kDimK + kDimV), that of the keys first.
-template <int kRowSize, int kTiles>
-__device__ inline void store_partial(float* to, int first_column, const float (&sums)[1][kTiles][4], float factor) {
-  for_each_pair(first_column, sums, factor, [&](int key, int column, float x, float y) {
-    *reinterpret_cast<float2*>(to + key * kRowSize + column) = make_float2(x, y);
-  });
+// Rounds the sums of part `part` into the gradients.
+template <typename Shape>
+__device__ inline void store_key_gradients(const KeyGradientRows& to, int part, const KeyGradients<Shape>& sums,
+                                           float scale) {
+  using Element = typename Shape::Element;
+  store_rounded<Element>(to.k, to.k_stride, to.count, to.k_width, part * Shape::kOutK, sums.k, scale);
+  store_rounded<Element>(to.v, to.v_stride, to.count, to.v_width, part * Shape::kOutV, sums.v, 1.f);
 }
 
-// Adds `count` partial sums that lie side by side, in their order, and rounds them into the gradients.
+// Partial sums lie side by side, each (kKeys, kDimK + kDimV), that of the keys first.
 template <typename Shape>
-__device__ inline void add_partials(const float* partials, int32_t count, void* grad_k, int64_t k_stride,
-                                    int32_t k_width, void* grad_v, int64_t v_stride, int32_t v_width, int32_t keys) {
+__device__ inline float* partial_sums(float* partials, int64_t index) {
+  return partials + index * (Shape::kKeys * (Shape::kDimK + Shape::kDimV));
+}
+
+// The same, unrounded, into a partial sum.
+template <typename Shape>
+__device__ inline void store_partial(float* to, int part, const KeyGradients<Shape>& sums, float scale) {
+  const auto store = [&](int key, int column, float x, float y) {
+    *reinterpret_cast<float2*>(to + key * (Shape::kDimK + Shape::kDimV) + column) = make_float2(x, y);
+  };
+  for_each_pair(part * Shape::kOutK, sums.k, scale, store);
+  for_each_pair(Shape::kDimK + part * Shape::kOutV, sums.v, 1.f, store);
+}
+
+// Adds `count` partial sums in their order, and rounds them into the gradients.
+template <typename Shape>
+__device__ inline void add_partials(const float* partials, int32_t count, const KeyGradientRows& to) {
   using Element = typename Shape::Element;
   constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
   for (int i = static_cast<int>(threadIdx.x); i < Shape::kKeys * kRowSize; i += static_cast<int>(blockDim.x)) {
     const int key = i / kRowSize;
     const int column = i % kRowSize;
     const bool of_k = column < Shape::kDimK;
-    if (key >= keys || (of_k ? column >= k_width : column - Shape::kDimK >= v_width)) {
+    if (key >= to.count || (of_k ? column >= to.k_width : column - Shape::kDimK >= to.v_width)) {
       continue;
     }
     float sum = 0.f;
@@ -385,9 +423,9 @@ __device__ inline void add_partials(const float* partials, int32_t count, void* 
       sum += partials[static_cast<int64_t>(p) * Shape::kKeys * kRowSize + i];
     }
     if (of_k) {
-      static_cast<Element*>(grad_k)[key * k_stride + column] = from_float<Element>(sum);
+      static_cast<Element*>(to.k)[key * to.k_stride + column] = from_float<Element>(sum);
     } else {
-      static_cast<Element*>(grad_v)[key * v_stride + column - Shape::kDimK] = from_float<Element>(sum);
+      static_cast<Element*>(to.v)[key * to.v_stride + column - Shape::kDimK] = from_float<Element>(sum);
     }
   }
 }

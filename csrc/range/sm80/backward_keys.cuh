@@ -21,6 +21,10 @@ struct RangeKeyTile {
     const int64_t needed = ceil_div(end_row - first_row, params.rows_per_split);
     return static_cast<int32_t>(needed < 1 ? 1 : needed);
   }
+  template <typename Element>
+  __device__ KeyGradientRows gradients(const RangeBackwardParams& params, int32_t head_kv) const {
+    return KeyGradientRows::of<Element>(params, place.batch, keys.begin + first_key, head_kv, count);
+  }
 };
 
 template <int kKeys>
@@ -55,24 +59,15 @@ __device__ inline RangeKeyTile range_key_tile(const RangeBackwardParams& params,
 template <typename Shape>
 __device__ inline void store_tile(const RangeBackwardParams& params, const RangeKeyTile& tile,
                                   const KeyGradients<Shape>& sums) {
-  using Element = typename Shape::Element;
   const unsigned heads = static_cast<unsigned>(params.sequences.heads_kv);
   const int part = static_cast<int>(blockIdx.x % Shape::kParts);
   if (tile.splits(params) > 1) {
-    constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
-    float* const to = params.partials + int64_t{blockIdx.x / Shape::kParts} * (Shape::kKeys * kRowSize);
-    store_partial<kRowSize>(to, part * Shape::kOutK, sums.k, params.scale);
-    store_partial<kRowSize>(to, Shape::kDimK + part * Shape::kOutV, sums.v, 1.f);
+    store_partial<Shape>(partial_sums<Shape>(params.partials, blockIdx.x / Shape::kParts), part, sums, params.scale);
     return;
   }
   const int32_t head_kv =
       static_cast<int32_t>(blockIdx.x / Shape::kParts / static_cast<unsigned>(params.splits) % heads);
-  const int64_t batch = tile.place.batch;
-  const int64_t first_key = tile.keys.begin + tile.first_key;
-  store_key_gradients<Element>(params.grad_k.row<Element>(batch, first_key, head_kv), params.grad_k.token_stride,
-                               tile.count, params.grad_k.width, part * Shape::kOutK, sums.k, params.scale);
-  store_key_gradients<Element>(params.grad_v.row<Element>(batch, first_key, head_kv), params.grad_v.token_stride,
-                               tile.count, params.grad_v.width, part * Shape::kOutV, sums.v, 1.f);
+  store_key_gradients<Shape>(tile.gradients<typename Shape::Element>(params, head_kv), part, sums, params.scale);
 }
 
 template <typename Shape>
@@ -120,7 +115,6 @@ __global__ void __launch_bounds__(Shape::kThreads)
 // One block of threads for each key tile and KV head.
 template <typename Shape>
 __global__ void __launch_bounds__(256) range_add_partials_sm80(const __grid_constant__ RangeBackwardParams params) {
-  using Element = typename Shape::Element;
   const unsigned heads = static_cast<unsigned>(params.sequences.heads_kv);
   const int32_t head_kv = static_cast<int32_t>(blockIdx.x % heads);
   const RangeKeyTile tile = range_key_tile<Shape::kKeys>(params, blockIdx.x / heads);
@@ -128,13 +122,8 @@ __global__ void __launch_bounds__(256) range_add_partials_sm80(const __grid_cons
   if (tile.count == 0 || splits <= 1) {
     return;
   }
-  const int64_t first_key = tile.keys.begin + tile.first_key;
-  const float* const partials =
-      params.partials + int64_t{blockIdx.x} * params.splits * Shape::kKeys * (Shape::kDimK + Shape::kDimV);
-  add_partials<Shape>(partials, splits, params.grad_k.row<Element>(tile.place.batch, first_key, head_kv),
-                      params.grad_k.token_stride, params.grad_k.width,
-                      params.grad_v.row<Element>(tile.place.batch, first_key, head_kv), params.grad_v.token_stride,
-                      params.grad_v.width, tile.count);
+  const float* const partials = partial_sums<Shape>(params.partials, int64_t{blockIdx.x} * params.splits);
+  add_partials<Shape>(partials, splits, tile.gradients<typename Shape::Element>(params, head_kv));
 }
 
 }  // namespace nsa

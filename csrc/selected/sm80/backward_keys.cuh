@@ -13,6 +13,11 @@ struct SelectedKeyTile {
   int32_t head_kv;
   int32_t first_key;  // of tile `tile` of the block
   int32_t count;
+
+  template <typename Element>
+  __device__ KeyGradientRows gradients(const SelectedBackwardParams& params) const {
+    return KeyGradientRows::of<Element>(params, place.batch, place.k_begin + first_key, head_kv, count);
+  }
 };
 
 template <int kKeys>
@@ -39,28 +44,18 @@ __device__ inline int64_t block_of_segment(const ChosenBy& chosen_by, int64_t se
 template <typename Shape>
 __device__ inline void store_tile(const SelectedBackwardParams& params, const SelectedKeyTile& tile, int64_t id,
                                   const KeyGradients<Shape>& sums) {
-  using Element = typename Shape::Element;
   const ChosenBy& chosen_by = params.chosen_by;
   const unsigned tiles = static_cast<unsigned>(ceil_div(params.select_size, Shape::kKeys));
   const int part = static_cast<int>(blockIdx.x % Shape::kParts);
   const int32_t segments = chosen_by.segments[id + 1] - chosen_by.segments[id];
   if (segments > 1) {
-    constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
     const int64_t tile_index = blockIdx.x / Shape::kParts % tiles;
     const int64_t number = blockIdx.x / Shape::kParts / tiles - chosen_by.segments[id];
     const int64_t index = chosen_by.partials[id] * int64_t{tiles} + tile_index * segments + number;
-    float* const to = params.partials + index * (Shape::kKeys * kRowSize);
-    store_partial<kRowSize>(to, part * Shape::kOutK, sums.k, params.scale);
-    store_partial<kRowSize>(to, Shape::kDimK + part * Shape::kOutV, sums.v, 1.f);
+    store_partial<Shape>(partial_sums<Shape>(params.partials, index), part, sums, params.scale);
     return;
   }
-  const int64_t first_key = tile.place.k_begin + tile.first_key;
-  store_key_gradients<Element>(params.grad_k.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                               params.grad_k.token_stride, tile.count, params.grad_k.width, part * Shape::kOutK, sums.k,
-                               params.scale);
-  store_key_gradients<Element>(params.grad_v.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                               params.grad_v.token_stride, tile.count, params.grad_v.width, part * Shape::kOutV, sums.v,
-                               1.f);
+  store_key_gradients<Shape>(tile.gradients<typename Shape::Element>(params), part, sums, params.scale);
 }
 
 template <typename Shape>
@@ -120,7 +115,6 @@ __global__ void __launch_bounds__(Shape::kThreads)
 template <typename Shape>
 __global__ void __launch_bounds__(256)
     selected_add_partials_sm80(const __grid_constant__ SelectedBackwardParams params) {
-  using Element = typename Shape::Element;
   const ChosenBy& chosen_by = params.chosen_by;
   const unsigned tiles = static_cast<unsigned>(ceil_div(params.select_size, Shape::kKeys));
   const int64_t id = blockIdx.x / tiles;
@@ -130,14 +124,9 @@ __global__ void __launch_bounds__(256)
   if (segments <= 1 || tile.count == 0) {
     return;
   }
-  const int64_t first_key = tile.place.k_begin + tile.first_key;
-  const float* const partials =
-      params.partials + (chosen_by.partials[id] * int64_t{tiles} + tile_index * int64_t{segments}) *
-                            (Shape::kKeys * (Shape::kDimK + Shape::kDimV));
-  add_partials<Shape>(partials, segments, params.grad_k.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                      params.grad_k.token_stride, params.grad_k.width,
-                      params.grad_v.row<Element>(tile.place.batch, first_key, tile.head_kv), params.grad_v.token_stride,
-                      params.grad_v.width, tile.count);
+  const int64_t first = chosen_by.partials[id] * int64_t{tiles} + tile_index * int64_t{segments};
+  add_partials<Shape>(partial_sums<Shape>(params.partials, first), segments,
+                      tile.gradients<typename Shape::Element>(params));
 }
 
 }  // namespace nsa

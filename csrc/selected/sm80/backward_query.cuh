@@ -52,13 +52,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const typename Shape::QTile q_tile{reinterpret_cast<Element*>(shared)};
   const typename Shape::GradOutTile grad_out_tile{q_tile.data + q_tile.kSize};
   const TokenBuffers<Shape> buffers{grad_out_tile.data + grad_out_tile.kSize};
-  const int thread = static_cast<int>(threadIdx.x);
   const int lane = this_lane();
 
   const TokenPlace at = token_place(params.sequences, count_tokens(params.sequences), params.num_selected);
   buffers.read_list(params, at, entries);
-  copy_heads(q_tile, params.q, at, thread, Shape::kThreads);
-  copy_heads(grad_out_tile, params.grad_out, at, thread, Shape::kThreads);
+  copy_heads(q_tile, params.q, at);
+  copy_heads(grad_out_tile, params.grad_out, at);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -89,7 +88,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   store_sums(buffers.own_sums(), grad_q[0], factor, lane);
   __syncthreads();
   write_heads<Element, Shape::kDimK>(params.grad_q, buffers.sums(), buffers.kFloatsApart, at, params.scale,
-                                     params.add_to_grad_q, thread, Shape::kThreads);
+                                     params.add_to_grad_q);
 }
 
 }  // namespace nsa

@@ -71,12 +71,11 @@ __global__ void __launch_bounds__(Shape::kThreads)
   __shared__ int32_t entries;
   const typename Shape::QTile q_tile{reinterpret_cast<Element*>(shared)};
   const TokenBuffers<Shape> buffers{q_tile.data + q_tile.kSize};
-  const int thread = static_cast<int>(threadIdx.x);
   const int lane = this_lane();
 
   const TokenPlace at = token_place(params.sequences, count_tokens(params.sequences), params.num_selected);
   buffers.read_list(params, at, entries);
-  copy_heads(q_tile, params.q, at, thread, Shape::kThreads);
+  copy_heads(q_tile, params.q, at);
   commit_copies();
   wait_copies<0>();
   __syncthreads();
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
   }
   store_sums(buffers.own_sums(), out[0], factor, lane);
   __syncthreads();
-  write_heads<Element, Shape::kDimV>(params.out, buffers.sums(), buffers.kFloatsApart, at, 1.f, false, thread,
-                                     Shape::kThreads);
+  write_heads<Element, Shape::kDimV>(params.out, buffers.sums(), buffers.kFloatsApart, at, 1.f, false);
 }
 
 }  // namespace nsa

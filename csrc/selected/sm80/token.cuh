@@ -12,12 +12,13 @@
 namespace nsa {
 
 constexpr int kTokenWarps = 4;
+constexpr int kTokenThreads = 32 * kTokenWarps;
 
 template <typename Element, int kDimK, int kDimV, int kStages_>
 struct TokenShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kTokenWarps;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = kTokenThreads;
   static constexpr int kRows = 16;
   static constexpr int kKeys = 16;
   static constexpr int kStageSize = kKeys * (kDimK + kDimV);  // elements
@@ -201,10 +202,9 @@ struct TokenBuffers {
 
 // Copies the rows of one query's heads.
 template <typename Tile>
-__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at, int thread,
-                                  int threads) {
+__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at) {
   using Element = typename Tile::Element;
-  to.copy_rows(from.width, from.data, thread, threads, [&](int row) -> const Element* {
+  to.copy_rows(from.width, from.data, static_cast<int>(threadIdx.x), kTokenThreads, [&](int row) -> const Element* {
     return row < at.heads ? from.row<Element>(at.place.batch, at.place.q_begin + at.query, at.first_head + row)
                           : nullptr;
   });
@@ -233,9 +233,9 @@ __device__ inline void store_sums(float* to, const float (&sums)[kTiles][4], con
 // Adds the four warps' sums, which lie `apart` floats from each other, and writes the rows of the query's heads.
 template <typename Element, int kColumns>
 __device__ inline void write_heads(const TensorView& to, const float* sums, int apart, const TokenPlace& at,
-                                   float factor, bool add, int thread, int threads) {
+                                   float factor, bool add) {
   constexpr int kChunks = kColumns / kChunk;
-  for (int i = thread; i < 16 * kChunks; i += threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < 16 * kChunks; i += kTokenThreads) {
     const int row = i / kChunks;
     const int column = i % kChunks * kChunk;
     if (row >= at.heads || column >= to.width) {
