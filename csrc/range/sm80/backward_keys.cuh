@@ -4,6 +4,7 @@
 
 #include "common/keys.cuh"
 #include "common/sm80/key_gradients.cuh"
+#include "common/sm80/write_key_gradients.cuh"
 #include "range/params.h"
 
 namespace nsa {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/sm80/key_gradients.cuh"
+#include "common/sm80/write_key_gradients.cuh"
 #include "selected/params.h"
 
 namespace nsa {
