@@ -74,7 +74,6 @@ __device__ inline void store_tile(const RangeBackwardParams& params, const Range
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     range_backward_keys_sm80(const __grid_constant__ RangeBackwardParams params) {
-  using Element = typename Shape::Element;
   extern __shared__ __align__(128) unsigned char shared[];
   const SequenceLayout& s = params.sequences;
   // The earliest keys are seen by the most rows: they go first.
@@ -95,17 +94,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
     kept_tile = tile;
   }
   const SequencePlace& place = tile.place;
-  const int64_t first_key = tile.keys.begin + tile.first_key;
   const int32_t begin = tile.first_row + split * params.rows_per_split;
   const int32_t end = min(tile.end_row, begin + params.rows_per_split);
   KeyGradients<Shape> sums;
   sum_key_gradients<Shape>(
-      sums,
-      {params.k.row<Element>(place.batch, first_key, head_kv), params.v.row<Element>(place.batch, first_key, head_kv),
-       params.k.token_stride, params.v.token_stride, tile.first_key, tile.count, place.batch,
-       static_cast<int32_t>(place.offset - place.q_begin)},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate, params.grad_lse}, params.visibility,
-      params.scale, begin, end, part, shared, [&](int32_t row) -> PlacedRow {
+      sums, KeyTile::of<typename Shape::Element>(params, place, tile.keys.begin, tile.first_key, tile.count, head_kv),
+      RowTensors(params), params.visibility, params.scale, begin, end, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, head_kv, row);
         return {static_cast<int32_t>(place.q_begin) + at.query, at.head};
       });
