@@ -98,6 +98,11 @@ struct SequenceLayout {
   NSA_HOST_DEVICE bool packed() const { return cumulative_k != nullptr; }
 };
 
+// Queries of all sequences, of each head.
+NSA_HOST_DEVICE inline int64_t count_tokens(const SequenceLayout& s) {
+  return s.packed() ? s.length_q : s.batch * s.length_q;
+}
+
 // Slots for the tiles of all sequences (common/sequences.cuh): what a grid must cover. `total` counts things, of one
 // sequence when dense.
 inline int64_t count_slots(const SequenceLayout& s, int64_t total, int64_t per_tile) {

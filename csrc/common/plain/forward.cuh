@@ -18,10 +18,12 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "common/keys.cuh"
 #include "common/launch.cuh"
 #include "common/rows.cuh"
+#include "common/threads.cuh"
 
 namespace nsa::plain {
 
@@ -112,9 +114,6 @@ __device__ inline float warp_sum(float x) {
   return x;
 }
 
-NSA_HOST_DEVICE inline int64_t count_tokens(const SequenceLayout& s) {
-  return s.packed() ? s.length_q : s.batch * s.length_q;
-}
 NSA_HOST_DEVICE inline int64_t count_rows(const SequenceLayout& s) { return count_tokens(s) * s.heads_kv * s.group; }
 
 // Row number `index`: heads of a group lie together, then the tokens of a KV head.
@@ -139,40 +138,75 @@ struct RowPlace {
   }
 };
 
+// A warp's row, and the keys that it sees.
+template <typename Branch, typename Params>
+struct SeeingRow {
+  using Seen = decltype(Branch::keys_seen(std::declval<const Params&>(), std::declval<const SequencePlace&>(),
+                                          std::declval<const KeysPlace&>(), int64_t{}, int32_t{}, int32_t{}));
+  const Params& params;
+  RowPlace row;
+  KeysPlace keys;
+  Seen seen;
+
+  __device__ SeeingRow(const Params& params_, int64_t index)
+      : params(params_),
+        row(params.sequences, index),
+        keys(Branch::keys_of(params, row.place)),
+        seen(Branch::keys_seen(params, row.place, keys, row.number, row.head_kv, row.position)) {}
+
+  template <typename Element>
+  __device__ Element* of(const TensorView& tensor) const {
+    return tensor.row<Element>(row.place.batch, row.token, row.head);
+  }
+  // kColumns of the row of a tensor, to shared memory.
+  template <int kColumns>
+  __device__ void load(float (&to)[kColumns], const TensorView& from) const {
+    load_vector<kColumns>(to, of<const float>(from), from.width, this_lane(), 32);
+  }
+
+  // Calls visit(k, v) for the first `count` of the keys, 32 at a time: the rows of this lane's key, null where it has
+  // none.
+  template <typename Visit>
+  __device__ void for_each_key(int64_t count, const Visit& visit) const {
+    const int lane = this_lane();
+    for (int64_t first = 0; first < count; first += 32) {
+      const int32_t key = first + lane < count ? seen.at(static_cast<int32_t>(first + lane)) : -1;
+      if (__ballot_sync(kAllLanes, key >= 0) == 0) {
+        continue;
+      }
+      const float* k = nullptr;
+      const float* v = nullptr;
+      if (key >= 0) {
+        k = params.k.template row<const float>(row.place.batch, keys.begin + key, row.head_kv);
+        v = params.v.template row<const float>(row.place.batch, keys.begin + key, row.head_kv);
+      }
+      visit(k, v);
+    }
+  }
+};
+
+// The index of a warp's row.
+__device__ inline int64_t row_of_warp() { return int64_t{blockIdx.x} * kWarps + this_warp(); }
+
 template <typename Branch, int kColumns>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     forward_plain(const __grid_constant__ typename Branch::Forward params) {
   __shared__ Staging stagings[kWarps];
   __shared__ __align__(16) float q_rows[kWarps][kColumns];
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t index = int64_t{blockIdx.x} * kWarps + warp;
-  if (index >= count_rows(params.sequences)) {
+  const int warp = this_warp();
+  const int lane = this_lane();
+  if (row_of_warp() >= count_rows(params.sequences)) {
     return;
   }
-  const RowPlace row(params.sequences, index);
-  const SequencePlace& place = row.place;
-  const KeysPlace keys = Branch::keys_of(params, place);
-  const auto seen = Branch::keys_seen(params, place, keys, row.number, row.head_kv, row.position);
-  load_vector<kColumns>(q_rows[warp], params.q.template row<const float>(place.batch, row.token, row.head),
-                        params.q.width, lane, 32);
+  const SeeingRow<Branch, typename Branch::Forward> at(params, row_of_warp());
+  at.load(q_rows[warp], params.q);
 
   float out[kColumns / 32] = {};
   float maximum = kMinusInfinity;
   float sum = 0.f;
-  for (int64_t first = 0; first < seen.count; first += 32) {
-    const int32_t key = first + lane < seen.count ? seen.at(static_cast<int32_t>(first + lane)) : -1;
-    if (__ballot_sync(kAllLanes, key >= 0) == 0) {
-      continue;
-    }
-    const float* k = nullptr;
-    const float* v = nullptr;
-    if (key >= 0) {
-      k = params.k.template row<const float>(place.batch, keys.begin + key, row.head_kv);
-      v = params.v.template row<const float>(place.batch, keys.begin + key, row.head_kv);
-    }
+  at.for_each_key(at.seen.count, [&](const float* k, const float* v) {
     float score = dot_with_row(q_rows[warp], k, params.k.width, stagings[warp], lane) * params.scale;
-    score = key >= 0 ? score : kMinusInfinity;
+    score = k != nullptr ? score : kMinusInfinity;
     const float highest = fmaxf(maximum, warp_max(score));
     const float offset = highest == kMinusInfinity ? 0.f : highest;
     const float factor = expf(maximum - offset);
@@ -180,10 +214,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     maximum = highest;
     sum = fmaf(sum, factor, warp_sum(p));
     add_rows(out, factor, p, v, params.v.width, lane);
-  }
+  });
 
   const bool empty = sum == 0.f;
-  float* to = params.out.template row<float>(place.batch, row.token, row.head);
+  float* to = at.template of<float>(params.out);
 #pragma unroll
   for (int step = 0; step < kColumns / 32; ++step) {
     if (32 * step + lane < params.out.width) {
@@ -191,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
     }
   }
   if (lane == 0) {
-    params.lse.at(place.batch, row.head, row.token) = empty ? kMinusInfinity : maximum + logf(sum);
+    params.lse.at(at.row.place.batch, at.row.head, at.row.token) = empty ? kMinusInfinity : maximum + logf(sum);
   }
 }
 

@@ -7,16 +7,14 @@
 #include "common/scores.cuh"
 #include "common/sm80/tile.cuh"
 #include "common/softmax.cuh"
+#include "common/tile_dims.h"
 
 namespace nsa {
 
 // kOutK, kOutV: columns of the gradients that one block of threads computes; kDimK / kOutK = kDimV / kOutV blocks share
 // a tile whose gradients don't fit the registers together.
-template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_, int kParts_>
-struct KeyGradientsShape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+template <typename Element, int kDimK, int kDimV, int kRows_, int kStages_, int kParts_>
+struct KeyGradientsShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kParts = kParts_;
   static constexpr int kOutK = kDimK / kParts;
   static constexpr int kOutV = kDimV / kParts;
@@ -47,11 +45,34 @@ struct KeyTile {
   int32_t count;        // keys that exist, at most kKeys
   int64_t batch;        // of the rows
   int32_t to_position;  // from a row's token to its position
+
+  // Keys [first_key, first_key + count) of a sequence whose keys lie from `begin` on.
+  template <typename Element, typename Params>
+  static __device__ KeyTile of(const Params& params, const SequencePlace& place, int64_t begin, int32_t first_key,
+                               int32_t count, int32_t head_kv) {
+    return {params.k.template row<Element>(place.batch, begin + first_key, head_kv),
+            params.v.template row<Element>(place.batch, begin + first_key, head_kv),
+            params.k.token_stride,
+            params.v.token_stride,
+            first_key,
+            count,
+            place.batch,
+            static_cast<int32_t>(place.offset - place.q_begin)};
+  }
 };
 
 struct RowTensors {
   TensorView q, grad_out;
   RowView lse, delta, gate, grad_lse;
+
+  template <typename Params>
+  __device__ explicit RowTensors(const Params& params)
+      : q(params.q),
+        grad_out(params.grad_out),
+        lse(params.lse),
+        delta(params.delta),
+        gate(params.gate),
+        grad_lse(params.grad_lse) {}
 };
 
 template <typename Shape>
@@ -94,82 +115,227 @@ __device__ inline void copy_placed(const Tile& to, const TensorView& from, int64
   }
 }
 
+// The shared memory of a block of threads: its tile of keys, the stages of rows, what each row brings, and where the
+// rows of two tiles in turn stand.
+template <typename Shape>
+struct KeyGradientsTiles {
+  using Element = typename Shape::Element;
+  static constexpr int kRows = Shape::kRows;
+  using KTile = SharedTile<Element, Shape::kKeys, Shape::kDimK>;
+  using VTile = SharedTile<Element, Shape::kKeys, Shape::kDimV>;
+  using QTile = SharedTile<Element, kRows, Shape::kDimK>;
+  using GradOutTile = SharedTile<Element, kRows, Shape::kDimV>;
+
+  KTile k;
+  VTile v;
+  Element* stages;
+  float* numbers;
+  // Finding a row takes longer than copying it, so it is done once, a step ahead.
+  PlacedRow* all_placed;
+
+  __device__ explicit KeyGradientsTiles(unsigned char* shared)
+      : k{reinterpret_cast<Element*>(shared)}, v{k.data + KTile::kSize}, stages(v.data + VTile::kSize) {
+    numbers = reinterpret_cast<float*>(stages + Shape::kStages * (QTile::kSize + GradOutTile::kSize));
+    all_placed = reinterpret_cast<PlacedRow*>(numbers + Shape::kStages * kRows * Shape::kRowNumbers);
+  }
+  __device__ QTile q(int stage) const { return {stages + stage * (QTile::kSize + GradOutTile::kSize)}; }
+  __device__ GradOutTile grad_out(int stage) const { return {q(stage).data + QTile::kSize}; }
+  __device__ float* lse(int stage) const { return numbers + stage * kRows * Shape::kRowNumbers; }
+  __device__ float* delta(int stage) const { return lse(stage) + kRows; }
+  __device__ float* gate(int stage) const { return lse(stage) + 2 * kRows; }
+  __device__ PlacedRow* placed(int32_t tile) const { return all_placed + tile % 2 * kRows; }
+};
+
+// Copies rows [begin, end) of `place_row`, a tile of them at a time.
+template <typename Shape, typename PlaceRow>
+struct KeyGradientsFeed {
+  static constexpr int kRows = Shape::kRows;
+
+  const KeyGradientsTiles<Shape>& tiles;
+  const RowTensors& tensors;
+  int64_t batch;
+  int32_t begin;
+  int32_t end;
+  const PlaceRow& place_row;
+
+  __device__ PlacedRow* placed(int32_t first_row) const { return tiles.placed((first_row - begin) / kRows); }
+  __device__ void place(int32_t first_row) const {
+    const int thread = fresh_thread();
+    if (thread < kRows && first_row < end) {
+      placed(first_row)[thread] = place_row(min(first_row + thread, end - 1));
+    }
+  }
+  __device__ void copy(int stage, int32_t first_row) const {
+    const int thread = fresh_thread();
+    const PlacedRow* const rows = placed(first_row);
+    copy_placed<Shape::kThreads>(tiles.q(stage), tensors.q, batch, rows, end - first_row, thread);
+    copy_placed<Shape::kThreads>(tiles.grad_out(stage), tensors.grad_out, batch, rows, end - first_row, thread);
+    if (thread < kRows) {
+      const bool valid = first_row + thread < end;
+      const PlacedRow at = rows[thread];
+      copy_number(tiles.lse(stage) + thread, &tensors.lse.at(batch, at.head, at.token), valid);
+      copy_number(tiles.delta(stage) + thread, &tensors.delta.at(batch, at.head, at.token), valid);
+      if (tensors.gate.data != nullptr) {
+        copy_number(tiles.gate(stage) + thread, &tensors.gate.at(batch, at.head, at.token), valid);
+      } else {
+        tiles.gate(stage)[thread] = 1.f;
+      }
+    }
+    commit_copies();
+  }
+};
+
+// The tokens that see the lane's two keys, and those that see all keys of the tile.
+struct TokensSeeing {
+  int32_t first[2];
+  int32_t last[2];
+  int32_t all_first;
+  int32_t all_last;
+
+  __device__ TokensSeeing(const Visibility& visibility, const KeyTile& tile) {
+    const auto first_of = [&](int32_t key) { return visibility.first_position(key) - tile.to_position; };
+    const auto last_of = [&](int32_t key) {
+      return static_cast<int32_t>(min_of(int64_t{visibility.last_position(key)} - tile.to_position, 0x7fffffff));
+    };
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int32_t key = tile.first_key + this_warp() * 16 + this_lane() / 4 + 8 * half;
+      first[half] = first_of(key);
+      last[half] = last_of(key);
+    }
+    all_first = first_of(tile.first_key + tile.count - 1);
+    all_last = last_of(tile.first_key);
+  }
+};
+
+// The row that column j of 8 columns `i` of a lane's scores belongs to.
+__device__ inline int row_of_score(int i, int j) { return 8 * i + 2 * (this_lane() % 4) + j % 2; }
+
+// Scores to probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
+// Returns the highest probability.
+template <int kRows>
+__device__ inline float weigh_rows(float (&scores)[kRows / 8][4], const float* lse, const float* gate,
+                                   const PlacedRow* rows, int32_t count, const TokensSeeing& seeing, float scale_log2) {
+  float highest = 0.f;
+  const bool all_seen = rows[0].token >= seeing.all_first && rows[min(kRows, count) - 1].token <= seeing.all_last;
+#pragma unroll
+  for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const int row = row_of_score(i, j);
+      const float offset = lse[row] * kLog2E;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float& score = scores[i][2 * half + j];
+        score = exp2_approx(fmaf(score, scale_log2, -offset));
+        if (!all_seen && (rows[row].token < seeing.first[half] || rows[row].token > seeing.last[half])) {
+          score = 0.f;
+        }
+        highest = fmaxf(highest, score);
+        score *= gate[row];
+      }
+    }
+  }
+  return highest;
+}
+
+// Clears the scores that have all of their row's probability. Returns a bit for each.
+template <typename Element, int kTiles>
+__device__ inline uint32_t take_whole(float (&scores)[kTiles][4], const float* gate) {
+  uint32_t whole = 0;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float all = kWholeProbability<Element> * fabsf(gate[row_of_score(i, j)]);
+      if (fabsf(scores[i][j]) > all) {
+        scores[i][j] = 0.f;
+        whole |= 1u << (4 * i + j);
+      }
+    }
+  }
+  return whole;
+}
+
+// Of kHalf rows: grads, which hold <dO, v>, become the gradients of the scores. `whole` has a bit for each.
+template <int kTiles>
+__device__ inline void grad_scores(float (&grads)[kTiles][4], const float (*scores)[4], const float* delta,
+                                   uint32_t whole, const PlacedRow* rows, const RowView& grad_lse, int64_t batch) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      grads[i][j] = scores[i][j] * (grads[i][j] - delta[row_of_score(i, j)]);
+    }
+  }
+  if (whole != 0 && grad_lse.data != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if ((whole >> (4 * i + j) & 1) != 0) {
+          const PlacedRow at = rows[row_of_score(i, j)];
+          grads[i][j] = grad_lse.at(batch, at.head, at.token);
+        }
+      }
+    }
+  }
+}
+
+// Adds what the rows of one stage, `count` of which exist, bring to the sums.
+template <typename Shape>
+__device__ inline void add_rows(KeyGradients<Shape>& sums, const KeyGradientsTiles<Shape>& tiles, int stage,
+                                const PlacedRow* rows, int32_t count, const TokensSeeing& seeing,
+                                const RowTensors& tensors, int64_t batch, float scale_log2, int part) {
+  using Element = typename Shape::Element;
+  constexpr int kRows = Shape::kRows;
+  const int lane = this_lane();
+  const int warp_key = this_warp() * 16;
+  const float* const gate = tiles.gate(stage);
+  float scores[1][kRows / 8][4];
+  multiply_transposed(scores, tiles.k, warp_key, tiles.q(stage), lane);
+  const float highest = weigh_rows<kRows>(scores[0], tiles.lse(stage), gate, rows, count, seeing, scale_log2);
+  accumulate(sums.v, scores, tiles.grad_out(stage), part * Shape::kOutV, lane);
+  uint32_t whole = 0;
+  if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
+    whole = take_whole<Element>(scores[0], gate);
+  }
+  // In two halves, which saves registers.
+  constexpr int kHalf = kRows / 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int first = half * kHalf;
+    const SharedTile<Element, kHalf, Shape::kDimK> q_half{tiles.q(stage).data + first * Shape::kDimK};
+    const SharedTile<Element, kHalf, Shape::kDimV> grad_out_half{tiles.grad_out(stage).data + first * Shape::kDimV};
+    float grads[1][kHalf / 8][4];
+    multiply_transposed(grads, tiles.v, warp_key, grad_out_half, lane);
+    grad_scores(grads[0], scores[0] + first / 8, tiles.delta(stage) + first, whole >> (4 * (first / 8)), rows + first,
+                tensors.grad_lse, batch);
+    accumulate(sums.k, grads, q_half, part * Shape::kOutK, lane);
+  }
+}
+
 // Sums over rows [begin, end) of `place_row`. `part`: which of kParts.
 template <typename Shape, typename PlaceRow>
 __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTile& tile, const RowTensors& tensors,
                                          const Visibility& visibility, float scale, int32_t begin, int32_t end,
                                          int part, unsigned char* shared, const PlaceRow& place_row) {
-  using Element = typename Shape::Element;
   constexpr int kRows = Shape::kRows;
-  using KTile = SharedTile<Element, Shape::kKeys, Shape::kDimK>;
-  using VTile = SharedTile<Element, Shape::kKeys, Shape::kDimV>;
-  using QTile = SharedTile<Element, kRows, Shape::kDimK>;
-  using GradOutTile = SharedTile<Element, kRows, Shape::kDimV>;
-  const KTile k_tile{reinterpret_cast<Element*>(shared)};
-  const VTile v_tile{k_tile.data + KTile::kSize};
-  Element* const stages = v_tile.data + VTile::kSize;
-  float* const numbers = reinterpret_cast<float*>(stages + Shape::kStages * (QTile::kSize + GradOutTile::kSize));
-  // Of two tiles of rows in turn: finding a row takes longer than copying it, so it is done once, a step ahead.
-  PlacedRow* const placed = reinterpret_cast<PlacedRow*>(numbers + Shape::kStages * kRows * Shape::kRowNumbers);
+  const KeyGradientsTiles<Shape> tiles(shared);
+  const KeyGradientsFeed<Shape, PlaceRow> feed{tiles, tensors, tile.batch, begin, end, place_row};
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp_key = thread / 32 * 16;
   clear(sums.k[0]);
   clear(sums.v[0]);
   if (begin >= end) {
     return;
   }
-
-  const auto place_rows = [&](int32_t first_row) {
-    const int thread = fresh_thread();
-    if (thread < kRows && first_row < end) {
-      placed[(first_row - begin) / kRows % 2 * kRows + thread] = place_row(min(first_row + thread, end - 1));
-    }
-  };
-  const auto copy_rows = [&](int stage, int32_t first_row) {
-    const int thread = fresh_thread();
-    const QTile q_tile{stages + stage * (QTile::kSize + GradOutTile::kSize)};
-    const GradOutTile grad_out_tile{q_tile.data + QTile::kSize};
-    const PlacedRow* const rows = placed + (first_row - begin) / kRows % 2 * kRows;
-    copy_placed<Shape::kThreads>(q_tile, tensors.q, tile.batch, rows, end - first_row, thread);
-    copy_placed<Shape::kThreads>(grad_out_tile, tensors.grad_out, tile.batch, rows, end - first_row, thread);
-    if (thread < kRows) {
-      float* const of_stage = numbers + stage * kRows * Shape::kRowNumbers + thread;
-      const bool valid = first_row + thread < end;
-      const PlacedRow at = rows[thread];
-      copy_number(of_stage, &tensors.lse.at(tile.batch, at.head, at.token), valid);
-      copy_number(of_stage + kRows, &tensors.delta.at(tile.batch, at.head, at.token), valid);
-      if (tensors.gate.data != nullptr) {
-        copy_number(of_stage + 2 * kRows, &tensors.gate.at(tile.batch, at.head, at.token), valid);
-      } else {
-        of_stage[2 * kRows] = 1.f;
-      }
-    }
-  };
-
-  place_rows(begin);
-  place_rows(begin + kRows);
+  feed.place(begin);
+  feed.place(begin + kRows);
   __syncthreads();
-  k_tile.template copy_consecutive<Shape::kThreads>(tile.k, tile.k_stride, tile.count, tensors.q.width, thread);
-  v_tile.template copy_consecutive<Shape::kThreads>(tile.v, tile.v_stride, tile.count, tensors.grad_out.width, thread);
-  copy_rows(0, begin);
-  commit_copies();
-
-  // The tokens that see the lane's two keys, and those that see all keys of the tile.
-  const auto first_of = [&](int32_t key) { return visibility.first_position(key) - tile.to_position; };
-  const auto last_of = [&](int32_t key) {
-    return static_cast<int32_t>(min_of(int64_t{visibility.last_position(key)} - tile.to_position, 0x7fffffff));
-  };
-  int32_t first_token[2];
-  int32_t last_token[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int32_t key = tile.first_key + warp_key + lane / 4 + 8 * half;
-    first_token[half] = first_of(key);
-    last_token[half] = last_of(key);
-  }
-  const int32_t all_first = first_of(tile.first_key + tile.count - 1);
-  const int32_t all_last = last_of(tile.first_key);
+  tiles.k.template copy_consecutive<Shape::kThreads>(tile.k, tile.k_stride, tile.count, tensors.q.width, thread);
+  tiles.v.template copy_consecutive<Shape::kThreads>(tile.v, tile.v_stride, tile.count, tensors.grad_out.width, thread);
+  feed.copy(0, begin);
+  const TokensSeeing seeing(visibility, tile);
   const float scale_log2 = scale * kLog2E;
 
   int stage = 0;
@@ -177,151 +343,15 @@ __device__ inline void sum_key_gradients(KeyGradients<Shape>& sums, const KeyTil
     wait_copies<0>();
     __syncthreads();
     if (Shape::kStages == 2 && row + kRows < end) {
-      copy_rows(1 - stage, row + kRows);
-      commit_copies();
+      feed.copy(1 - stage, row + kRows);
     }
-    const QTile q_tile{stages + stage * (QTile::kSize + GradOutTile::kSize)};
-    const GradOutTile grad_out_tile{q_tile.data + QTile::kSize};
-    const float* const lse = numbers + stage * kRows * Shape::kRowNumbers;
-    const float* const delta = lse + kRows;
-    const float* const gate = delta + kRows;
-    const PlacedRow* const rows = placed + (row - begin) / kRows % 2 * kRows;
-
-    // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
-    float scores[1][kRows / 8][4];
-    multiply_transposed(scores, k_tile, warp_key, q_tile, lane);
-    float highest = 0.f;
-    const bool all_seen = rows[0].token >= all_first && rows[min(kRows, end - row) - 1].token <= all_last;
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int column = 8 * i + 2 * (lane % 4) + j;
-        const float offset = lse[column] * kLog2E;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& score = scores[0][i][2 * half + j];
-          score = exp2_approx(fmaf(score, scale_log2, -offset));
-          if (!all_seen && (rows[column].token < first_token[half] || rows[column].token > last_token[half])) {
-            score = 0.f;
-          }
-          highest = fmaxf(highest, score);
-          score *= gate[column];
-        }
-      }
-    }
-    accumulate(sums.v, scores, grad_out_tile, part * Shape::kOutV, lane);
-    uint32_t whole = 0;  // a bit for each score that has all of its row's probability
-    if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float all = kWholeProbability<Element> * fabsf(gate[8 * i + 2 * (lane % 4) + j % 2]);
-          if (fabsf(scores[0][i][j]) > all) {
-            scores[0][i][j] = 0.f;
-            whole |= 1u << (4 * i + j);
-          }
-        }
-      }
-    }
-    // In two halves, which saves registers.
-    constexpr int kHalf = kRows / 2;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const SharedTile<Element, kHalf, Shape::kDimK> q_half{q_tile.data + half * kHalf * Shape::kDimK};
-      const SharedTile<Element, kHalf, Shape::kDimV> grad_out_half{grad_out_tile.data + half * kHalf * Shape::kDimV};
-      float grads[1][kHalf / 8][4];
-      multiply_transposed(grads, v_tile, warp_key, grad_out_half, lane);
-#pragma unroll
-      for (int i = 0; i < kHalf / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int column = half * kHalf + 8 * i + 2 * (lane % 4) + j % 2;
-          grads[0][i][j] = scores[0][half * kHalf / 8 + i][j] * (grads[0][i][j] - delta[column]);
-        }
-      }
-      if (whole != 0 && tensors.grad_lse.data != nullptr) {
-#pragma unroll
-        for (int i = 0; i < kHalf / 8; ++i) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            if ((whole >> (4 * (half * kHalf / 8 + i) + j) & 1) != 0) {
-              const PlacedRow at = rows[half * kHalf + 8 * i + 2 * (lane % 4) + j % 2];
-              grads[0][i][j] = tensors.grad_lse.at(tile.batch, at.head, at.token);
-            }
-          }
-        }
-      }
-      accumulate(sums.k, grads, q_half, part * Shape::kOutK, lane);
-    }
+    add_rows<Shape>(sums, tiles, stage, feed.placed(row), end - row, seeing, tensors, tile.batch, scale_log2, part);
     __syncthreads();
     if (Shape::kStages == 1 && row + kRows < end) {
-      copy_rows(0, row + kRows);
-      commit_copies();
+      feed.copy(0, row + kRows);
     }
-    place_rows(row + 2 * kRows);
+    feed.place(row + 2 * kRows);
     stage = Shape::kStages == 1 ? 0 : 1 - stage;
-  }
-}
-
-// Rounds the sums into the gradients of the tile's keys; `to` is the first key's row.
-template <typename Element, int kTiles>
-__device__ inline void store_key_gradients(void* to, int64_t stride, int32_t count, int32_t width, int first_column,
-                                           const float (&sums)[1][kTiles][4], float factor) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + 8 * half;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int column = first_column + 8 * i + 2 * (lane % 4);
-      if (key < count && column < width) {
-        *reinterpret_cast<uint32_t*>(static_cast<Element*>(to) + key * stride + column) =
-            pack<Element>(sums[0][i][2 * half] * factor, sums[0][i][2 * half + 1] * factor);
-      }
-    }
-  }
-}
-
-// The same, unrounded, into a partial sum: (kKeys, kDimK + kDimV), that of the keys first.
-template <int kRowSize, int kTiles>
-__device__ inline void store_partial(float* to, int first_column, const float (&sums)[1][kTiles][4], float factor) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4 + 8 * half;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const int column = first_column + 8 * i + 2 * (lane % 4);
-      *reinterpret_cast<float2*>(to + key * kRowSize + column) =
-          make_float2(sums[0][i][2 * half] * factor, sums[0][i][2 * half + 1] * factor);
-    }
-  }
-}
-
-// Adds `count` partial sums that lie side by side, in their order, and rounds them into the gradients.
-template <typename Shape>
-__device__ inline void add_partials(const float* partials, int32_t count, void* grad_k, int64_t k_stride,
-                                    int32_t k_width, void* grad_v, int64_t v_stride, int32_t v_width, int32_t keys) {
-  using Element = typename Shape::Element;
-  constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
-  for (int i = static_cast<int>(threadIdx.x); i < Shape::kKeys * kRowSize; i += static_cast<int>(blockDim.x)) {
-    const int key = i / kRowSize;
-    const int column = i % kRowSize;
-    const bool of_k = column < Shape::kDimK;
-    if (key >= keys || (of_k ? column >= k_width : column - Shape::kDimK >= v_width)) {
-      continue;
-    }
-    float sum = 0.f;
-    for (int32_t p = 0; p < count; ++p) {
-      sum += partials[static_cast<int64_t>(p) * Shape::kKeys * kRowSize + i];
-    }
-    if (of_k) {
-      static_cast<Element*>(grad_k)[key * k_stride + column] = from_float<Element>(sum);
-    } else {
-      static_cast<Element*>(grad_v)[key * v_stride + column - Shape::kDimK] = from_float<Element>(sum);
-    }
   }
 }
 

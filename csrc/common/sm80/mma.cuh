@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "common/threads.cuh"
+
 namespace nsa {
 
 using Half = __half;

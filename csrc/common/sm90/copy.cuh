@@ -16,6 +16,15 @@ using Barrier = uint64_t;
 __device__ inline void init_barrier(Barrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
+// Those of a ring of buffers: how many threads arrive when a buffer is filled, and when it is drained.
+template <int kStages>
+__device__ inline void init_ring(Barrier (&full)[kStages], Barrier (&empty)[kStages], uint32_t filling,
+                                 uint32_t draining) {
+  for (int i = 0; i < kStages; ++i) {
+    init_barrier(&full[i], filling);
+    init_barrier(&empty[i], draining);
+  }
+}
 // Makes initialised barriers visible to the copy engine.
 __device__ inline void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;\n" ::: "memory"); }
 // Each thread arrives for itself that wrote what others read by ordinary instructions, or the other way round:
@@ -242,5 +251,15 @@ struct PanelTile {
     return (of_lane ^ (column % 64 / 8 << 4)) + row * 128 + column / 64 * (kPanelSize * 2);
   }
 };
+
+// Copies the panels of such a tile, or boxes of some of its rows, which begin at `to`.
+template <typename Panels>
+__device__ inline void copy_panels(typename Panels::Element* to, const CUtensorMap& map, Barrier* barrier, int32_t head,
+                                   int32_t token, int32_t batch, uint64_t cache) {
+#pragma unroll
+  for (int panel = 0; panel < Panels::kPanels; ++panel) {
+    copy_box(to + panel * Panels::kPanelSize, &map, barrier, 64 * panel, head, token, batch, cache);
+  }
+}
 
 }  // namespace nsa

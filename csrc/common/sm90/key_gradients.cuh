@@ -42,6 +42,12 @@ struct RowNumbers {
   alignas(16) float2 weights[kRows];  // log2(e) lse, gate
   alignas(8) float delta[kRows];
   alignas(8) int32_t position[kRows];  // ascending or descending
+
+  __device__ void set(int row, float lse, float gate, float of_delta, int32_t of_position) {
+    weights[row] = make_float2(lse, gate);
+    delta[row] = of_delta;
+    position[row] = of_position;
+  }
 };
 
 // The rows of a few steps, filled by the copies of one thread and the numbers of a warp, drained by consumers. Each
@@ -54,10 +60,7 @@ struct RowRing {
   Barrier full[Shape::kStages], empty[Shape::kStages];
 
   __device__ void init_barriers(int consumers) {
-    for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(&full[i], 1 + 32);  // the thread that copies, and the warp that gathers numbers
-      init_barrier(&empty[i], consumers * kWarpgroup);
-    }
+    init_ring(full, empty, 1 + 32, consumers * kWarpgroup);  // filled by a thread that copies, and a warp of numbers
   }
 };
 

@@ -114,8 +114,6 @@ struct RangeBackwardKeysShared {
 template <typename Shape>
 __device__ inline void copy_range_rows(const RangeBackwardKeysSm90Params& params,
                                        RangeBackwardKeysShared<Shape>& shared) {
-  using QTile = typename Shape::QTile;
-  using GradOutTile = typename Shape::GradOutTile;
   prefetch_map(&params.q);
   prefetch_map(&params.grad_out);
   const RangeKeyItem& item = shared.item;
@@ -126,14 +124,10 @@ __device__ inline void copy_range_rows(const RangeBackwardKeysSm90Params& params
   arrive_expecting(&shared.keys_full, 2 * Shape::kKeyBytes);
   for (int i = 0; i < 2; ++i) {
     const int32_t token = static_cast<int32_t>(item.tile.keys_begin) + item.tile.first_key + i * Shape::kKeys;
-    for (int panel = 0; panel < Shape::KTile::kPanels; ++panel) {
-      copy_box(shared.k[i] + panel * Shape::KTile::kPanelSize, &params.k, &shared.keys_full, 64 * panel, item.head_kv,
-               token, batch, kEvictNormal);
-    }
-    for (int panel = 0; panel < Shape::VTile::kPanels; ++panel) {
-      copy_box(shared.v[i] + panel * Shape::VTile::kPanelSize, &params.v, &shared.keys_full, 64 * panel, item.head_kv,
-               token, batch, kEvictNormal);
-    }
+    copy_panels<typename Shape::KTile>(shared.k[i], params.k, &shared.keys_full, item.head_kv, token, batch,
+                                       kEvictNormal);
+    copy_panels<typename Shape::VTile>(shared.v[i], params.v, &shared.keys_full, item.head_kv, token, batch,
+                                       kEvictNormal);
   }
 
   RowRing<Shape>& ring = shared.ring;
@@ -145,16 +139,9 @@ __device__ inline void copy_range_rows(const RangeBackwardKeysSm90Params& params
     wait(&ring.empty[stage], ring_place.parity ^ 1);
     arrive_expecting(full, bytes);
     const auto copy = [&](const CUtensorMap& q, const CUtensorMap& grad_out, int row, int32_t token) {
-#pragma unroll
-      for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        copy_box(ring.q[stage] + panel * QTile::kPanelSize + row * 64, &q, full, 64 * panel, head, token, batch,
-                 kEvictNormal);
-      }
-#pragma unroll
-      for (int panel = 0; panel < GradOutTile::kPanels; ++panel) {
-        copy_box(ring.grad_out[stage] + panel * GradOutTile::kPanelSize + row * 64, &grad_out, full, 64 * panel, head,
-                 token, batch, kEvictNormal);
-      }
+      copy_panels<typename Shape::QTile>(ring.q[stage] + row * 64, q, full, head, token, batch, kEvictNormal);
+      copy_panels<typename Shape::GradOutTile>(ring.grad_out[stage] + row * 64, grad_out, full, head, token, batch,
+                                               kEvictNormal);
     };
     const int32_t token = static_cast<int32_t>(place.q_begin) + query;
     if (!s.packed() || query + params.step_queries <= place.q_length) {
@@ -210,9 +197,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
     for (int i = 0; i < kPerLane; ++i) {
       const int row = lane + 32 * i;
       if (row < Shape::kRows) {
-        to.weights[row] = make_float2(lse[i], gate[i]);
-        to.delta[row] = delta[i];
-        to.position[row] = position[i];
+        to.set(row, lse[i], gate[i], delta[i], position[i]);
       }
     }
     arrive(&ring.full[stage]);

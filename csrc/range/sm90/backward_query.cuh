@@ -331,36 +331,22 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     range_backward_query_sm90(const __grid_constant__ RangeBackwardQuerySm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_bytes);
+  auto& shared = shared_memory<typename Shape::Shared>();
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kRowSlots; ++i) {
-      init_barrier(&shared.rows_full[i], 1);
-      init_barrier(&shared.rows_empty[i], kWarpgroup / 32);
-    }
-    for (int i = 0; i < Shape::kKStages; ++i) {
-      init_barrier(&shared.k_full[i], 1);
-      init_barrier(&shared.k_empty[i], Shape::kConsumers * kWarpgroup / 32);
-    }
-    for (int i = 0; i < Shape::kVStages; ++i) {
-      init_barrier(&shared.v_full[i], 1);
-      init_barrier(&shared.v_empty[i], Shape::kConsumers * kWarpgroup / 32);
-    }
+    init_ring(shared.rows_full, shared.rows_empty, 1, kWarpgroup / 32);
+    init_ring(shared.k_full, shared.k_empty, 1, Shape::kConsumers * kWarpgroup / 32);
+    init_ring(shared.v_full, shared.v_empty, 1, Shape::kConsumers * kWarpgroup / 32);
     fence_barrier_init();
   }
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    shrink_registers<Shape::kProducerRegisters>();
+  const auto feed = [&] {
     if (threadIdx.x == 0) {
       grad_q::produce_keys<Shape>(params, shared);
     } else if (threadIdx.x / 32 == 1) {
       grad_q::produce_rows<Shape>(params, shared);
     }
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    grad_q::consume<Shape>(params, shared, warpgroup - 1);
-  }
+  };
+  split_warpgroups<Shape>(feed, [&](int consumer) { grad_q::consume<Shape>(params, shared, consumer); });
 #endif
 }
 

@@ -50,15 +50,11 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
   uint32_t copied_q = 0;
   uint32_t copied_k = 0;
   uint32_t copied_v = 0;
-  const auto copy_keys = [&]<typename Panel>(Panel, const RangeTile& tile, const CUtensorMap& map, Element* to,
-                                             Barrier* full, Barrier* empty, uint32_t parity, int32_t key) {
+  const auto copy_keys = [&]<typename Panels>(Panels, const RangeTile& tile, const CUtensorMap& map, Element* to,
+                                              Barrier* full, Barrier* empty, uint32_t parity, int32_t key) {
     wait(empty, parity ^ 1);
-    arrive_expecting(full, Panel::kSize * sizeof(Element));
-#pragma unroll
-    for (int panel = 0; panel < Panel::kPanels; ++panel) {
-      copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv, tile.first_key + key, tile.batch,
-               kEvictLast);
-    }
+    arrive_expecting(full, Panels::kSize * sizeof(Element));
+    copy_panels<Panels>(to, map, full, tile.head_kv, tile.first_key + key, tile.batch, kEvictLast);
   };
   const auto copy_k = [&](const RangeTile& tile, int32_t key) {
     const int stage = RingPlace<kStages>::of(copied_k).stage;
@@ -82,11 +78,8 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
 #pragma unroll 1
     for (int i = 0; i < Shape::kConsumers; ++i) {
       const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-#pragma unroll
-      for (int panel = 0; panel < QTile::kPanels; ++panel) {
-        copy_box(shared.q[stage][i] + panel * QTile::kPanelSize, &params.q, &shared.q_full[stage], 64 * panel,
-                 tile.head_kv * s.group, token, tile.batch, kEvictFirst);
-      }
+      copy_panels<QTile>(shared.q[stage][i], params.q, &shared.q_full[stage], tile.head_kv * s.group, token, tile.batch,
+                         kEvictFirst);
     }
     ++copied_q;
   };
@@ -96,11 +89,8 @@ __device__ inline void produce_range(const RangeForwardSm90Params& params, typen
 #pragma unroll 1
     for (int i = 0; i < Shape::kConsumers; ++i) {
       const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-#pragma unroll
-      for (int panel = 0; panel < OutTile::kPanels; ++panel) {
-        copy_box(to + i * consumer_size + panel * OutTile::kPanelSize, &map, &shared.others_full, 64 * panel,
-                 tile.head_kv * s.group, token, tile.batch, kEvictFirst);
-      }
+      copy_panels<OutTile>(to + i * consumer_size, map, &shared.others_full, tile.head_kv * s.group, token, tile.batch,
+                           kEvictFirst);
     }
   };
   // Of the tile whose Q was copied last: to where the output of the tile before was, and to where its own Q was.

@@ -271,35 +271,24 @@ template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     range_forward_sm90(const __grid_constant__ RangeForwardSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_bytes);
+  auto& shared = shared_memory<typename Shape::Shared>();
   if (threadIdx.x == 0) {
     prefetch_map(&params.q);
     prefetch_map(&params.k);
     prefetch_map(&params.v);
-    for (int i = 0; i < Shape::kQStages; ++i) {
-      init_barrier(&shared.q_full[i], 1);
-      init_barrier(&shared.q_empty[i], Shape::kConsumers * kWarpgroup / 32);
-    }
-    for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(&shared.k_full[i], 1);
-      init_barrier(&shared.k_empty[i], Shape::kConsumers * kWarpgroup / 32);
-      init_barrier(&shared.v_full[i], 1);
-      init_barrier(&shared.v_empty[i], Shape::kConsumers * kWarpgroup / 32);
-    }
-    for (int i = 0; i < Shape::kTiles; ++i) {
-      init_barrier(&shared.tile_full[i], 1);
-      init_barrier(&shared.tile_empty[i], Shape::kConsumers * kWarpgroup + 1 + 32);  // and what feeds and stores
-    }
+    constexpr uint32_t kWarps = Shape::kConsumers * kWarpgroup / 32;
+    init_ring(shared.q_full, shared.q_empty, 1, kWarps);
+    init_ring(shared.k_full, shared.k_empty, 1, kWarps);
+    init_ring(shared.v_full, shared.v_empty, 1, kWarps);
+    // Drained also by what feeds and stores.
+    init_ring(shared.tile_full, shared.tile_empty, 1, Shape::kConsumers * kWarpgroup + 1 + 32);
     init_barrier(&shared.others_full, 1 + 32);
     init_barrier(&shared.out_full, Shape::kConsumers * kWarpgroup);
     init_barrier(&shared.out_empty, 32);
     fence_barrier_init();
   }
   __syncthreads();
-  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    shrink_registers<Shape::kProducerRegisters>();
+  const auto feed = [&] {
     if (threadIdx.x == 0) {
       produce_range<Shape>(params, shared);
     } else if (threadIdx.x / 32 == 1) {
@@ -307,10 +296,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     } else if (threadIdx.x / 32 == 2) {
       store_range<Shape>(params, shared);
     }
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    consume_range<Shape>(params, shared, warpgroup - 1);
-  }
+  };
+  split_warpgroups<Shape>(feed, [&](int consumer) { consume_range<Shape>(params, shared, consumer); });
 #endif
 }
 

@@ -3,7 +3,7 @@
 
 #include "common/keys.cuh"
 #include "common/rows.cuh"
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/block.cuh"
 #include "common/softmax.cuh"
 #include "range/params.h"
 
@@ -93,35 +93,13 @@ struct RangeForwardSm90Shape {
 constexpr int kTurnBarrier = 1;
 constexpr int kConsumerBarrier = 5;
 
-// As find_tile, in 32 bits: a call has fewer than 2^31 rows.
-__device__ inline Tile find_range_tile(const RangeForwardSm90Params& params, int32_t slot) {
-  const SequenceLayout& s = params.range.sequences;
-  if (!s.packed()) {
-    const auto sequence = static_cast<int32_t>(params.by_dense_tiles.divide(static_cast<uint32_t>(slot)));
-    return {sequence, slot - sequence * params.dense_tiles};
-  }
-  const auto first_slot = [&](int32_t i) {
-    return static_cast<int32_t>(params.by_tile_rows.divide(static_cast<uint32_t>(s.cumulative_q[i] * s.group))) + i;
-  };
-  int32_t low = 0;
-  int32_t high = s.batch - 1;
-  while (low < high) {  // the last sequence that starts at or before the slot
-    const int32_t middle = (low + high + 1) / 2;
-    if (first_slot(middle) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return {low, slot - first_slot(low)};
-}
-
 // The latest queries see the most keys: they go first.
 __device__ inline void set_range_tile(RangeTile& to, const RangeForwardSm90Params& params, int32_t number) {
   const SequenceLayout& s = params.range.sequences;
   const Visibility& seen = params.range.visibility;
   const auto slot = static_cast<int32_t>(params.by_heads_kv.divide(static_cast<uint32_t>(number)));
-  const Tile tile = find_range_tile(params, params.slots - 1 - slot);
+  const Tile tile =
+      find_tile(s, s.cumulative_q, s.group, params.by_dense_tiles, params.by_tile_rows, params.slots - 1 - slot);
   const SequencePlace place = place_of(s, tile.sequence);
   const KeysPlace keys = keys_of(place, seen, params.range.compressed);
   to.length = keys.length;
@@ -140,15 +118,13 @@ __device__ inline void set_range_tile(RangeTile& to, const RangeForwardSm90Param
   to.all_end = min(seen.end(first), keys.length);
 }
 
-// Calls with the number of each tile of this block. Every other round runs backwards, so that no block gets the longest
-// of each.
+// Calls with the number of each tile of this block.
 template <typename Function>
 __device__ inline void for_each_range_tile(const RangeForwardSm90Params& params, const Function& function) {
   const auto blocks = static_cast<int32_t>(gridDim.x);
 #pragma unroll 1
   for (int32_t round = 0; round * blocks < params.tiles; ++round) {
-    const int32_t block = fresh_block();
-    const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    const int32_t number = tile_of_round(round, fresh_block(), blocks);
     if (number < params.tiles) {
       function(number);
     }

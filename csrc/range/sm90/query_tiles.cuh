@@ -3,7 +3,7 @@
 
 #include "common/keys.cuh"
 #include "common/rows.cuh"
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/block.cuh"
 #include "common/sm90/write_row.cuh"
 #include "range/params.h"
 
@@ -73,32 +73,6 @@ struct RowTile {
   int32_t end;
 };
 
-// As find_tile (common/sequences.cuh), with divisions by numbers known on the host: this stands between two tiles,
-// where even instructions come late to those who run them once a tile.
-__device__ inline Tile find_row_tile(const RangeBackwardQuerySm90Params& params, uint32_t slot) {
-  const SequenceLayout& s = params.range.sequences;
-  if (s.cumulative_q == nullptr) {
-    const uint32_t sequence = params.by_slots.divide(slot);
-    return {static_cast<int32_t>(sequence), static_cast<int32_t>(slot - sequence * params.by_slots.divisor)};
-  }
-  const auto first_slot = [&](int32_t i) {
-    return params.by_rows.divide(static_cast<uint32_t>(s.cumulative_q[i]) * static_cast<uint32_t>(s.group)) +
-           static_cast<uint32_t>(i);
-  };
-  int32_t low = 0;
-  int32_t high = s.batch - 1;
-#pragma unroll 1
-  while (low < high) {
-    const int32_t middle = (low + high + 1) / 2;
-    if (first_slot(middle) <= slot) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return {low, static_cast<int32_t>(slot - first_slot(low))};
-}
-
 // The latest queries see the most keys: they go first.
 __device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, int32_t number) {
   const SequenceLayout& s = params.range.sequences;
@@ -107,7 +81,8 @@ __device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, i
   const auto from_last = static_cast<int32_t>(params.by_heads.divide(static_cast<uint32_t>(number)));
   RowTile to;
   to.head_kv = number - from_last * s.heads_kv;
-  const Tile tile = find_row_tile(params, static_cast<uint32_t>(params.slots - 1 - from_last));
+  const Tile tile =
+      find_tile(s, s.cumulative_q, s.group, params.by_slots, params.by_rows, params.slots - 1 - from_last);
   const SequencePlace place = place_of(s, tile.sequence);
   const KeysPlace keys = keys_of(place, seen, params.range.compressed);
   to.batch = static_cast<int32_t>(place.batch);
@@ -122,7 +97,7 @@ __device__ inline RowTile row_tile(const RangeBackwardQuerySm90Params& params, i
   return to;
 }
 
-// The tiles of this block. Every other round runs backwards, so that no block gets the longest of each.
+// The tiles of this block.
 struct TileWalk {
   int32_t round = 0;
 
@@ -132,7 +107,7 @@ struct TileWalk {
     const int32_t block = static_cast<int32_t>(blockIdx.x);
 #pragma unroll 1
     for (; round * blocks < params.tiles; ++round) {
-      const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+      const int32_t number = tile_of_round(round, block, blocks);
       if (number < params.tiles) {
         tile = row_tile(params, number);
         if (tile.first_row <= tile.last_row) {
@@ -155,15 +130,11 @@ __device__ inline void produce_keys(const RangeBackwardQuerySm90Params& params, 
   RingPlace<Shape::kVStages> v_place;
   RowTile tile{};
   for (TileWalk walk; walk.next(tile, params);) {
-    const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
-                                          uint32_t parity, int32_t key) {
+    const auto copy = [&]<typename Panels>(Panels, const CUtensorMap& map, Element* to, Barrier* full, Barrier* empty,
+                                           uint32_t parity, int32_t key) {
       wait(empty, parity ^ 1);
-      arrive_expecting(full, Panel::kSize * sizeof(Element));
-#pragma unroll
-      for (int panel = 0; panel < Panel::kPanels; ++panel) {
-        copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv, tile.first_key + key, tile.batch,
-                 kEvictLast);
-      }
+      arrive_expecting(full, Panels::kSize * sizeof(Element));
+      copy_panels<Panels>(to, map, full, tile.head_kv, tile.first_key + key, tile.batch, kEvictLast);
     };
     for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
       copy(typename Shape::KTile(), params.k, shared.k[k_place.stage], &shared.k_full[k_place.stage],
@@ -217,7 +188,6 @@ __device__ inline void fetch_rows(const RangeBackwardQuerySm90Params& params, co
 // Copies Q and dO of all tiles: slots go round, one for each consumer of each tile. By a warp.
 template <typename Shape>
 __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared) {
-  using Element = typename Shape::Element;
   RingPlace<Shape::kRowSlots> slot;
   const SequenceLayout& s = params.range.sequences;
   TileWalk walk;
@@ -231,16 +201,13 @@ __device__ inline void produce_rows(const RangeBackwardQuerySm90Params& params, 
         if (fresh_thread() % 32 == 0) {
           const int32_t query = row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
           Barrier* const full = &shared.rows_full[slot.stage];
-          const auto copy = [&]<typename Panel>(Panel, const CUtensorMap& map, Element* to) {
-#pragma unroll
-            for (int panel = 0; panel < Panel::kPanels; ++panel) {
-              copy_box(to + panel * Panel::kPanelSize, &map, full, 64 * panel, tile.head_kv * s.group,
-                       tile.first_token + query, tile.batch, kEvictFirst);
-            }
-          };
+          const int32_t head = tile.head_kv * s.group;
+          const int32_t token = tile.first_token + query;
           arrive_expecting(full, params.consumer_bytes);
-          copy(typename Shape::QTile(), params.q, shared.q[slot.stage]);
-          copy(typename Shape::GradOutTile(), params.grad_out, shared.grad_out[slot.stage]);
+          copy_panels<typename Shape::QTile>(shared.q[slot.stage], params.q, full, head, token, tile.batch,
+                                             kEvictFirst);
+          copy_panels<typename Shape::GradOutTile>(shared.grad_out[slot.stage], params.grad_out, full, head, token,
+                                                   tile.batch, kEvictFirst);
         }
         __syncwarp();
         slot.advance();

@@ -52,22 +52,28 @@ __global__ void list_pairs(const __grid_constant__ InvertListsParams params) {
   params.values[i] = static_cast<int32_t>(value);
 }
 
-__global__ void find_begins(const __grid_constant__ InvertListsParams params) {
-  const int64_t id = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (id > params.blocks) {
-    return;
-  }
+// The first entry of the sorted lists that `before` is not true of; all entries before it are.
+template <typename Before>
+__device__ inline int32_t first_not(int64_t entries, const Before& before) {
   int64_t low = 0;
-  int64_t high = params.pairs;
+  int64_t high = entries;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (params.sorted_keys[middle] < id) {
+    if (before(middle)) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  params.begins[id] = static_cast<int32_t>(low);
+  return static_cast<int32_t>(low);
+}
+
+__global__ void find_begins(const __grid_constant__ InvertListsParams params) {
+  const int64_t id = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (id > params.blocks) {
+    return;
+  }
+  params.begins[id] = first_not(params.pairs, [&](int64_t i) { return params.sorted_keys[i] < id; });
 }
 
 // One block of threads walks all blocks: running sums of their segments, and of those of blocks that have several.
@@ -113,19 +119,11 @@ __global__ void find_edges(const __grid_constant__ InvertListsParams params) {
   }
   const int64_t id = i % params.blocks;
   const int64_t least = i / params.blocks * params.pieces.chunk * (params.ranked ? params.num_selected : 1);
-  int64_t low = 0;
-  int64_t high = params.pairs;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    const int32_t key = params.sorted_keys[middle];
-    const int32_t query = params.queries[middle];
-    if (key < id || (key == id && query < least)) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  params.edges[i] = static_cast<int32_t>(low);
+  params.edges[i] = first_not(params.pairs, [&](int64_t at) {
+    const int32_t key = params.sorted_keys[at];
+    const int32_t query = params.queries[at];
+    return key < id || (key == id && query < least);
+  });
 }
 
 __device__ inline int32_t most_of_chunk(const KeyPieces& pieces, int32_t chunk) {
@@ -204,9 +202,31 @@ struct OrderOfPieces {
   }
 };
 
+// Kinds of pieces, in the order of their ranks: first those that share their block, by their number in it, then the
+// others, by their length.
+constexpr int kKinds = 256;  // of either
+
+__device__ inline int kind_of(const PiecesOfChunk& of, int32_t i, int32_t most) {
+  return of.pieces > 1 ? static_cast<int>(int64_t{i} * kKinds / of.pieces)
+                       : kKinds + static_cast<int>(int64_t{most - of.queries} * kKinds / (most + 1));
+}
+
+// Piece i of a block's.
+__device__ inline KeyPiece piece_of(const PiecesOfChunk& of, int32_t i, int64_t id, int32_t head) {
+  const auto begin = static_cast<int32_t>(int64_t{of.queries} * i / of.pieces);
+  const auto end = static_cast<int32_t>(int64_t{of.queries} * (i + 1) / of.pieces);
+  return {.id = static_cast<int32_t>(id),
+          .sequence = of.tile.sequence,
+          .block = of.tile.index,
+          .head_kv = head,
+          .first = of.first + begin,
+          .queries = end - begin,
+          .number = of.before + i,
+          .last = of.last && i == of.pieces - 1 ? 1 : 0};
+}
+
 // A block of threads for each KV head and chunk. Among pieces of about the same length the order is any.
 __global__ void __launch_bounds__(kScanThreads) list_pieces(const __grid_constant__ InvertListsParams params) {
-  constexpr int kKinds = 256;
   static_assert(2 * kKinds <= kScanThreads);
   using Scan = cub::BlockScan<int32_t, kScanThreads>;
   __shared__ typename Scan::TempStorage storage;
@@ -220,10 +240,6 @@ __global__ void __launch_bounds__(kScanThreads) list_pieces(const __grid_constan
   const int32_t most = most_of_chunk(pieces, chunk);
   const int64_t slots = params.blocks / params.sequences.heads_kv;
   const int thread = static_cast<int>(threadIdx.x);
-  const auto kind_of = [&](const PiecesOfChunk& of, int32_t i) {
-    return of.pieces > 1 ? static_cast<int>(int64_t{i} * kKinds / of.pieces)
-                         : kKinds + static_cast<int>(int64_t{most - of.queries} * kKinds / (most + 1));
-  };
   if (thread < 2 * kKinds) {
     next[thread] = 0;
   }
@@ -237,7 +253,7 @@ __global__ void __launch_bounds__(kScanThreads) list_pieces(const __grid_constan
       atomicAdd(&earlier, of.before);
     }
     for (int32_t i = 0; i < of.pieces; ++i) {
-      atomicAdd(&next[kind_of(of, i)], 1);
+      atomicAdd(&next[kind_of(of, i, most)], 1);
     }
   }
   __syncthreads();
@@ -259,16 +275,7 @@ __global__ void __launch_bounds__(kScanThreads) list_pieces(const __grid_constan
   for (int64_t slot = thread; slot < slots; slot += kScanThreads) {
     const PiecesOfChunk of = pieces_of_chunk(params, head * slots + slot, chunk);
     for (int32_t i = 0; i < of.pieces; ++i) {
-      const auto begin = static_cast<int32_t>(int64_t{of.queries} * i / of.pieces);
-      const auto end = static_cast<int32_t>(int64_t{of.queries} * (i + 1) / of.pieces);
-      to[order(atomicAdd(&next[kind_of(of, i)], 1))] = {.id = static_cast<int32_t>(head * slots + slot),
-                                                        .sequence = of.tile.sequence,
-                                                        .block = of.tile.index,
-                                                        .head_kv = head,
-                                                        .first = of.first + begin,
-                                                        .queries = end - begin,
-                                                        .number = of.before + i,
-                                                        .last = of.last && i == of.pieces - 1 ? 1 : 0};
+      to[order(atomicAdd(&next[kind_of(of, i, most)], 1))] = piece_of(of, i, head * slots + slot, head);
     }
   }
 }

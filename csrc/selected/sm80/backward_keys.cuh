@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/sm80/key_gradients.cuh"
+#include "common/sm80/write_key_gradients.cuh"
 #include "selected/params.h"
 
 namespace nsa {
@@ -13,6 +14,11 @@ struct SelectedKeyTile {
   int32_t head_kv;
   int32_t first_key;  // of tile `tile` of the block
   int32_t count;
+
+  template <typename Element>
+  __device__ KeyGradientRows gradients(const SelectedBackwardParams& params) const {
+    return KeyGradientRows::of<Element>(params, place.batch, place.k_begin + first_key, head_kv, count);
+  }
 };
 
 template <int kKeys>
@@ -32,51 +38,30 @@ __device__ inline SelectedKeyTile selected_key_tile(const SelectedBackwardParams
 
 // The last block whose segments begin at or before `segment`.
 __device__ inline int64_t block_of_segment(const ChosenBy& chosen_by, int64_t segment) {
-  int64_t low = 0;
-  int64_t high = chosen_by.blocks - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (chosen_by.segments[middle] <= segment) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
+  return last_sequence_before<int64_t>(chosen_by.blocks, segment, [&](int64_t i) { return chosen_by.segments[i]; });
 }
 
 // To the gradients, or where a block has several segments to this one's partial sums.
 template <typename Shape>
 __device__ inline void store_tile(const SelectedBackwardParams& params, const SelectedKeyTile& tile, int64_t id,
                                   const KeyGradients<Shape>& sums) {
-  using Element = typename Shape::Element;
   const ChosenBy& chosen_by = params.chosen_by;
   const unsigned tiles = static_cast<unsigned>(ceil_div(params.select_size, Shape::kKeys));
   const int part = static_cast<int>(blockIdx.x % Shape::kParts);
   const int32_t segments = chosen_by.segments[id + 1] - chosen_by.segments[id];
   if (segments > 1) {
-    constexpr int kRowSize = Shape::kDimK + Shape::kDimV;
     const int64_t tile_index = blockIdx.x / Shape::kParts % tiles;
     const int64_t number = blockIdx.x / Shape::kParts / tiles - chosen_by.segments[id];
     const int64_t index = chosen_by.partials[id] * int64_t{tiles} + tile_index * segments + number;
-    float* const to = params.partials + index * (Shape::kKeys * kRowSize);
-    store_partial<kRowSize>(to, part * Shape::kOutK, sums.k, params.scale);
-    store_partial<kRowSize>(to, Shape::kDimK + part * Shape::kOutV, sums.v, 1.f);
+    store_partial<Shape>(partial_sums<Shape>(params.partials, index), part, sums, params.scale);
     return;
   }
-  const int64_t first_key = tile.place.k_begin + tile.first_key;
-  store_key_gradients<Element>(params.grad_k.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                               params.grad_k.token_stride, tile.count, params.grad_k.width, part * Shape::kOutK, sums.k,
-                               params.scale);
-  store_key_gradients<Element>(params.grad_v.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                               params.grad_v.token_stride, tile.count, params.grad_v.width, part * Shape::kOutV, sums.v,
-                               1.f);
+  store_key_gradients<Shape>(tile.gradients<typename Shape::Element>(params), part, sums, params.scale);
 }
 
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     selected_backward_keys_sm80(const __grid_constant__ SelectedBackwardParams params) {
-  using Element = typename Shape::Element;
   extern __shared__ __align__(128) unsigned char shared[];
   const SequenceLayout& s = params.sequences;
   const ChosenBy& chosen_by = params.chosen_by;
@@ -109,27 +94,23 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int32_t* const list = chosen_by.queries + chosen_by.begins[id] + first;
   // Queries are numbered through the batch.
   const int32_t to_token = static_cast<int32_t>(-place.batch * s.length_q);
-  const int64_t first_key = place.k_begin + tile.first_key;
+  const Visibility kEarlier{.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()};
   KeyGradients<Shape> sums;
   sum_key_gradients<Shape>(
       sums,
-      {params.k.row<Element>(place.batch, first_key, tile.head_kv),
-       params.v.row<Element>(place.batch, first_key, tile.head_kv), params.k.token_stride, params.v.token_stride,
-       tile.first_key, tile.count, place.batch, static_cast<int32_t>(place.offset - place.q_begin)},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate, params.grad_lse},
-      {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()}, params.scale, 0,
-      count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
+      KeyTile::of<typename Shape::Element>(params, place, place.k_begin, tile.first_key, tile.count, tile.head_kv),
+      RowTensors(params), kEarlier, params.scale, 0, count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, tile.head_kv, row);
         return {list[at.query] + to_token, at.head};
       });
   __syncthreads();
   store_tile<Shape>(params, kept_tile, kept_id, sums);
 }
+
 // One block of threads for each tile of each block.
 template <typename Shape>
 __global__ void __launch_bounds__(256)
     selected_add_partials_sm80(const __grid_constant__ SelectedBackwardParams params) {
-  using Element = typename Shape::Element;
   const ChosenBy& chosen_by = params.chosen_by;
   const unsigned tiles = static_cast<unsigned>(ceil_div(params.select_size, Shape::kKeys));
   const int64_t id = blockIdx.x / tiles;
@@ -139,14 +120,9 @@ __global__ void __launch_bounds__(256)
   if (segments <= 1 || tile.count == 0) {
     return;
   }
-  const int64_t first_key = tile.place.k_begin + tile.first_key;
-  const float* const partials =
-      params.partials + (chosen_by.partials[id] * int64_t{tiles} + tile_index * int64_t{segments}) *
-                            (Shape::kKeys * (Shape::kDimK + Shape::kDimV));
-  add_partials<Shape>(partials, segments, params.grad_k.row<Element>(tile.place.batch, first_key, tile.head_kv),
-                      params.grad_k.token_stride, params.grad_k.width,
-                      params.grad_v.row<Element>(tile.place.batch, first_key, tile.head_kv), params.grad_v.token_stride,
-                      params.grad_v.width, tile.count);
+  const int64_t first = chosen_by.partials[id] * int64_t{tiles} + tile_index * int64_t{segments};
+  add_partials<Shape>(partial_sums<Shape>(params.partials, first), segments,
+                      tile.gradients<typename Shape::Element>(params));
 }
 
 }  // namespace nsa

@@ -7,19 +7,18 @@
 #include "common/scores.cuh"
 #include "common/sm80/tile.cuh"
 #include "common/softmax.cuh"
+#include "common/tile_dims.h"
 
 namespace nsa {
 
 constexpr int kTokenWarps = 4;
+constexpr int kTokenThreads = 32 * kTokenWarps;
 
-template <typename Element_, int kDimK_, int kDimV_, int kStages_>
-struct TokenShape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+template <typename Element, int kDimK, int kDimV, int kStages_>
+struct TokenShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kTokenWarps;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kThreads = kTokenThreads;
   static constexpr int kRows = 16;
   static constexpr int kKeys = 16;
   static constexpr int kStageSize = kKeys * (kDimK + kDimV);  // elements
@@ -46,6 +45,8 @@ struct TokenPlace {
   int32_t first_head;  // among all query heads
   int32_t heads;       // at most 16
   int64_t list;        // where the query's list begins
+
+  __device__ int32_t limit() const { return min(position + 1, place.k_length); }  // keys before it are seen
 };
 
 // One KV head after the other, so that the keys in use stay in the L2 cache.
@@ -64,10 +65,6 @@ __device__ inline TokenPlace token_place(const SequenceLayout& s, int64_t tokens
   result.heads = min(16, s.group - head_tile * 16);
   result.list = (token * s.heads_kv + result.head_kv) * num_selected;
   return result;
-}
-
-__device__ inline int64_t count_tokens(const SequenceLayout& s) {
-  return s.packed() ? s.length_q : s.batch * s.length_q;
 }
 
 // The 16 keys that a warp takes in its turn `unit`: part `unit % parts` of the block that stands at unit / parts in the
@@ -128,12 +125,86 @@ struct UnitWalk {
   }
 };
 
+// The units of one warp: it walks them, and fills its buffers with the keys and values of those to come.
+template <typename Shape, typename Params>
+struct TokenFeed {
+  using Element = typename Shape::Element;
+  using KTile = typename Shape::KTile;
+  using VTile = typename Shape::VTile;
+
+  const Params& params;
+  const TokenPlace& at;
+  Element* own;  // kStages buffers
+  UnitWalk ahead;
+  UnitWalk walk;
+  int stage = 0;
+
+  // Begins to fill all buffers but one.
+  __device__ TokenFeed(const Params& params_, const TokenPlace& at_, Element* own_, const UnitWalk& units)
+      : params(params_), at(at_), own(own_), ahead(units), walk(units) {
+#pragma unroll
+    for (int i = 0; i + 1 < Shape::kStages; ++i) {
+      copy_next(i);
+    }
+  }
+  __device__ KTile k_tile(int of_stage) const { return {own + of_stage * Shape::kStageSize}; }
+  __device__ VTile v_tile(int of_stage) const { return {k_tile(of_stage).data + KTile::kSize}; }
+
+  __device__ void copy_next(int to_stage) {
+    if (!ahead.done()) {
+      const KeyUnit unit = ahead.unit();
+      const int64_t first = at.place.k_begin + unit.first_key;
+      k_tile(to_stage).template copy_consecutive<32>(params.k.template row<Element>(at.place.batch, first, at.head_kv),
+                                                     params.k.token_stride, unit.count, params.k.width, this_lane());
+      v_tile(to_stage).template copy_consecutive<32>(params.v.template row<Element>(at.place.batch, first, at.head_kv),
+                                                     params.v.token_stride, unit.count, params.v.width, this_lane());
+      ahead.advance();
+    }
+    commit_copies();
+  }
+  // Waits for the buffers of the walk's unit.
+  __device__ void begin_step() {
+    __syncwarp();  // every lane is done with the buffer that is filled now
+    copy_next(stage == 0 ? Shape::kStages - 1 : stage - 1);
+    wait_copies<Shape::kStages - 1>();
+    __syncwarp();
+  }
+  __device__ void end_step() { stage = stage + 1 == Shape::kStages ? 0 : stage + 1; }
+};
+
+// What a block of threads has in shared memory after its tiles of rows: its warps' buffers, then the query's list.
+template <typename Shape>
+struct TokenBuffers {
+  using Element = typename Shape::Element;
+  static constexpr int kWarpSize = Shape::kStages * Shape::kStageSize;
+  static constexpr int kFloatsApart = kWarpSize * sizeof(Element) / sizeof(float);
+
+  Element* data;
+
+  __device__ Element* own() const { return data + this_warp() * kWarpSize; }
+  __device__ int32_t* list() const { return reinterpret_cast<int32_t*>(data + Shape::kWarps * kWarpSize); }
+  __device__ float* sums() const { return reinterpret_cast<float*>(data); }
+  __device__ float* own_sums() const { return reinterpret_cast<float*>(own()); }
+
+  // By the first warp; `count` is in shared memory as well.
+  template <typename Params>
+  __device__ void read_list(const Params& params, const TokenPlace& at, int32_t& count) const {
+    if (this_warp() == 0) {
+      nsa::read_list(list(), count, params.block_indices + at.list, params.num_selected, params.select_size, at.limit(),
+                     this_lane());
+    }
+  }
+  template <typename Params>
+  __device__ TokenFeed<Shape, Params> feed(const Params& params, const TokenPlace& at, int32_t count) const {
+    return {params, at, own(), UnitWalk(list(), count, params.select_size, at.limit(), this_warp())};
+  }
+};
+
 // Copies the rows of one query's heads.
 template <typename Tile>
-__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at, int thread,
-                                  int threads) {
+__device__ inline void copy_heads(const Tile& to, const TensorView& from, const TokenPlace& at) {
   using Element = typename Tile::Element;
-  to.copy_rows(from.width, from.data, thread, threads, [&](int row) -> const Element* {
+  to.copy_rows(from.width, from.data, static_cast<int>(threadIdx.x), kTokenThreads, [&](int row) -> const Element* {
     return row < at.heads ? from.row<Element>(at.place.batch, at.place.q_begin + at.query, at.first_head + row)
                           : nullptr;
   });
@@ -162,9 +233,9 @@ __device__ inline void store_sums(float* to, const float (&sums)[kTiles][4], con
 // Adds the four warps' sums, which lie `apart` floats from each other, and writes the rows of the query's heads.
 template <typename Element, int kColumns>
 __device__ inline void write_heads(const TensorView& to, const float* sums, int apart, const TokenPlace& at,
-                                   float factor, bool add, int thread, int threads) {
+                                   float factor, bool add) {
   constexpr int kChunks = kColumns / kChunk;
-  for (int i = thread; i < 16 * kChunks; i += threads) {
+  for (int i = static_cast<int>(threadIdx.x); i < 16 * kChunks; i += kTokenThreads) {
     const int row = i / kChunks;
     const int column = i % kChunks * kChunk;
     if (row >= at.heads || column >= to.width) {

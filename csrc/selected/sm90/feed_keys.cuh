@@ -53,10 +53,7 @@ struct SelectedBackwardKeysShared {
       for (uint32_t& number : number_of_warp) {
         number = 0;
       }
-      for (int i = 0; i < 2; ++i) {
-        init_barrier(&item_full[i], 1);
-        init_barrier(&item_empty[i], 32 + kWarpgroup);
-      }
+      init_ring(item_full, item_empty, 1, 32 + kWarpgroup);
     }
   };
   Part parts[2];
@@ -126,14 +123,8 @@ __device__ inline void copy_keys(const SelectedBackwardKeysSm90Params& params,
   arrive_expecting(&part.keys_full, Shape::kKeyBytes);
   const auto batch = static_cast<int32_t>(item.place.batch);
   const int32_t key = static_cast<int32_t>(item.place.k_begin) + item.first_key;
-  for (int panel = 0; panel < Shape::KTile::kPanels; ++panel) {
-    copy_box(part.k + panel * Shape::KTile::kPanelSize, &params.k, &part.keys_full, 64 * panel, item.head_kv, key,
-             batch, kEvictNormal);
-  }
-  for (int panel = 0; panel < Shape::VTile::kPanels; ++panel) {
-    copy_box(part.v + panel * Shape::VTile::kPanelSize, &params.v, &part.keys_full, 64 * panel, item.head_kv, key,
-             batch, kEvictNormal);
-  }
+  copy_panels<typename Shape::KTile>(part.k, params.k, &part.keys_full, item.head_kv, key, batch, kEvictNormal);
+  copy_panels<typename Shape::VTile>(part.v, params.v, &part.keys_full, item.head_kv, key, batch, kEvictNormal);
 }
 
 // Of the warp's piece `number`.
@@ -285,9 +276,7 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
     for (int i = 0; i < kPerLane; ++i) {
       const int row = lane + 32 * i;
       if (row < Shape::kRows) {
-        to.weights[row] = make_float2(lse[i], gate[i]);
-        to.delta[row] = delta[i];
-        to.position[row] = position[i];
+        to.set(row, lse[i], gate[i], delta[i], position[i]);
         part.handed_at[stage][row] = handed_at[i];
       }
     }

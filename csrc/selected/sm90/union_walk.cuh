@@ -30,18 +30,9 @@ template <typename Shape>
 __device__ inline void start_union(const UnionShared<Shape>& shared) {
   if (threadIdx.x == 0) {
     auto& barriers = *shared.barriers;
-    for (int i = 0; i < Shape::kStagesK; ++i) {
-      init_barrier(&barriers.k_full[i], 1);
-      init_barrier(&barriers.k_empty[i], Shape::kWarps * 32);
-    }
-    for (int i = 0; i < Shape::kStagesV; ++i) {
-      init_barrier(&barriers.v_full[i], 1);
-      init_barrier(&barriers.v_empty[i], Shape::kWarps * 32);
-    }
-    for (int i = 0; i < 2; ++i) {
-      init_barrier(&barriers.list_full[i], 32);
-      init_barrier(&barriers.list_empty[i], Shape::kWarps * 32 + (Shape::kOnlyKeys ? 1 : 2));
-    }
+    init_ring(barriers.k_full, barriers.k_empty, 1, Shape::kWarps * 32);
+    init_ring(barriers.v_full, barriers.v_empty, 1, Shape::kWarps * 32);
+    init_ring(barriers.list_full, barriers.list_empty, 32, Shape::kWarps * 32 + (Shape::kOnlyKeys ? 1 : 2));
     barriers.issued[0] = barriers.issued[1] = 0;
     for (int i = 0; i < Shape::kWarps; ++i) {
       barriers.turns[i] = 0;

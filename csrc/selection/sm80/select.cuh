@@ -191,6 +191,30 @@ __device__ inline void copy_key_tile(const typename Shape::KTile& to, const Sele
   commit_copies();
 }
 
+// The queries of a warp: `first` and those after it.
+template <int kQueries>
+struct QueriesOfWarp {
+  const SelectBlocksParams& params;
+  const SelectWork& work;
+  int32_t first;
+
+  __device__ int32_t query(int i) const { return first + i < work.end_query ? first + i : -1; }
+  __device__ int32_t position(int i) const { return query(i) < 0 ? -1 : work.place.offset + query(i); }
+
+  __device__ void start(QueryRecord* records) const {
+    for (int i = 0; i < kQueries; ++i) {
+      start_record(records[i], params, position(i), this_lane());
+    }
+  }
+  __device__ void write_lists(const QueryRecord* records) const {
+    for (int i = 0; i < kQueries; ++i) {
+      if (query(i) >= 0) {
+        write_list(records[i], params, list_of(params, work.place, query(i), work.head_kv), this_lane());
+      }
+    }
+  }
+};
+
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
     select_blocks_sm80(const __grid_constant__ SelectBlocksParams params) {
@@ -201,8 +225,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
   QueryRecord* const all_records = reinterpret_cast<QueryRecord*>(shared + 2 * Shape::kStageBytes);
   SelectWork& work = *reinterpret_cast<SelectWork*>(all_records + Shape::kWarps * kQueries);
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % 32;
-  const int warp = thread / 32;
+  const int lane = this_lane();
+  const int warp = this_warp();
   const auto stage = [&](int32_t number) {
     return typename Shape::KTile{reinterpret_cast<Element*>(shared + (number & 1) * Shape::kStageBytes)};
   };
@@ -221,19 +245,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
   }
 
   QueryRecord* const records = all_records + warp * kQueries;
-  const int32_t first_of_warp = work.first_query + warp / parts * kQueries;
-  const auto query_of = [&](int i) { return first_of_warp + i < work.end_query ? first_of_warp + i : -1; };
-  const auto position_of = [&](int i) { return query_of(i) < 0 ? -1 : work.place.offset + query_of(i); };
-  for (int i = 0; i < kQueries; ++i) {
-    start_record(records[i], params, position_of(i), lane);
-  }
+  const QueriesOfWarp<kQueries> of_warp{params, work, work.first_query + warp / parts * kQueries};
+  of_warp.start(records);
   int32_t visible[kKept];
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-    visible[i] = visible_keys(params, position_of(kQueries == 1 || !(lane & 2) ? i : i + kKept));
+    visible[i] = visible_keys(params, of_warp.position(kQueries == 1 || !(lane & 2) ? i : i + kKept));
   }
   WarpQueries<Shape> queries;
-  queries.load(params, work.place, work.head_kv, warp % parts, query_of, lane);
+  queries.load(params, work.place, work.head_kv, warp % parts, [&](int i) { return of_warp.query(i); }, lane);
 
   for (int32_t number = 0; number < tiles; ++number) {
     wait_copies<0>();
@@ -255,11 +275,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
 
   if (warp % parts == 0) {
     __syncwarp();
-    for (int i = 0; i < kQueries; ++i) {
-      if (query_of(i) >= 0) {
-        write_list(records[i], params, list_of(params, work.place, query_of(i), work.head_kv), lane);
-      }
-    }
+    of_warp.write_lists(records);
   }
 }
 

@@ -31,11 +31,8 @@ __device__ inline void produce_keys(const SelectSm90Params& params, typename Sha
       Barrier* const full = &shared.k_full[ring.stage];
       wait(&shared.k_empty[ring.stage], ring.parity ^ 1);
       arrive_expecting(full, KTile::kSize * sizeof(typename Shape::Element));
-#pragma unroll
-      for (int panel = 0; panel < KTile::kPanels; ++panel) {
-        copy_box(shared.k[ring.stage] + panel * KTile::kPanelSize, &params.k, full, 64 * panel, tile.head_kv,
-                 first_key + step * params.steps.keys, batch, kEvictLast);
-      }
+      copy_panels<KTile>(shared.k[ring.stage], params.k, full, tile.head_kv, first_key + step * params.steps.keys,
+                         batch, kEvictLast);
       ring.advance();
     }
   });
@@ -74,11 +71,8 @@ __device__ inline void produce_queries(const SelectSm90Params& params, typename 
         arrive_expecting(&shared.q_full[i], params.consumer_bytes);
         const int copies = group == query_rows ? 1 : params.queries;
         for (int query = 0; query < copies; ++query) {
-#pragma unroll
-          for (int panel = 0; panel < QTile::kPanels; ++panel) {
-            copy_box(shared.q[i] + panel * QTile::kPanelSize + 64 * query_rows * query, &params.q, &shared.q_full[i],
-                     64 * panel, first_head, token + query, batch, kEvictFirst);
-          }
+          copy_panels<QTile>(shared.q[i] + 64 * query_rows * query, params.q, &shared.q_full[i], first_head,
+                             token + query, batch, kEvictFirst);
         }
       }
     }
@@ -306,22 +300,13 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     select_blocks_sm90(const __grid_constant__ SelectSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Element = typename Shape::Element;
-  constexpr int kWarps = kWarpgroup / 32;
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_bytes);
+  auto& shared = shared_memory<typename Shape::Shared>();
   if (threadIdx.x == 0) {
+    init_ring(shared.q_full, shared.q_empty, 1 + 32, kWarpgroup);
     for (int i = 0; i < Shape::kConsumers; ++i) {
-      init_barrier(&shared.q_full[i], 1 + 32);
-      init_barrier(&shared.q_empty[i], kWarpgroup);
-      for (int j = 0; j < Shape::kStripTiles; ++j) {
-        init_barrier(&shared.strips_full[i][j], kWarpgroup);
-        init_barrier(&shared.strips_empty[i][j], Shape::kRankers * 32);
-      }
+      init_ring(shared.strips_full[i], shared.strips_empty[i], kWarpgroup, Shape::kRankers * 32);
     }
-    for (int i = 0; i < Shape::kStages; ++i) {
-      init_barrier(&shared.k_full[i], 1);
-      init_barrier(&shared.k_empty[i], Shape::kConsumers * kWarps);
-    }
+    init_ring(shared.k_full, shared.k_empty, 1, Shape::kConsumers * kWarpgroup / 32);
     fence_barrier_init();
   }
   // Rows that no copy of Q writes.

@@ -1,7 +1,7 @@
 // Shapes, shared memory and tiles of queries of Hopper's choice of blocks.
 #pragma once
 
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/block.cuh"
 #include "selection/ranking.cuh"
 
 namespace nsa {
@@ -117,44 +117,25 @@ __device__ inline SelectSm90Tile select_tile(const SelectSm90Params& params, int
   const SequenceLayout& s = params.select.sequences;
   const auto queries = static_cast<int32_t>(params.by_block_queries.divisor);
   const auto from_last = static_cast<int32_t>(params.by_heads_kv.divide(number));
-  const int32_t slot = params.slots - 1 - from_last;
-  int32_t sequence = 0;
-  int32_t index = 0;
-  if (s.cumulative_q == nullptr) {
-    sequence = static_cast<int32_t>(params.by_tiles.divide(slot));
-    index = slot - sequence * static_cast<int32_t>(params.by_tiles.divisor);
-  } else {
-    const auto first_slot = [&](int32_t i) {
-      return static_cast<int32_t>(params.by_block_queries.divide(s.cumulative_q[i])) + i;
-    };
-    int32_t high = s.batch - 1;
-    while (sequence < high) {  // the last sequence that starts at or before the slot
-      const int32_t middle = (sequence + high + 1) / 2;
-      if (first_slot(middle) <= slot) {
-        sequence = middle;
-      } else {
-        high = middle - 1;
-      }
-    }
-    index = slot - first_slot(sequence);
-  }
+  const Tile tile =
+      find_tile(s, s.cumulative_q, 1, params.by_tiles, params.by_block_queries, params.slots - 1 - from_last);
   SelectSm90Tile to;
-  to.place = place_of(s, sequence);
+  to.place = place_of(s, tile.sequence);
   to.head_kv = number - from_last * s.heads_kv;
-  to.first_query = index * queries;
+  to.first_query = tile.index * queries;
   to.end_query = min(to.first_query + queries, to.place.q_length);
   const int32_t blocks = own_block_of(params, to.place.offset + to.end_query - 1) + 1;
   to.steps = static_cast<int32_t>(params.by_blocks.divide(blocks + params.steps.blocks - 1));
   return to;
 }
 
-// Calls with each tile of this block. Every other round runs backwards, so that no block gets the longest of each.
+// Calls with each tile of this block.
 template <typename Function>
 __device__ inline void for_each_select_tile(const SelectSm90Params& params, const Function& function) {
   const int32_t blocks = static_cast<int32_t>(gridDim.x);
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   for (int32_t round = 0; round * blocks < params.tiles; ++round) {
-    const int32_t number = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+    const int32_t number = tile_of_round(round, block, blocks);
     if (number < params.tiles) {
       const SelectSm90Tile tile = select_tile(params, number);
       if (tile.first_query < tile.end_query) {
