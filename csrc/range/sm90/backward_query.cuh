@@ -30,21 +30,6 @@ __device__ inline void clear_outside(float (&c)[kTiles][4], int half, int32_t lo
   }
 }
 
-// c = a b, of two tiles' rows.
-template <typename Left, typename Right, int kTiles>
-__device__ inline void start_product(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
-  hold(c);
-  fence_products();
-#pragma unroll
-  for (int column = 0; column < Left::kColumns; column += 16) {
-    const int panel = column / 64;
-    const int inside = column % 64;
-    multiply_async<typename Left::Element>(c, advance(a, 2 * (panel * Left::kPanelSize + inside)),
-                                           advance(b, 2 * (panel * Right::kPanelSize + inside)), column != 0);
-  }
-  commit_products();
-}
-
 // c = a b, or c += a b, for as many columns as c has: a product takes 128 of them, or 64.
 template <typename Element, int kPanelBytes, int kTiles>
 __device__ inline void multiply_columns(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
@@ -243,16 +228,7 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
   const auto clear_unused_keys = [&](int32_t key) {
     const int32_t used = tile.num_keys - key;
     if (used < kKeys) {
-#pragma unroll 1
-      for (int i = 8 * used + fresh_thread() % kWarpgroup; i < 8 * kKeys; i += kWarpgroup) {
-#pragma unroll
-        for (int panel = 0; panel < KTile::kPanels; ++panel) {
-          Element* chunk = shared.k[k_place.stage] + panel * KTile::kPanelSize + 8 * i;
-          *reinterpret_cast<uint4*>(chunk) = uint4{};
-        }
-      }
-      fence_shared_writes();
-      sync_threads(Shape::kConsumers + fresh_thread() / kWarpgroup, kWarpgroup);
+      clear_rows_from<KTile>(shared.k[k_place.stage], used, Shape::kConsumers + fresh_thread() / kWarpgroup);
     }
   };
 
