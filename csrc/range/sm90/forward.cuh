@@ -9,8 +9,8 @@
 // A tile's last product runs beside the first one of the next tile, so that tiles follow each other as steps do.
 #pragma once
 
+#include "common/sm90/softmax.cuh"
 #include "range/sm90/feed.cuh"
-#include "range/sm90/softmax.cuh"
 #include "range/sm90/write.cuh"
 
 namespace nsa {
@@ -131,7 +131,8 @@ struct RangeConsumer {
       hold(scores);
       release_k(key + kKeys >= now.end);
       mask(now);
-      const bool rises = weigh_lazily(softmax, scores, factors, params.scale_log2);
+      const bool rises =
+          weigh_lazily(softmax, scores, params.scale_log2, [&](int half, float factor) { factors[half] = factor; });
       wait_products<0>();
       hold(out);
       release_v();
@@ -195,10 +196,10 @@ struct RangeConsumer {
     for (int half = 0; half < 2; ++half) {
       const int32_t position = now.offset + row_at(params.range.sequences, 0, row + 8 * half).query;
       if (key < now.all_begin) {
-        drop_before(scores, half, visibility.begin(position) - key, thread % 32);
+        drop_columns<false>(scores, half, visibility.begin(position) - key, thread % 32);
       }
       if (key + kKeys > now.all_end) {
-        drop_from(scores, half, min(visibility.end(position), now.length) - key, thread % 32);
+        drop_columns<true>(scores, half, min(visibility.end(position), now.length) - key, thread % 32);
       }
     }
   }

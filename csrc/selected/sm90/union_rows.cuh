@@ -19,6 +19,14 @@ struct GradientParts {
 template <int kDimK>
 using GradientSums = float[GradientParts<kDimK>::kCount][GradientParts<kDimK>::kColumns / 8][4];
 
+template <int kDimK>
+__device__ inline void clear_gradients(GradientSums<kDimK>& sums) {
+#pragma unroll
+  for (int i = 0; i < GradientParts<kDimK>::kCount; ++i) {
+    clear(sums[i]);
+  }
+}
+
 // Of a group's rows: which token, counted within the group, and which head.
 struct UnionRow {
   int token;
