@@ -1,7 +1,7 @@
 // More products as in common/sm90/wgmma.cuh: those of the gradients of keys.
 #pragma once
 
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/block.cuh"
 
 namespace nsa {
 
