@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   __syncthreads();
   const auto feed = [&] {
     if (threadIdx.x == 0) {
-      produce_range<Shape>(params, shared);
+      RangeProducer<Shape>(params, shared).walk();
     } else if (threadIdx.x / 32 == 1) {
       list_range_tiles<Shape>(params, shared);
     } else if (threadIdx.x / 32 == 2) {
