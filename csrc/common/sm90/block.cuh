@@ -1,7 +1,7 @@
 // What kernels for Hopper are made of: shared memory, warpgroups that feed and that consume, whole products.
 #pragma once
 
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/products.cuh"
 
 namespace nsa {
 

@@ -13,7 +13,7 @@
 #include "common/params.h"
 #include "common/rows.cuh"
 #include "common/sm80/tile.cuh"
-#include "common/sm90/products.cuh"
+#include "common/sm90/block.cuh"
 
 namespace nsa {
 

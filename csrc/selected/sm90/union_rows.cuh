@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/sm90/write_row.cuh"
-#include "selected/sm90/row_products.cuh"
 #include "selected/sm90/union.cuh"
 
 namespace nsa {
