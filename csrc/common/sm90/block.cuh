@@ -5,6 +5,21 @@
 
 namespace nsa {
 
+// Sizes of kernels whose first warpgroup feeds the others: what they are given, and what follows.
+template <typename Element_, int kDimK_, int kDimV_, int kConsumers_, int kKeys_>
+struct ConsumersShape {
+  using Element = Element_;
+  static constexpr int kDimK = kDimK_;
+  static constexpr int kDimV = kDimV_;
+  static constexpr int kConsumers = kConsumers_;  // warpgroups; one more produces
+  static constexpr int kKeys = kKeys_;
+  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  using KTile = PanelTile<Element, kKeys, kDimK>;
+  using VTile = PanelTile<Element, kKeys, kDimV>;
+};
+
 template <typename Shared>
 __device__ inline Shared& shared_memory() {
   extern __shared__ __align__(1024) unsigned char shared_bytes[];

@@ -43,10 +43,19 @@ struct RowNumbers {
   alignas(8) float delta[kRows];
   alignas(8) int32_t position[kRows];  // ascending or descending
 
-  __device__ void set(int row, float lse, float gate, float of_delta, int32_t of_position) {
-    weights[row] = make_float2(lse, gate);
-    delta[row] = of_delta;
-    position[row] = of_position;
+  // Those of a lane's rows: every 32nd.
+  template <int kPerLane>
+  __device__ void set(int lane, const float (&lse)[kPerLane], const float (&gate)[kPerLane],
+                      const float (&of_delta)[kPerLane], const int32_t (&of_position)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int row = lane + 32 * i;
+      if (row < kRows) {
+        weights[row] = make_float2(lse[i], gate[i]);
+        delta[row] = of_delta[i];
+        position[row] = of_position[i];
+      }
+    }
   }
 };
 

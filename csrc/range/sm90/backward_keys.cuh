@@ -222,14 +222,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
       position[i] = own_query + place.offset;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
-    RowNumbers<Shape::kRows>& to = ring.numbers[stage];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int row = lane + 32 * i;
-      if (row < Shape::kRows) {
-        to.set(row, lse[i], gate[i], delta[i], position[i]);
-      }
-    }
+    ring.numbers[stage].set(lane, lse, gate, delta, position);
     arrive(&ring.full[stage]);
     ring_place.advance();
   }

@@ -42,9 +42,6 @@ struct RangeProducer {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using OutTile = typename Shape::OutTile;
-  using TilePlace = RingPlace<Shape::kTiles>;
-  using QPlace = RingPlace<Shape::kQStages>;
-  using KeysPlace = RingPlace<Shape::kStages>;
 
   const RangeForwardSm90Params& params;
   typename Shape::Shared& shared;
@@ -59,15 +56,15 @@ struct RangeProducer {
   __device__ void walk() {
 #pragma unroll 1
     for (uint32_t tiles = 0;; ++tiles) {
-      wait(&shared.tile_full[TilePlace::of(tiles).stage], TilePlace::of(tiles).parity);
-      const RangeTile& tile = shared.tiles[TilePlace::of(tiles).stage];
+      wait(&shared.tile_full[Shape::TilePlace::of(tiles).stage], Shape::TilePlace::of(tiles).parity);
+      const RangeTile& tile = shared.tiles[Shape::TilePlace::of(tiles).stage];
       if (tile.first_row > tile.last_row) {
         return;
       }
       if (tile.begin < tile.end) {
         copy_tile(tile);
       }
-      arrive(&shared.tile_empty[TilePlace::of(tiles).stage]);
+      arrive(&shared.tile_empty[Shape::TilePlace::of(tiles).stage]);
     }
   }
 
@@ -86,15 +83,15 @@ struct RangeProducer {
     }
   }
   __device__ void copy_k(const RangeTile& tile, int32_t key) {
-    const int stage = KeysPlace::of(copied_k).stage;
+    const int stage = Shape::KeysPlace::of(copied_k).stage;
     copy_keys<typename Shape::KTile>(tile, params.k, shared.k[stage], &shared.k_full[stage], &shared.k_empty[stage],
-                                     KeysPlace::of(copied_k).parity, key);
+                                     Shape::KeysPlace::of(copied_k).parity, key);
     ++copied_k;
   }
   __device__ void copy_v(const RangeTile& tile, int32_t key) {
-    const int stage = KeysPlace::of(copied_v).stage;
+    const int stage = Shape::KeysPlace::of(copied_v).stage;
     copy_keys<typename Shape::VTile>(tile, params.v, shared.v[stage], &shared.v_full[stage], &shared.v_empty[stage],
-                                     KeysPlace::of(copied_v).parity, key);
+                                     Shape::KeysPlace::of(copied_v).parity, key);
     ++copied_v;
   }
   template <typename Panels>
@@ -105,9 +102,9 @@ struct RangeProducer {
     copy_panels<Panels>(to, map, full, tile.head_kv, tile.first_key + key, tile.batch, kEvictLast);
   }
   __device__ void copy_q(const RangeTile& tile) {
-    const int stage = QPlace::of(copied_q).stage;
+    const int stage = Shape::QPlace::of(copied_q).stage;
     if (!sums) {  // else copy_others has waited for the output of the tile whose place this is
-      wait(&shared.q_empty[stage], QPlace::of(copied_q).parity ^ 1);
+      wait(&shared.q_empty[stage], Shape::QPlace::of(copied_q).parity ^ 1);
     }
     arrive_expecting(&shared.q_full[stage], Shape::kConsumers * params.consumer_bytes);
     copy_rows<QTile>(tile, params.q, shared.q[stage][0], QTile::kSize, &shared.q_full[stage]);
@@ -116,12 +113,12 @@ struct RangeProducer {
   // Of the tile whose Q was copied last: to where the output of the tile before was, and to where its own Q was.
   __device__ void copy_others(const RangeTile& tile) {
     const uint32_t number = copied_q - 1;
-    const int stage = QPlace::of(number).stage;
+    const int stage = Shape::QPlace::of(number).stage;
     wait(&shared.out_empty, RingPlace<1>::of(number).parity ^ 1);
     arrive_expecting(&shared.others_full,
                      2 * Shape::kConsumers * params.consumer_rows * OutTile::kColumns * sizeof(Element));
     copy_rows<OutTile>(tile, params.others[0], shared.out[0], OutTile::kSize, &shared.others_full);
-    wait(&shared.q_empty[stage], QPlace::of(number).parity);
+    wait(&shared.q_empty[stage], Shape::QPlace::of(number).parity);
     copy_rows<OutTile>(tile, params.others[1], shared.q[stage][0], QTile::kSize, &shared.others_full);
   }
   // Each consumer's rows.

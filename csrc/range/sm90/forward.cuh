@@ -23,9 +23,6 @@ struct RangeConsumer {
   using VTile = typename Shape::VTile;
   static constexpr int kKeys = Shape::kKeys;
   static constexpr int kConsumers = Shape::kConsumers;
-  using TilePlace = RingPlace<Shape::kTiles>;
-  using QPlace = RingPlace<Shape::kQStages>;
-  using KeysPlace = RingPlace<Shape::kStages>;
 
   const RangeForwardSm90Params& params;
   typename Shape::Shared& shared;
@@ -55,7 +52,7 @@ struct RangeConsumer {
       if (unfinished) {
         finish_tile_before();
       }
-      wait(&shared.tile_full[TilePlace::of(tiles).stage], TilePlace::of(tiles).parity);
+      wait(&shared.tile_full[Shape::TilePlace::of(tiles).stage], Shape::TilePlace::of(tiles).parity);
       if (take_first_step()) {
         take_other_steps();
         ++seen;
@@ -67,7 +64,7 @@ struct RangeConsumer {
         return;
       }
       write_unseen_rows<Element>(params, unseen, consumer());
-      arrive(&shared.tile_empty[TilePlace::of(tiles).stage]);
+      arrive(&shared.tile_empty[Shape::TilePlace::of(tiles).stage]);
       ++tiles;
     }
   }
@@ -81,7 +78,7 @@ struct RangeConsumer {
     int more = key < first_of.end ? 1 : 0;
     asm volatile("" : "+r"(more));  // or both sides of the comparison are kept
     if (more != 0) {
-      wait(&shared.q_full[QPlace::of(seen).stage], QPlace::of(seen).parity);
+      wait(&shared.q_full[Shape::QPlace::of(seen).stage], Shape::QPlace::of(seen).parity);
       await_k();
       await_turn();
     }
@@ -107,7 +104,7 @@ struct RangeConsumer {
     if (unfinished) {
       release_v();
       stage_output();
-      arrive(&shared.tile_empty[TilePlace::of(tiles - 1).stage]);
+      arrive(&shared.tile_empty[Shape::TilePlace::of(tiles - 1).stage]);
     }
     unfinished = more != 0;
     return unfinished;
@@ -145,7 +142,7 @@ struct RangeConsumer {
   }
 
   __device__ void finish_tile_before() {
-    const RangeTile& before = shared.tiles[TilePlace::of(tiles - 1).stage];
+    const RangeTile& before = shared.tiles[Shape::TilePlace::of(tiles - 1).stage];
     finish_softmax(before);
     await_v();
     clear_values_beyond(before.length - key);
@@ -158,12 +155,14 @@ struct RangeConsumer {
     asm volatile("" : "+r"(copy));
     return copy;
   }
-  __device__ const RangeTile& tile() const { return shared.tiles[TilePlace::of(tiles).stage]; }
+  __device__ const RangeTile& tile() const { return shared.tiles[Shape::TilePlace::of(tiles).stage]; }
   __device__ void await_turn() const { sync_threads(kTurnBarrier + consumer(), 2 * kWarpgroup); }
   __device__ void pass_turn() const { arrive_threads(kTurnBarrier + (consumer() + 1) % kConsumers, 2 * kWarpgroup); }
-  __device__ void await_k() const { wait(&shared.k_full[KeysPlace::of(steps).stage], KeysPlace::of(steps).parity); }
+  __device__ void await_k() const {
+    wait(&shared.k_full[Shape::KeysPlace::of(steps).stage], Shape::KeysPlace::of(steps).parity);
+  }
   __device__ void await_v() const {
-    wait(&shared.v_full[KeysPlace::of(steps - 1).stage], KeysPlace::of(steps - 1).parity);
+    wait(&shared.v_full[Shape::KeysPlace::of(steps - 1).stage], Shape::KeysPlace::of(steps - 1).parity);
   }
   __device__ static void release(Barrier* barrier) {
     if (fresh_thread() % 32 == 0) {
@@ -171,18 +170,18 @@ struct RangeConsumer {
     }
   }
   __device__ void release_k(bool last) const {
-    release(&shared.k_empty[KeysPlace::of(steps).stage]);
+    release(&shared.k_empty[Shape::KeysPlace::of(steps).stage]);
     if (last) {
-      release(&shared.q_empty[QPlace::of(seen).stage]);
+      release(&shared.q_empty[Shape::QPlace::of(seen).stage]);
     }
   }
-  __device__ void release_v() const { release(&shared.v_empty[KeysPlace::of(steps - 1).stage]); }
+  __device__ void release_v() const { release(&shared.v_empty[Shape::KeysPlace::of(steps - 1).stage]); }
 
   // Scores, mask and softmax.
 
   __device__ void start_scores() {
-    const uint64_t q = tile_descriptor(shared_address(shared.q[QPlace::of(seen).stage][consumer()]), 0);
-    const uint64_t k = tile_descriptor(shared_address(shared.k[KeysPlace::of(steps).stage]), 0);
+    const uint64_t q = tile_descriptor(shared_address(shared.q[Shape::QPlace::of(seen).stage][consumer()]), 0);
+    const uint64_t k = tile_descriptor(shared_address(shared.k[Shape::KeysPlace::of(steps).stage]), 0);
     start_product<typename Shape::QTile, typename Shape::KTile>(scores, q, k);
   }
   __device__ void mask(const RangeTile& now) {
@@ -229,7 +228,7 @@ struct RangeConsumer {
   }
   // Unless they are added, these are a tile's first, and what was in `out` before is lost.
   __device__ void start_sums() {
-    const uint64_t v = tile_descriptor(shared_address(shared.v[KeysPlace::of(steps - 1).stage]),
+    const uint64_t v = tile_descriptor(shared_address(shared.v[Shape::KeysPlace::of(steps - 1).stage]),
                                        VTile::kPanelSize * static_cast<int>(sizeof(Element)));
     hold(out);
     fence_products();
@@ -242,7 +241,7 @@ struct RangeConsumer {
   // Nobody's weight of a row past the end is other than 0, but 0 times what lies there may be NaN.
   __device__ void clear_values_beyond(int32_t rows) const {
     if (rows < kKeys) {
-      clear_rows_from<VTile>(shared.v[KeysPlace::of(steps - 1).stage], rows, kConsumerBarrier + consumer());
+      clear_rows_from<VTile>(shared.v[Shape::KeysPlace::of(steps - 1).stage], rows, kConsumerBarrier + consumer());
     }
   }
 
@@ -264,7 +263,7 @@ struct RangeConsumer {
         for (int i = 0; i < 6; ++i) {
           gates[i / 3][i % 3] = shared.gates[64 * consumer() + first_row + lane / 4 + 8 * (i / 3)][i % 3];
         }
-        const typename Shape::OutTile selected{shared_address(shared.q[QPlace::of(seen - 1).stage][consumer()])};
+        const typename Shape::OutTile selected{shared_address(shared.q[Shape::QPlace::of(seen - 1).stage][consumer()])};
         stage_gated_rows<Element>(to, selected, out, factors, gates, first_row, lane);
       }
     }

@@ -24,13 +24,13 @@ struct SelectedBackwardQueryConsumer {
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
 
-  const SelectedBackwardParams& p;
-  const UnionParams& u;
   const UnionShared<Shape>& shared;
+  const UnionRing<Shape> ring;
+  const UnionParams& u;
   const int group;
   const int warp;
+  const SelectedBackwardParams& p;
   const float scale_log2;
-  const UnionRing<Shape> ring;
   // Of the lane's rows.
   float lse[2];
   float delta[2];
@@ -40,13 +40,13 @@ struct SelectedBackwardQueryConsumer {
 
   __device__ SelectedBackwardQueryConsumer(const SelectedBackwardQuerySm90Params& params,
                                            const UnionShared<Shape>& shared_, int group_, int warp_)
-      : p(params.selected),
+      : shared(shared_),
+        ring{shared_},
         u(params.walk),
-        shared(shared_),
         group(group_),
         warp(warp_),
+        p(params.selected),
         scale_log2(params.selected.scale * kLog2E),
-        ring{shared_},
         q(shared_, group_, warp_) {}
 
   __device__ void begin(const UnionTile& tile) {

@@ -277,13 +277,11 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
       position[i] = static_cast<int32_t>(token) + to_position;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
-    RowNumbers<Shape::kRows>& to = ring.numbers[stage];
+    ring.numbers[stage].set(lane, lse, gate, delta, position);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int row = lane + 32 * i;
-      if (row < Shape::kRows) {
-        to.set(row, lse[i], gate[i], delta[i], position[i]);
-        part.handed_at[stage][row] = handed_at[i];
+      if (lane + 32 * i < Shape::kRows) {
+        part.handed_at[stage][lane + 32 * i] = handed_at[i];
       }
     }
     if (lane == 0) {

@@ -13,10 +13,7 @@ namespace nsa {
 // together, by wgmma. kHeadSlots: rows of a token, 16, 8 or 4; 0 where the launch says whether 16 or 8.
 template <typename Element_, int kDimK_, int kDimV_, bool kGradients_, int kGroups_, int kStagesK_, int kStagesV_,
           bool kWide_, int kMostAlone_, int kHeadSlots_ = kWide_ ? 0 : 16>
-struct UnionShape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+struct UnionShape : ConsumersShape<Element_, kDimK_, kDimV_, kGroups_, 64> {
   static constexpr bool kGradients = kGradients_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kStagesK = kStagesK_;
@@ -24,20 +21,13 @@ struct UnionShape {
   static constexpr bool kWide = kWide_;
   static constexpr int kMostAlone = kMostAlone_;
   static constexpr int kHeadSlots = kHeadSlots_;
-  static constexpr int kKeys = 64;
-  static constexpr int kRows = 64;
+  static constexpr int kRows = 64;            // of a group: as many as keys of a block, so that Q has a KTile too
   static constexpr int kWarps = 4 * kGroups;  // consumers
-  static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
-  static constexpr bool kOnlyKeys = false;         // whether steps have no V, and tiles no rows
-  using KTile = PanelTile<Element, kKeys, kDimK>;  // of Q too: as many rows as keys
-  using VTile = PanelTile<Element, kKeys, kDimV>;
-  static_assert(kRows == kKeys);
-  static constexpr int kBytesK = KTile::kSize * 2;
-  static constexpr int kBytesV = VTile::kSize * 2;
+  static constexpr bool kOnlyKeys = false;    // whether steps have no V, and tiles no rows
+  static constexpr int kBytesK = kRows * kDimK_ * 2;  // of a block
+  static constexpr int kBytesV = kRows * kDimV_ * 2;
   static constexpr int kRingBytes = kStagesK * kBytesK + kStagesV * kBytesV;
-  static constexpr bool kQInRegisters = kDimK <= 128;  // elsewhere there are too few
+  static constexpr bool kQInRegisters = kDimK_ <= 128;  // elsewhere there are too few
   static constexpr int kGroupBytes = kQInRegisters ? 0 : kBytesK;
   // A block, how many warps do not take it (4 bits), and a bit for each of the tile's tokens.
   using Step = std::conditional_t<kWide || kGroups == 4, uint64_t, uint32_t>;
