@@ -38,6 +38,40 @@ __device__ inline void keep_range(float (&c)[kTiles][4], int half, int32_t low, 
   }
 }
 
+// The highest score of one of the lane's two rows, in all of its lanes; at least `least`.
+template <int kTiles>
+__device__ inline float highest_score(const float (&scores)[kTiles][4], int half, float least) {
+  float highest = fmaxf(scores[0][2 * half], scores[0][2 * half + 1]);
+#pragma unroll
+  for (int i = 1; i < kTiles; ++i) {
+    highest = fmaxf(highest, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
+  }
+  return fmaxf(row_max(highest), least);
+}
+
+// Turns the scores of one of the lane's two rows into exp(scale (score - maximum)). Returns the sum of the lane's.
+template <int kTiles>
+__device__ inline float take_exponentials(float (&scores)[kTiles][4], int half, float maximum, float scale_log2) {
+  const float offset = maximum == kMinusInfinity ? 0.f : maximum * scale_log2;
+  float total = 0.f;
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float& score = scores[i][2 * half + j];
+      score = exp2_approx(fmaf(score, scale_log2, -offset));
+      total += score;
+    }
+  }
+  return total;
+}
+
+// What sums under `before` are multiplied with when the maximum becomes `now`.
+__device__ inline float rescaling(float before, float now, float scale_log2) {
+  const float offset = now == kMinusInfinity ? 0.f : now * scale_log2;
+  return exp2_approx(fmaf(before, scale_log2, -offset));
+}
+
 template <int kRowTiles>
 struct RunningSoftmax {
   float maximum[kRowTiles][2];
@@ -67,25 +101,10 @@ struct RunningSoftmax {
   __device__ void weigh(int r, float (&scores)[kTiles][4], float (&factors)[2], float scale_log2) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float highest = maximum[r][half];
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        highest = fmaxf(highest, fmaxf(scores[i][2 * half], scores[i][2 * half + 1]));
-      }
-      highest = row_max(highest);
-      const float offset = highest == kMinusInfinity ? 0.f : highest * scale_log2;
-      factors[half] = exp2_approx(fmaf(maximum[r][half], scale_log2, -offset));
+      const float highest = highest_score(scores, half, maximum[r][half]);
+      factors[half] = rescaling(maximum[r][half], highest, scale_log2);
       maximum[r][half] = highest;
-      float total = 0.f;
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[i][2 * half + j];
-          score = exp2_approx(fmaf(score, scale_log2, -offset));
-          total += score;
-        }
-      }
+      const float total = take_exponentials(scores, half, highest, scale_log2);
       sum[r][half] = fmaf(sum[r][half], factors[half], total);
     }
   }

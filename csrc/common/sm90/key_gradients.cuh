@@ -13,7 +13,7 @@
 #include "common/params.h"
 #include "common/rows.cuh"
 #include "common/sm80/tile.cuh"
-#include "common/sm90/products.cuh"
+#include "common/sm90/block.cuh"
 
 namespace nsa {
 
@@ -43,10 +43,19 @@ struct RowNumbers {
   alignas(8) float delta[kRows];
   alignas(8) int32_t position[kRows];  // ascending or descending
 
-  __device__ void set(int row, float lse, float gate, float of_delta, int32_t of_position) {
-    weights[row] = make_float2(lse, gate);
-    delta[row] = of_delta;
-    position[row] = of_position;
+  // Those of a lane's rows: every 32nd.
+  template <int kPerLane>
+  __device__ void set(int lane, const float (&lse)[kPerLane], const float (&gate)[kPerLane],
+                      const float (&of_delta)[kPerLane], const int32_t (&of_position)[kPerLane]) {
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) {
+      const int row = lane + 32 * i;
+      if (row < kRows) {
+        weights[row] = make_float2(lse[i], gate[i]);
+        delta[row] = of_delta[i];
+        position[row] = of_position[i];
+      }
+    }
   }
 };
 
@@ -158,6 +167,98 @@ struct HandsNothingOver {
   __device__ void send(int) const {}
 };
 
+// Whether all rows of a step see all keys.
+template <int kRows>
+__device__ inline bool sees_all(const RowNumbers<kRows>& numbers, const KeyGradientsPlace& place,
+                                const Visibility& visibility) {
+  const int32_t of_ends[2] = {numbers.position[0], numbers.position[kRows - 1]};
+  const int32_t all_first = visibility.first_position(place.first_key + place.count - 1);
+  const int32_t all_last = visibility.last_position(place.first_key);
+  return min(of_ends[0], of_ends[1]) >= all_first && max(of_ends[0], of_ends[1]) <= all_last;
+}
+
+// Calls with each of the lane's scores, [i][j] of an accumulator, and its row of the step.
+template <int kTiles, typename Function>
+__device__ inline void for_each_score(int lane, const Function& function) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      function(i, j, 8 * i + 2 * (lane % 4) + j % 2);
+    }
+  }
+}
+
+template <typename Element, int kSteps, int kTiles>
+__device__ inline void round_to_left(uint32_t (&to)[kSteps][4], const float (&from)[kTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    as_left<Element>(to[i], from, i);
+  }
+}
+
+// How products find a warpgroup's keys, and the rows of a stage of the ring.
+template <typename Shape>
+struct KeyGradientOperands {
+  uint64_t k;
+  uint64_t v;
+  uint64_t first_q;
+  uint64_t first_grad_out;
+
+  __device__ KeyGradientOperands(const typename Shape::Element* k_data, const typename Shape::Element* v_data,
+                                 const RowRing<Shape>& ring)
+      : k(tile_descriptor(shared_address(k_data), 0)),
+        v(tile_descriptor(shared_address(v_data), 0)),
+        first_q(tile_descriptor(shared_address(ring.q), Shape::QTile::kPanelSize * 2)),
+        first_grad_out(tile_descriptor(shared_address(ring.grad_out), Shape::GradOutTile::kPanelSize * 2)) {}
+
+  __device__ uint64_t q(int stage) const { return advance(first_q, stage * Shape::QTile::kSize * 2); }
+  __device__ uint64_t grad_out(int stage) const {
+    return advance(first_grad_out, stage * Shape::GradOutTile::kSize * 2);
+  }
+};
+
+// Scores become probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the
+// scores. Calls see(first, second) with each two probabilities.
+template <int kRows, int kTiles, typename See>
+__device__ inline void take_gated_probabilities(float (&scores)[kTiles][4], const RowNumbers<kRows>& numbers,
+                                                float scale_log2, int lane, const See& see) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float4 of_rows = reinterpret_cast<const float4*>(numbers.weights)[4 * i + lane % 4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float first = exp2_approx(fmaf(scores[i][2 * half], scale_log2, -of_rows.x));
+      const float second = exp2_approx(fmaf(scores[i][2 * half + 1], scale_log2, -of_rows.z));
+      see(first, second);
+      scores[i][2 * half] = first * of_rows.y;
+      scores[i][2 * half + 1] = second * of_rows.w;
+    }
+  }
+}
+
+// D^T becomes dS^T; `scores` are gated probabilities.
+template <int kRows, int kTiles>
+__device__ inline void differentiate_scores(float (&grads)[kTiles][4], const float (&scores)[kTiles][4],
+                                            const RowNumbers<kRows>& numbers, int lane) {
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+    const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane % 4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      grads[i][j] = scores[i][j] * (grads[i][j] - (j % 2 == 0 ? delta.x : delta.y));
+    }
+  }
+}
+
+// The gradient of lse of a row of a step.
+template <int kRows>
+__device__ inline float grad_lse_of_row(const RowView& grad_lse, const SequenceLayout& sequences,
+                                        const KeyGradientsPlace& place, const RowNumbers<kRows>& numbers, int row) {
+  return grad_lse.at(place.batch, place.first_head + row_at(sequences, 0, row).head,
+                     numbers.position[row] + place.to_token);
+}
+
 // Sums over `steps` steps of the ring. K and V are whole in shared memory. Each thread releases what it has read.
 template <typename Shape, typename HandOver = HandsNothingOver>
 __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
@@ -166,8 +267,6 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
                                          const Visibility& visibility, float scale, const SequenceLayout& sequences,
                                          const RowView& grad_lse, int32_t steps, HandOver&& hand_over = HandOver()) {
   using Element = typename Shape::Element;
-  using QTile = typename Shape::QTile;
-  using GradOutTile = typename Shape::GradOutTile;
   constexpr int kRows = Shape::kRows;
   clear(sums.k);
   clear(sums.v);
@@ -175,13 +274,8 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     return;
   }
 
-  const uint64_t k_at = tile_descriptor(shared_address(k_data), 0);
-  const uint64_t v_at = tile_descriptor(shared_address(v_data), 0);
-  const uint64_t q_at = tile_descriptor(shared_address(ring.q), QTile::kPanelSize * sizeof(Element));
-  const uint64_t grad_out_at =
-      tile_descriptor(shared_address(ring.grad_out), GradOutTile::kPanelSize * sizeof(Element));
+  const KeyGradientOperands<Shape> operands(k_data, v_data, ring);
   const float scale_log2 = scale * kLog2E;
-
   float scores[kRows / 8][4];
   float grads[kRows / 8][4];
   uint32_t weights[kRows / 16][4];
@@ -191,76 +285,39 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
   for (; steps > 0; --steps) {
     const int stage = ring_place.stage;
     wait(&ring.full[stage], ring_place.parity);
-    const uint64_t q = advance(q_at, stage * QTile::kSize * 2);
-    const uint64_t grad_out = advance(grad_out_at, stage * GradOutTile::kSize * 2);
+    const uint64_t q = operands.q(stage);
+    const uint64_t grad_out = operands.grad_out(stage);
     fence_products();
-    start_scores<typename Shape::KTile, QTile>(scores, k_at, q);
-    start_scores<typename Shape::VTile, GradOutTile>(grads, v_at, grad_out);
+    start_scores<typename Shape::KTile, typename Shape::QTile>(scores, operands.k, q);
+    start_scores<typename Shape::VTile, typename Shape::GradOutTile>(grads, operands.v, grad_out);
 
     const int lane = fresh_thread() % 32;
     const RowNumbers<kRows>& numbers = ring.numbers[stage];
-    const int32_t of_ends[2] = {numbers.position[0], numbers.position[kRows - 1]};
-    // Positions that see all keys.
-    const int32_t all_first = visibility.first_position(place.first_key + place.count - 1);
-    const int32_t all_last = visibility.last_position(place.first_key);
-    const bool all_seen = min(of_ends[0], of_ends[1]) >= all_first && max(of_ends[0], of_ends[1]) <= all_last;
+    const bool all_seen = sees_all(numbers, place, visibility);
     wait_products<1>();
     hold(scores);
     if (!all_seen) {
       hide_unseen(scores, numbers, place, visibility, scale, lane);
     }
-
-    // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
     float highest = 0.f;
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const float4 of_rows = reinterpret_cast<const float4*>(numbers.weights)[4 * i + lane % 4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float first = exp2_approx(fmaf(scores[i][2 * half], scale_log2, -of_rows.x));
-        const float second = exp2_approx(fmaf(scores[i][2 * half + 1], scale_log2, -of_rows.z));
-        highest = fmaxf(highest, fmaxf(first, second));
-        scores[i][2 * half] = first * of_rows.y;
-        scores[i][2 * half + 1] = second * of_rows.w;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      as_left<Element>(weights[i], scores, i);
-    }
+    take_gated_probabilities(scores, numbers, scale_log2, lane,
+                             [&](float first, float second) { highest = fmaxf(highest, fmaxf(first, second)); });
+    round_to_left<Element>(weights, scores);
     start_sums<Element>(sums.v, weights, grad_out);
 
     wait_products<1>();
     hold(grads);
     const int lane_again = fresh_thread() % 32;
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane_again % 4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        grads[i][j] = scores[i][j] * (grads[i][j] - (j % 2 == 0 ? delta.x : delta.y));
-      }
-    }
+    differentiate_scores(grads, scores, numbers, lane_again);
     // A key with all of a row's probability: the gradient of its score is that of lse.
     if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = 8 * i + 2 * (lane_again % 4) + j % 2;
-          if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
-            grads[i][j] = grad_lse.data == nullptr
-                              ? 0.f
-                              : grad_lse.at(place.batch, place.first_head + row_at(sequences, 0, row).head,
-                                            numbers.position[row] + place.to_token);
-          }
+      for_each_score<kRows / 8>(lane_again, [&](int i, int j, int row) {
+        if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
+          grads[i][j] = grad_lse.data == nullptr ? 0.f : grad_lse_of_row(grad_lse, sequences, place, numbers, row);
         }
-      }
+      });
     }
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      as_left<Element>(score_grads[i], grads, i);
-    }
+    round_to_left<Element>(score_grads, grads);
     hand_over.keep(score_grads);
     start_sums<Element>(sums.k, score_grads, q);
     hand_over.send(stage);

@@ -1,112 +1,99 @@
-// More products as in common/sm90/wgmma.cuh: those of the gradients of keys.
+// Hopper's asynchronous matrix products, of a warpgroup's 64 rows at once: one instruction each. See the PTX ISA,
+// "Asynchronous warpgroup level matrix instructions".
+//
+// An instruction names each of its registers, so that every width has a function of its own. They differ in nothing but
+// numbers: macros write them out.
 #pragma once
 
 #include "common/sm90/wgmma.cuh"
 
 namespace nsa {
 
-// c = a b, both in shared memory; what c was does not matter.
-template <typename Element>
-__device__ inline void multiply_first(float (&c)[4][4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16%18 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, add, 1, 1, 0, 0;\n}\n"
-      : "=f"(c[0][0]), "=f"(c[0][1]), "=f"(c[0][2]), "=f"(c[0][3]), "=f"(c[1][0]), "=f"(c[1][1]), "=f"(c[1][2]),
-        "=f"(c[1][3]), "=f"(c[2][0]), "=f"(c[2][1]), "=f"(c[2][2]), "=f"(c[2][3]), "=f"(c[3][0]), "=f"(c[3][1]),
-        "=f"(c[3][2]), "=f"(c[3][3])
-      : "l"(a), "l"(b), "C"(MatrixTypes<Element>::kSuffix)
-      : "memory");
-}
-template <typename Element>
-__device__ inline void multiply_first(float (&c)[6][4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16%26 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23}, "
-      "%24, %25, add, 1, 1, 0, 0;\n}\n"
-      : "=f"(c[0][0]), "=f"(c[0][1]), "=f"(c[0][2]), "=f"(c[0][3]), "=f"(c[1][0]), "=f"(c[1][1]), "=f"(c[1][2]),
-        "=f"(c[1][3]), "=f"(c[2][0]), "=f"(c[2][1]), "=f"(c[2][2]), "=f"(c[2][3]), "=f"(c[3][0]), "=f"(c[3][1]),
-        "=f"(c[3][2]), "=f"(c[3][3]), "=f"(c[4][0]), "=f"(c[4][1]), "=f"(c[4][2]), "=f"(c[4][3]), "=f"(c[5][0]),
-        "=f"(c[5][1]), "=f"(c[5][2]), "=f"(c[5][3])
-      : "l"(a), "l"(b), "C"(MatrixTypes<Element>::kSuffix)
-      : "memory");
-}
-template <typename Element>
-__device__ inline void multiply_first(float (&c)[8][4], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, 0, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16%34 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, add, 1, 1, 0, 0;\n}\n"
-      : "=f"(c[0][0]), "=f"(c[0][1]), "=f"(c[0][2]), "=f"(c[0][3]), "=f"(c[1][0]), "=f"(c[1][1]), "=f"(c[1][2]),
-        "=f"(c[1][3]), "=f"(c[2][0]), "=f"(c[2][1]), "=f"(c[2][2]), "=f"(c[2][3]), "=f"(c[3][0]), "=f"(c[3][1]),
-        "=f"(c[3][2]), "=f"(c[3][3]), "=f"(c[4][0]), "=f"(c[4][1]), "=f"(c[4][2]), "=f"(c[4][3]), "=f"(c[5][0]),
-        "=f"(c[5][1]), "=f"(c[5][2]), "=f"(c[5][3]), "=f"(c[6][0]), "=f"(c[6][1]), "=f"(c[6][2]), "=f"(c[6][3]),
-        "=f"(c[7][0]), "=f"(c[7][1]), "=f"(c[7][2]), "=f"(c[7][3])
-      : "l"(a), "l"(b), "C"(MatrixTypes<Element>::kSuffix)
-      : "memory");
-}
+// The first operands of an instruction, the sums c[kTiles][4]: their names, and what they are bound to. `mode`: "=f" or
+// "+f", whether they are written or added to.
+#define NSA_NAMES_4 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NSA_NAMES_6 NSA_NAMES_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NSA_NAMES_8 NSA_NAMES_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define NSA_NAMES_10 NSA_NAMES_8 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define NSA_NAMES_12 NSA_NAMES_10 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define NSA_NAMES_16 NSA_NAMES_12 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NSA_NAMES_24                                                                                            \
+  NSA_NAMES_16                                                                                                  \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, " \
+  "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NSA_TILE(mode, c, i) mode(c[i][0]), mode(c[i][1]), mode(c[i][2]), mode(c[i][3])
+#define NSA_TILE_PAIR(mode, c, i) NSA_TILE(mode, c, i), NSA_TILE(mode, c, i + 1)
+#define NSA_TILES_4(mode, c) NSA_TILE_PAIR(mode, c, 0), NSA_TILE_PAIR(mode, c, 2)
+#define NSA_TILES_6(mode, c) NSA_TILES_4(mode, c), NSA_TILE_PAIR(mode, c, 4)
+#define NSA_TILES_8(mode, c) NSA_TILES_6(mode, c), NSA_TILE_PAIR(mode, c, 6)
+#define NSA_TILES_10(mode, c) NSA_TILES_8(mode, c), NSA_TILE_PAIR(mode, c, 8)
+#define NSA_TILES_12(mode, c) NSA_TILES_10(mode, c), NSA_TILE_PAIR(mode, c, 10)
+#define NSA_TILES_16(mode, c) NSA_TILES_12(mode, c), NSA_TILE_PAIR(mode, c, 12), NSA_TILE_PAIR(mode, c, 14)
+#define NSA_TILES_24(mode, c)                                                                                \
+  NSA_TILES_16(mode, c), NSA_TILE_PAIR(mode, c, 16), NSA_TILE_PAIR(mode, c, 18), NSA_TILE_PAIR(mode, c, 20), \
+      NSA_TILE_PAIR(mode, c, 22)
 
-// c = a b, or c += a b, both in shared memory.
-template <typename Element>
-__device__ inline void multiply_async(float (&c)[4][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16%19 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, add, 1, 1, 0, 0;\n}\n"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
-        "+f"(c[3][2]), "+f"(c[3][3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "C"(MatrixTypes<Element>::kSuffix));
-}
-template <typename Element>
-__device__ inline void multiply_async(float (&c)[6][4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %26, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n48k16%27 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23}, "
-      "%24, %25, add, 1, 1, 0, 0;\n}\n"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
-        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
-        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3])
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "C"(MatrixTypes<Element>::kSuffix));
-}
+// An instruction of one step of 16 along k. The numbers are those of the operands after the sums: a, b, and so on.
+#define NSA_INSTRUCTION(kTiles, kColumns, kTypes, predicate, operands)                          \
+  "{\n.reg .pred add;\n" predicate "wgmma.mma_async.sync.aligned.m64n" #kColumns "k16%" #kTypes \
+  " {" NSA_NAMES_##kTiles "}, " operands ";\n}\n"
+#define NSA_LEFT(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
-// c += a b, a in registers.
-template <typename Element>
-__device__ inline void multiply_async(float (&c)[24][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %101, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n192k16%102 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "
-      "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, "
-      "%43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
-      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, "
-      "%85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
-      "{%96, %97, %98, %99}, %100, add, 1, 1, 1;\n}\n"
-      : "+f"(c[0][0]), "+f"(c[0][1]), "+f"(c[0][2]), "+f"(c[0][3]), "+f"(c[1][0]), "+f"(c[1][1]), "+f"(c[1][2]),
-        "+f"(c[1][3]), "+f"(c[2][0]), "+f"(c[2][1]), "+f"(c[2][2]), "+f"(c[2][3]), "+f"(c[3][0]), "+f"(c[3][1]),
-        "+f"(c[3][2]), "+f"(c[3][3]), "+f"(c[4][0]), "+f"(c[4][1]), "+f"(c[4][2]), "+f"(c[4][3]), "+f"(c[5][0]),
-        "+f"(c[5][1]), "+f"(c[5][2]), "+f"(c[5][3]), "+f"(c[6][0]), "+f"(c[6][1]), "+f"(c[6][2]), "+f"(c[6][3]),
-        "+f"(c[7][0]), "+f"(c[7][1]), "+f"(c[7][2]), "+f"(c[7][3]), "+f"(c[8][0]), "+f"(c[8][1]), "+f"(c[8][2]),
-        "+f"(c[8][3]), "+f"(c[9][0]), "+f"(c[9][1]), "+f"(c[9][2]), "+f"(c[9][3]), "+f"(c[10][0]), "+f"(c[10][1]),
-        "+f"(c[10][2]), "+f"(c[10][3]), "+f"(c[11][0]), "+f"(c[11][1]), "+f"(c[11][2]), "+f"(c[11][3]), "+f"(c[12][0]),
-        "+f"(c[12][1]), "+f"(c[12][2]), "+f"(c[12][3]), "+f"(c[13][0]), "+f"(c[13][1]), "+f"(c[13][2]), "+f"(c[13][3]),
-        "+f"(c[14][0]), "+f"(c[14][1]), "+f"(c[14][2]), "+f"(c[14][3]), "+f"(c[15][0]), "+f"(c[15][1]), "+f"(c[15][2]),
-        "+f"(c[15][3]), "+f"(c[16][0]), "+f"(c[16][1]), "+f"(c[16][2]), "+f"(c[16][3]), "+f"(c[17][0]), "+f"(c[17][1]),
-        "+f"(c[17][2]), "+f"(c[17][3]), "+f"(c[18][0]), "+f"(c[18][1]), "+f"(c[18][2]), "+f"(c[18][3]), "+f"(c[19][0]),
-        "+f"(c[19][1]), "+f"(c[19][2]), "+f"(c[19][3]), "+f"(c[20][0]), "+f"(c[20][1]), "+f"(c[20][2]), "+f"(c[20][3]),
-        "+f"(c[21][0]), "+f"(c[21][1]), "+f"(c[21][2]), "+f"(c[21][3]), "+f"(c[22][0]), "+f"(c[22][1]), "+f"(c[22][2]),
-        "+f"(c[22][3]), "+f"(c[23][0]), "+f"(c[23][1]), "+f"(c[23][2]), "+f"(c[23][3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)),
-        "C"(MatrixTypes<Element>::kSuffix));
-}
+// c (64 x N, as an Accumulator of each warp's 16 rows) = a b, or c += a b, both operands in shared memory: row i of a
+// and column j of b are rows of their tiles.
+#define NSA_MULTIPLY(kTiles, kColumns, kA, kB, kAdd, kTypes)                                        \
+  template <typename Element>                                                                       \
+  __device__ inline void multiply_async(float (&c)[kTiles][4], uint64_t a, uint64_t b, bool add) {  \
+    asm volatile(NSA_INSTRUCTION(kTiles, kColumns, kTypes, "setp.ne.b32 add, %" #kAdd ", 0;\n",     \
+                                 "%" #kA ", %" #kB ", add, 1, 1, 0, 0")                             \
+                 : NSA_TILES_##kTiles("+f", c)                                                      \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)), "C"(MatrixTypes<Element>::kSuffix)); \
+  }
+NSA_MULTIPLY(4, 32, 16, 17, 18, 19)
+NSA_MULTIPLY(6, 48, 24, 25, 26, 27)
+NSA_MULTIPLY(8, 64, 32, 33, 34, 35)
+NSA_MULTIPLY(10, 80, 40, 41, 42, 43)
+NSA_MULTIPLY(12, 96, 48, 49, 50, 51)
+NSA_MULTIPLY(16, 128, 64, 65, 66, 67)
+
+// The same, c = a b: what c was does not matter.
+#define NSA_MULTIPLY_FIRST(kTiles, kColumns, kA, kB, kTypes)                                                         \
+  template <typename Element>                                                                                        \
+  __device__ inline void multiply_first(float (&c)[kTiles][4], uint64_t a, uint64_t b) {                             \
+    asm volatile(                                                                                                    \
+        NSA_INSTRUCTION(kTiles, kColumns, kTypes, "setp.ne.b32 add, 0, 0;\n", "%" #kA ", %" #kB ", add, 1, 1, 0, 0") \
+        : NSA_TILES_##kTiles("=f", c)                                                                                \
+        : "l"(a), "l"(b), "C"(MatrixTypes<Element>::kSuffix)                                                         \
+        : "memory");                                                                                                 \
+  }
+NSA_MULTIPLY_FIRST(4, 32, 16, 17, 18)
+NSA_MULTIPLY_FIRST(6, 48, 24, 25, 26)
+NSA_MULTIPLY_FIRST(8, 64, 32, 33, 34)
+
+// c += a b, a in registers: lane i of warp w holds the fragment of mma.m16n8k16 of rows [16 w, 16 w + 16). Row k of b
+// is row k of its tile.
+#define NSA_MULTIPLY_LEFT(kTiles, kColumns, kA0, kA1, kA2, kA3, kB, kAdd, kTypes)                              \
+  template <typename Element>                                                                                  \
+  __device__ inline void multiply_async(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) { \
+    asm volatile(NSA_INSTRUCTION(kTiles, kColumns, kTypes, "setp.ne.b32 add, %" #kAdd ", 0;\n",                \
+                                 "{%" #kA0 ", %" #kA1 ", %" #kA2 ", %" #kA3 "}, %" #kB ", add, 1, 1, 1")       \
+                 : NSA_TILES_##kTiles("+f", c)                                                                 \
+                 : NSA_LEFT(a), "l"(b), "r"(static_cast<int>(add)), "C"(MatrixTypes<Element>::kSuffix));       \
+  }
+NSA_MULTIPLY_LEFT(8, 64, 32, 33, 34, 35, 36, 37, 38)
+NSA_MULTIPLY_LEFT(16, 128, 64, 65, 66, 67, 68, 69, 70)
+NSA_MULTIPLY_LEFT(24, 192, 96, 97, 98, 99, 100, 101, 102)
+
+// c = a b, whatever c was, and c += a b: a in registers as there, column j of b is row j of its tile.
+#define NSA_MULTIPLY_ROWS(name, mode, predicate)                                                  \
+  template <typename Element>                                                                     \
+  __device__ inline void name(float (&c)[8][4], const uint32_t (&a)[4], uint64_t b) {             \
+    asm volatile(NSA_INSTRUCTION(8, 64, 37, predicate, "{%32, %33, %34, %35}, %36, add, 1, 1, 0") \
+                 : NSA_TILES_8(mode, c)                                                           \
+                 : NSA_LEFT(a), "l"(b), "C"(MatrixTypes<Element>::kSuffix)                        \
+                 : "memory");                                                                     \
+  }
+NSA_MULTIPLY_ROWS(multiply_rows_first, "=f", "setp.ne.b32 add, 0, 0;\n")
+NSA_MULTIPLY_ROWS(multiply_rows, "+f", "setp.eq.b32 add, 0, 0;\n")
 
 }  // namespace nsa

@@ -101,6 +101,36 @@ struct RangeKeyItem {
   int32_t end;
 };
 
+// The work of this block of threads; a split below 0 where there is none.
+template <int kKeys>
+__device__ inline RangeKeyItem range_key_item(const RangeBackwardKeysSm90Params& params) {
+  RangeKeyItem item;
+  const auto slots = static_cast<unsigned>(params.slots);
+  const auto heads = static_cast<unsigned>(params.range.sequences.heads_kv);
+  const unsigned turn = blockIdx.x / (slots * heads);
+  const unsigned place = blockIdx.x % (slots * heads);
+  const bool of_first_splits = turn == static_cast<unsigned>(params.range.splits) - 1;
+  if (of_first_splits && params.order.tiles > 0) {
+    const auto tiles = static_cast<unsigned>(params.order.tiles);
+    const unsigned of_rank = slots / tiles * heads;
+    item.head_kv = static_cast<int32_t>(place % heads);
+    item.slot = static_cast<int32_t>(place % of_rank / heads * tiles + params.order.tile[place / of_rank]);
+  } else {
+    item.head_kv = static_cast<int32_t>(place / slots);
+    item.slot = static_cast<int32_t>(place % slots);
+  }
+  item.tile = range_key_tile_sm90<kKeys>(params.range, item.slot);
+  // The last split of every tile belongs to the same queries.
+  item.split = of_first_splits ? 0 : item.tile.splits - 1 - static_cast<int32_t>(turn);
+  if (item.tile.count == 0 || (item.split == 0 && !of_first_splits)) {
+    item.split = -1;
+  }
+  const int32_t split_queries = params.range.rows_per_split / params.range.sequences.group;
+  item.begin = item.tile.begin(item.split, split_queries);
+  item.end = item.tile.end(item.split, split_queries);
+  return item;
+}
+
 template <typename Shape>
 struct RangeBackwardKeysShared {
   alignas(1024) typename Shape::Element k[2][Shape::KTile::kSize];
@@ -192,14 +222,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
       position[i] = own_query + place.offset;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
-    RowNumbers<Shape::kRows>& to = ring.numbers[stage];
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int row = lane + 32 * i;
-      if (row < Shape::kRows) {
-        to.set(row, lse[i], gate[i], delta[i], position[i]);
-      }
-    }
+    ring.numbers[stage].set(lane, lse, gate, delta, position);
     arrive(&ring.full[stage]);
     ring_place.advance();
   }
@@ -229,8 +252,8 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     RingPlace<Shape::kStages> ring_place;
     wait(&shared.keys_full, 0);
     skip_steps(shared.ring, ring_place, skipped);
-    sum_range_key_gradients(sums, shared.ring, ring_place, shared.k[consumer], shared.v[consumer], place, range,
-                            item.tile.place.offset + item.begin + skipped * step_queries, step_queries, end - skipped);
+    RangeKeySums<Shape>(sums, shared.ring, ring_place, shared.k[consumer], shared.v[consumer], place, range)
+        .walk(item.tile.place.offset + item.begin + skipped * step_queries, step_queries, end - skipped);
     skip_steps(shared.ring, ring_place, steps - end);
   }
 
@@ -254,62 +277,36 @@ template <typename Shape>
 __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     range_backward_keys_sm90(const __grid_constant__ RangeBackwardKeysSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<RangeBackwardKeysShared<Shape>*>(shared_bytes);
-  const SequenceLayout& s = params.range.sequences;
-  const int thread = static_cast<int>(threadIdx.x);
-  RangeKeyItem item;
-  const auto slots = static_cast<unsigned>(params.slots);
-  const auto heads = static_cast<unsigned>(s.heads_kv);
-  const unsigned turn = blockIdx.x / (slots * heads);
-  const unsigned place = blockIdx.x % (slots * heads);
-  const bool of_first_splits = turn == static_cast<unsigned>(params.range.splits) - 1;
-  if (of_first_splits && params.order.tiles > 0) {
-    const auto tiles = static_cast<unsigned>(params.order.tiles);
-    const unsigned of_rank = slots / tiles * heads;
-    item.head_kv = static_cast<int32_t>(place % heads);
-    item.slot = static_cast<int32_t>(place % of_rank / heads * tiles + params.order.tile[place / of_rank]);
-  } else {
-    item.head_kv = static_cast<int32_t>(place / slots);
-    item.slot = static_cast<int32_t>(place % slots);
-  }
-  item.tile = range_key_tile_sm90<2 * Shape::kKeys>(params.range, item.slot);
-  // The last split of every tile belongs to the same queries.
-  item.split = of_first_splits ? 0 : item.tile.splits - 1 - static_cast<int32_t>(turn);
-  if (item.tile.count == 0 || item.split < 0 || (item.split == 0 && !of_first_splits)) {
+  auto& shared = shared_memory<RangeBackwardKeysShared<Shape>>();
+  const int32_t group = params.range.sequences.group;
+  const RangeKeyItem item = range_key_item<2 * Shape::kKeys>(params);
+  if (item.split < 0) {
     return;
   }
-  if (thread == 0) {
-    const int32_t split_queries = params.range.rows_per_split / s.group;
-    item.begin = item.tile.begin(item.split, split_queries);
-    item.end = item.tile.end(item.split, split_queries);
+  if (threadIdx.x == 0) {
     shared.item = item;
     for (int i = 0; i < 2; ++i) {
       shared.places[i] = {.first_key = item.tile.first_key + i * Shape::kKeys,
                           .count = min(max(item.tile.count - i * Shape::kKeys, 0), Shape::kKeys),
                           .batch = static_cast<int32_t>(item.tile.place.batch),
                           .to_token = static_cast<int32_t>(item.tile.place.q_begin) - item.tile.place.offset,
-                          .first_head = item.head_kv * s.group};
+                          .first_head = item.head_kv * group};
     }
     shared.ring.init_barriers(2);
     init_barrier(&shared.keys_full, 1);
     fence_barrier_init();
   }
-  clear_rows(shared.ring, params.step_queries * s.group, thread, 3 * kWarpgroup);
+  clear_rows(shared.ring, params.step_queries * group, static_cast<int>(threadIdx.x), 3 * kWarpgroup);
   fence_shared_writes();
   __syncthreads();
-  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);
-  if (warp < 4) {
-    shrink_registers<Shape::kProducerRegisters>();
-    if (thread == 0) {
+  const auto feed = [&] {
+    if (threadIdx.x == 0) {
       copy_range_rows<Shape>(params, shared);
-    } else if (warp == 1) {
+    } else if (threadIdx.x / 32 == 1) {
       gather_range_numbers<Shape>(params, shared);
     }
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    sum_range_gradients<Shape>(params, shared, warp / 4 - 1);
-  }
+  };
+  split_warpgroups<Shape>(feed, [&](int consumer) { sum_range_gradients<Shape>(params, shared, consumer); });
 #endif
 }
 

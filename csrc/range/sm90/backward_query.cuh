@@ -30,21 +30,6 @@ __device__ inline void clear_outside(float (&c)[kTiles][4], int half, int32_t lo
   }
 }
 
-// c = a b, of two tiles' rows.
-template <typename Left, typename Right, int kTiles>
-__device__ inline void start_product(float (&c)[kTiles][4], uint64_t a, uint64_t b) {
-  hold(c);
-  fence_products();
-#pragma unroll
-  for (int column = 0; column < Left::kColumns; column += 16) {
-    const int panel = column / 64;
-    const int inside = column % 64;
-    multiply_async<typename Left::Element>(c, advance(a, 2 * (panel * Left::kPanelSize + inside)),
-                                           advance(b, 2 * (panel * Right::kPanelSize + inside)), column != 0);
-  }
-  commit_products();
-}
-
 // c = a b, or c += a b, for as many columns as c has: a product takes 128 of them, or 64.
 template <typename Element, int kPanelBytes, int kTiles>
 __device__ inline void multiply_columns(float (&c)[kTiles][4], const uint32_t (&a)[4], uint64_t b, bool add) {
@@ -59,84 +44,201 @@ __device__ inline void multiply_columns(float (&c)[kTiles][4], const uint32_t (&
   }
 }
 
+// A warpgroup that consumes: 64 rows of each tile.
 template <typename Shape>
-__device__ inline void consume(const RangeBackwardQuerySm90Params& params, typename Shape::Shared& shared,
-                               int consumer) {
+struct Consumer {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using GradOutTile = typename Shape::GradOutTile;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
-  constexpr int kKeys = Shape::kKeys;
-  constexpr int kBytes = sizeof(Element);
-  constexpr int kPanelBytes = KTile::kPanelSize * kBytes;
-  const RangeBackwardParams& range = params.range;
-  const SequenceLayout& s = range.sequences;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  // The lane's first row of the consumer's 64; its second is the eighth after it.
-  const auto own_row = [] { return fresh_thread() % kWarpgroup / 32 * 16 + fresh_thread() % 32 / 4; };
-  const auto row_in_tile = [&] { return (fresh_thread() / kWarpgroup - 1) * params.consumer_rows + own_row(); };
+  using KPlace = RingPlace<Shape::kKStages>;
+  static constexpr int kKeys = Shape::kKeys;
+  static constexpr int kBytes = sizeof(Element);
+  static constexpr int kPanelBytes = KTile::kPanelSize * kBytes;
+  // Stands for a probability of 1, whose score has no gradient but that of lse.
+  static constexpr float kWhole = -1.f;
 
-  const auto release = [&](Barrier* barrier) {
+  const RangeBackwardQuerySm90Params& params;
+  const RangeBackwardParams& range;
+  typename Shape::Shared& shared;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float scale_log2;
+  const uint64_t q_at;
+  const uint64_t grad_out_at;
+  const uint64_t k_at;
+  const uint64_t v_at;
+  KPlace k_place;  // of the sums' K; that of the scores is one further
+  RingPlace<Shape::kVStages> v_place;
+  RingPlace<Shape::kRowSlots> slot;
+
+  TileWalk tiles;
+  RowTile tile{};
+  int32_t all_begin;  // keys in [all_begin, all_end) are seen by every row
+  int32_t all_end;
+  // Of the lane's rows.
+  float lse[2];
+  float delta[2];
+  const float whole;
+  float grad_q[Shape::kDimK / 8][4];
+  float scores[kKeys / 8][4];
+  float grads[kKeys / 8][4];
+  uint32_t weights[kKeys / 16][4];
+  // Where the rows of the tile before go.
+  Element* to[2];
+  float gates[2];
+
+  __device__ Consumer(const RangeBackwardQuerySm90Params& params_, typename Shape::Shared& shared_)
+      : params(params_),
+        range(params_.range),
+        shared(shared_),
+        scale_log2(params_.range.scale * kLog2E),
+        q_at(tile_descriptor(shared_address(shared_.q), 0)),
+        grad_out_at(tile_descriptor(shared_address(shared_.grad_out), 0)),
+        k_at(tile_descriptor(shared_address(shared_.k), kPanelBytes)),
+        v_at(tile_descriptor(shared_address(shared_.v), 0)),
+        whole(params_.range.grad_lse.data == nullptr ? 0.f : kWhole) {}
+
+  __device__ void walk(int number) {
+    if (number == Shape::kConsumers - 1) {
+      pass_turn();
+    }
+    for (int i = 0; i < number; ++i) {
+      slot.advance();
+    }
+    if (!find_tile_with_keys()) {
+      return;
+    }
+    take_first_step();
+    bool add = false;  // to this tile's sums
+#pragma unroll 1
+    for (int32_t key = tile.begin + kKeys;; key += kKeys) {
+      KPlace next = k_place;
+      next.advance();
+      const bool ends_tile = key >= tile.end;
+      if (ends_tile) {
+        if (!change_tile(key - kKeys)) {
+          break;
+        }
+        key = tile.begin;
+        wait(&shared.rows_full[slot.stage], slot.parity);
+      }
+      wait(&shared.k_full[next.stage], next.parity);
+      await_turn();
+      start_sums(add);
+      start_scores(next);
+      wait_products<1>();
+      hold(grad_q);
+      release(&shared.k_empty[k_place.stage]);
+      k_place = next;
+      start_grads();
+      pass_turn();
+      if (ends_tile) {
+        open_tile();
+        write();
+        scale_lse();
+      }
+      add = !ends_tile;
+      finish_step(key);
+    }
+    await_turn();
+    start_sums(add);
+    wait_products<0>();
+    hold(grad_q);
+    pass_turn();
+    write();
+  }
+
+  // Steps.
+
+  __device__ void take_first_step() {
+    open_tile();
+    scale_lse();
+    wait(&shared.rows_full[slot.stage], slot.parity);
+    wait(&shared.k_full[k_place.stage], k_place.parity);
+    start_scores(k_place);
+    start_grads();
+    finish_step(tile.begin);
+  }
+  __device__ void finish_step(int32_t key) {
+    wait_products<1>();
+    hold(scores);
+    take_probabilities();
+    wait_products<0>();
+    hold(grads);
+    release(&shared.v_empty[v_place.stage]);
+    v_place.advance();
+    if (key + kKeys >= tile.end) {
+      release(&shared.rows_empty[slot.stage]);
+    }
+    differentiate();
+    mask(key);
+    take_weights();
+  }
+
+  // Barriers. Warpgroup 0 produces. Named barrier i is the turn of warpgroup i; the next ones are for a consumer's own
+  // threads.
+
+  __device__ static void await_turn() { sync_threads(fresh_thread() / kWarpgroup, 2 * kWarpgroup); }
+  __device__ static void pass_turn() {
+    arrive_threads(fresh_thread() / kWarpgroup % Shape::kConsumers + 1, 2 * kWarpgroup);
+  }
+  __device__ void release(Barrier* barrier) const {
     if (lane == 0) {
       arrive(barrier);
     }
-  };
-  // Warpgroup 0 produces. Named barrier i is the turn of warpgroup i; the next ones are for a consumer's own threads.
-  const auto await_turn = [&] { sync_threads(fresh_thread() / kWarpgroup, 2 * kWarpgroup); };
-  const auto pass_turn = [&] { arrive_threads(fresh_thread() / kWarpgroup % Shape::kConsumers + 1, 2 * kWarpgroup); };
-  if (consumer == Shape::kConsumers - 1) {
-    pass_turn();
   }
 
-  const float scale_log2 = range.scale * kLog2E;
-  const uint64_t q_at = tile_descriptor(shared_address(shared.q), 0);
-  const uint64_t grad_out_at = tile_descriptor(shared_address(shared.grad_out), 0);
-  const uint64_t k_at = tile_descriptor(shared_address(shared.k), kPanelBytes);
-  const uint64_t v_at = tile_descriptor(shared_address(shared.v), 0);
-  RingPlace<Shape::kKStages> k_place;  // of the sums' K; that of the scores is one further
-  RingPlace<Shape::kVStages> v_place;
-  RingPlace<Shape::kRowSlots> slot;
-  for (int i = 0; i < consumer; ++i) {
-    slot.advance();
-  }
+  // Rows and tiles.
 
-  TileWalk walk;
-  RowTile tile{};
-  const auto number_of_row = [&](const RowView& numbers, int half) {
-    const Row at = row_at(s, tile.head_kv, min(tile.first_row + row_in_tile() + 8 * half, tile.last_row));
+  // The lane's first row of the consumer's 64; its second is the eighth after it.
+  __device__ static int own_row() { return fresh_thread() % kWarpgroup / 32 * 16 + fresh_thread() % 32 / 4; }
+  __device__ int row_in_tile() const { return (fresh_thread() / kWarpgroup - 1) * params.consumer_rows + own_row(); }
+  __device__ float number_of_row(const RowView& numbers, int half) const {
+    const Row at = row_at(range.sequences, tile.head_kv, min(tile.first_row + row_in_tile() + 8 * half, tile.last_row));
     return numbers.at(tile.batch, at.head, int64_t{tile.first_token} + at.query);
-  };
+  }
   // Where the gradient of one of the lane's rows begins; null where the tile lacks the row.
-  const auto gradient_of_row = [&](int half) -> Element* {
+  __device__ Element* gradient_of_row(int half) const {
     const int32_t at_row = tile.first_row + row_in_tile() + 8 * half;
     if (own_row() + 8 * half >= params.consumer_rows || at_row > tile.last_row) {
       return nullptr;
     }
-    const Row at = row_at(s, tile.head_kv, at_row);
-    return range.grad_q.row<Element>(tile.batch, int64_t{tile.first_token} + at.query, at.head);
-  };
+    const Row at = row_at(range.sequences, tile.head_kv, at_row);
+    return range.grad_q.template row<Element>(tile.batch, int64_t{tile.first_token} + at.query, at.head);
+  }
   // The next tile whose rows see keys; the gradients of those between are 0.
-  const auto find_tile_with_keys = [&] {
-    while (walk.next(tile, params)) {
+  __device__ bool find_tile_with_keys() {
+    while (tiles.next(tile, params)) {
       if (tile.begin < tile.end) {
         return true;
       }
+#pragma unroll 1
       for (int half = 0; half < 2 && !range.add_to_grad_q; ++half) {
-        Element* const to = gradient_of_row(half);
-        for (int column = 8 * (fresh_thread() % 4); to != nullptr && column < range.grad_q.width; column += 32) {
-          *reinterpret_cast<uint4*>(to + column) = uint4{};
+        Element* const row = gradient_of_row(half);
+        for (int column = 8 * (fresh_thread() % 4); row != nullptr && column < range.grad_q.width; column += 32) {
+          *reinterpret_cast<uint4*>(row + column) = uint4{};
         }
       }
     }
     return false;
-  };
-
-  float lse[2];
-  float delta[2];
-  int32_t all_begin;  // keys in [all_begin, all_end) are seen by every row
-  int32_t all_end;
-  const auto open_tile = [&] {
+  }
+  // From a tile whose last step begins at `key` to the next one, if there is one.
+  __device__ bool change_tile(int32_t key) {
+    clear_unused_keys(key);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      to[half] = gradient_of_row(half);
+      gates[half] = range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half);
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kConsumers; ++i) {
+      slot.advance();
+    }
+    return find_tile_with_keys();
+  }
+  __device__ void open_tile() {
+    const SequenceLayout& s = range.sequences;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       lse[half] = number_of_row(range.lse, half);
@@ -145,42 +247,25 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
     const int32_t offset = tile.offset;
     all_begin = range.visibility.begin(offset + row_at(s, 0, tile.last_row).query);
     all_end = min(range.visibility.end(offset + row_at(s, 0, tile.first_row).query), tile.num_keys);
-  };
-
+  }
   // Apart from open_tile, so that it doesn't wait for what is loaded there.
-  const auto scale_lse = [&] {
+  __device__ void scale_lse() {
     lse[0] *= kLog2E;
     lse[1] *= kLog2E;
-  };
+  }
 
-  // Stands for a probability of 1, whose score has no gradient but that of lse.
-  constexpr float kWhole = -1.f;
-  const float whole = range.grad_lse.data == nullptr ? 0.f : kWhole;
-  float grad_q[Shape::kDimK / 8][4];
-  float scores[kKeys / 8][4];
-  float grads[kKeys / 8][4];
-  uint32_t weights[kKeys / 16][4];
+  // Scores, and what becomes of them: probabilities, their gradients, weights of keys.
 
-  const auto start_scores = [&](const RingPlace<Shape::kKStages>& place) {
+  __device__ void start_scores(const KPlace& place) {
     start_product<QTile, KTile>(scores, advance(q_at, slot.stage * QTile::kSize * kBytes),
                                 advance(k_at, place.stage * KTile::kSize * kBytes));
-  };
-  const auto start_grads = [&] {
+  }
+  __device__ void start_grads() {
     wait(&shared.v_full[v_place.stage], v_place.parity);
     start_product<GradOutTile, VTile>(grads, advance(grad_out_at, slot.stage * GradOutTile::kSize * kBytes),
                                       advance(v_at, v_place.stage * VTile::kSize * kBytes));
-  };
-  const auto start_sums = [&](bool add) {
-    const uint64_t k = advance(k_at, k_place.stage * KTile::kSize * kBytes);
-    hold(grad_q);
-    fence_products();
-#pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
-      multiply_columns<Element, kPanelBytes>(grad_q, weights[i], advance(k, 2 * 64 * 16 * i), add || i > 0);
-    }
-    commit_products();
-  };
-  const auto take_probabilities = [&] {
+  }
+  __device__ void take_probabilities() {
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
@@ -189,8 +274,8 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
         scores[i][j] = probability > kWholeProbability<Element> ? whole : probability;
       }
     }
-  };
-  const auto take_weights = [&](int32_t key) {
+  }
+  __device__ void differentiate() {
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
 #pragma unroll
@@ -211,118 +296,54 @@ __device__ inline void consume(const RangeBackwardQuerySm90Params& params, typen
         }
       }
     }
+  }
+  __device__ void mask(int32_t key) {
     if (key < all_begin || key + kKeys > all_end) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t position = tile.offset + row_at(s, 0, tile.first_row + row_in_tile() + 8 * half).query;
+        const int32_t row = tile.first_row + row_in_tile() + 8 * half;
+        const int32_t position = tile.offset + row_at(range.sequences, 0, row).query;
         const int32_t low = range.visibility.begin(position) - key;
         const int32_t high = min(range.visibility.end(position), tile.num_keys) - key;
         clear_outside(grads, half, low, high, fresh_thread() % 32);
       }
     }
+  }
+  __device__ void take_weights() {
 #pragma unroll
     for (int i = 0; i < kKeys / 16; ++i) {
       as_left<Element>(weights[i], grads, i);
     }
-  };
-  const auto finish_step = [&](int32_t key) {
-    wait_products<1>();
-    hold(scores);
-    take_probabilities();
-    wait_products<0>();
-    hold(grads);
-    release(&shared.v_empty[v_place.stage]);
-    v_place.advance();
-    if (key + kKeys >= tile.end) {
-      release(&shared.rows_empty[slot.stage]);
+  }
+
+  // Sums, and their store.
+
+  __device__ void start_sums(bool add) {
+    const uint64_t k = advance(k_at, k_place.stage * KTile::kSize * kBytes);
+    hold(grad_q);
+    fence_products();
+#pragma unroll
+    for (int i = 0; i < kKeys / 16; ++i) {
+      multiply_columns<Element, kPanelBytes>(grad_q, weights[i], advance(k, 2 * 64 * 16 * i), add || i > 0);
     }
-    take_weights(key);
-  };
+    commit_products();
+  }
   // Nobody's weight of a row past the end of the sequence is other than 0, but 0 times what lies there may be NaN.
   // `key` is the first of the step.
-  const auto clear_unused_keys = [&](int32_t key) {
+  __device__ void clear_unused_keys(int32_t key) const {
     const int32_t used = tile.num_keys - key;
     if (used < kKeys) {
-#pragma unroll 1
-      for (int i = 8 * used + fresh_thread() % kWarpgroup; i < 8 * kKeys; i += kWarpgroup) {
-#pragma unroll
-        for (int panel = 0; panel < KTile::kPanels; ++panel) {
-          Element* chunk = shared.k[k_place.stage] + panel * KTile::kPanelSize + 8 * i;
-          *reinterpret_cast<uint4*>(chunk) = uint4{};
-        }
-      }
-      fence_shared_writes();
-      sync_threads(Shape::kConsumers + fresh_thread() / kWarpgroup, kWarpgroup);
+      clear_rows_from<KTile>(shared.k[k_place.stage], used, Shape::kConsumers + fresh_thread() / kWarpgroup);
     }
-  };
-
-  if (!find_tile_with_keys()) {
-    return;
   }
-  open_tile();
-  scale_lse();
-  wait(&shared.rows_full[slot.stage], slot.parity);
-  wait(&shared.k_full[k_place.stage], k_place.parity);
-  start_scores(k_place);
-  start_grads();
-  finish_step(tile.begin);
-  bool add = false;  // to this tile's sums
-  Element* to[2];
-  float gates[2];
-  const auto write = [&] {
+  __device__ void write() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       write_row(to[half], range.grad_q.width, grad_q, half, range.scale * gates[half], range.add_to_grad_q,
                 fresh_thread() % 32);
     }
-  };
-#pragma unroll 1
-  for (int32_t key = tile.begin + kKeys;; key += kKeys) {
-    RingPlace<Shape::kKStages> next = k_place;
-    next.advance();
-    const bool ends_tile = key >= tile.end;
-    if (ends_tile) {
-      clear_unused_keys(key - kKeys);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        to[half] = gradient_of_row(half);
-        gates[half] = range.gate.data == nullptr ? 1.f : number_of_row(range.gate, half);
-      }
-#pragma unroll
-      for (int i = 0; i < Shape::kConsumers; ++i) {
-        slot.advance();
-      }
-      if (!find_tile_with_keys()) {
-        break;
-      }
-      key = tile.begin;
-      wait(&shared.rows_full[slot.stage], slot.parity);
-    }
-    wait(&shared.k_full[next.stage], next.parity);
-    await_turn();
-    start_sums(add);
-    start_scores(next);
-    wait_products<1>();
-    hold(grad_q);
-    release(&shared.k_empty[k_place.stage]);
-    k_place = next;
-    start_grads();
-    pass_turn();
-    if (ends_tile) {
-      open_tile();
-      write();
-      scale_lse();
-    }
-    add = !ends_tile;
-    finish_step(key);
   }
-  await_turn();
-  start_sums(add);
-  wait_products<0>();
-  hold(grad_q);
-  pass_turn();
-  write();
-}
+};
 
 }  // namespace grad_q
 
@@ -346,7 +367,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
       grad_q::produce_rows<Shape>(params, shared);
     }
   };
-  split_warpgroups<Shape>(feed, [&](int consumer) { grad_q::consume<Shape>(params, shared, consumer); });
+  split_warpgroups<Shape>(feed, [&](int consumer) { grad_q::Consumer<Shape>(params, shared).walk(consumer); });
 #endif
 }
 

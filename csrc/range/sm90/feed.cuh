@@ -36,99 +36,102 @@ __device__ inline void list_range_tiles(const RangeForwardSm90Params& params, ty
   }
 }
 
-// By one thread.
+// One thread that copies.
 template <typename Shape>
-__device__ inline void produce_range(const RangeForwardSm90Params& params, typename Shape::Shared& shared) {
+struct RangeProducer {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using OutTile = typename Shape::OutTile;
-  constexpr int kStages = Shape::kStages;
-  constexpr int kQStages = Shape::kQStages;
-  constexpr int kTiles = Shape::kTiles;
-  const bool sums = Shape::kSums && params.range.sum.out != nullptr;
-  uint32_t tiles = 0;
+
+  const RangeForwardSm90Params& params;
+  typename Shape::Shared& shared;
+  const bool sums;
   uint32_t copied_q = 0;
   uint32_t copied_k = 0;
   uint32_t copied_v = 0;
-  const auto copy_keys = [&]<typename Panels>(Panels, const RangeTile& tile, const CUtensorMap& map, Element* to,
-                                              Barrier* full, Barrier* empty, uint32_t parity, int32_t key) {
+
+  __device__ RangeProducer(const RangeForwardSm90Params& params_, typename Shape::Shared& shared_)
+      : params(params_), shared(shared_), sums(Shape::kSums && params_.range.sum.out != nullptr) {}
+
+  __device__ void walk() {
+#pragma unroll 1
+    for (uint32_t tiles = 0;; ++tiles) {
+      wait(&shared.tile_full[Shape::TilePlace::of(tiles).stage], Shape::TilePlace::of(tiles).parity);
+      const RangeTile& tile = shared.tiles[Shape::TilePlace::of(tiles).stage];
+      if (tile.first_row > tile.last_row) {
+        return;
+      }
+      if (tile.begin < tile.end) {
+        copy_tile(tile);
+      }
+      arrive(&shared.tile_empty[Shape::TilePlace::of(tiles).stage]);
+    }
+  }
+
+  __device__ void copy_tile(const RangeTile& tile) {
+    copy_k(tile, tile.begin);
+    copy_q(tile);
+#pragma unroll 1
+    for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
+      if (key + Shape::kKeys < tile.end) {
+        copy_k(tile, key + Shape::kKeys);
+      }
+      copy_v(tile, key);
+    }
+    if (sums) {
+      copy_others(tile);
+    }
+  }
+  __device__ void copy_k(const RangeTile& tile, int32_t key) {
+    const int stage = Shape::KeysPlace::of(copied_k).stage;
+    copy_keys<typename Shape::KTile>(tile, params.k, shared.k[stage], &shared.k_full[stage], &shared.k_empty[stage],
+                                     Shape::KeysPlace::of(copied_k).parity, key);
+    ++copied_k;
+  }
+  __device__ void copy_v(const RangeTile& tile, int32_t key) {
+    const int stage = Shape::KeysPlace::of(copied_v).stage;
+    copy_keys<typename Shape::VTile>(tile, params.v, shared.v[stage], &shared.v_full[stage], &shared.v_empty[stage],
+                                     Shape::KeysPlace::of(copied_v).parity, key);
+    ++copied_v;
+  }
+  template <typename Panels>
+  __device__ static void copy_keys(const RangeTile& tile, const CUtensorMap& map, Element* to, Barrier* full,
+                                   Barrier* empty, uint32_t parity, int32_t key) {
     wait(empty, parity ^ 1);
     arrive_expecting(full, Panels::kSize * sizeof(Element));
     copy_panels<Panels>(to, map, full, tile.head_kv, tile.first_key + key, tile.batch, kEvictLast);
-  };
-  const auto copy_k = [&](const RangeTile& tile, int32_t key) {
-    const int stage = RingPlace<kStages>::of(copied_k).stage;
-    copy_keys(typename Shape::KTile(), tile, params.k, shared.k[stage], &shared.k_full[stage], &shared.k_empty[stage],
-              RingPlace<kStages>::of(copied_k).parity, key);
-    ++copied_k;
-  };
-  const auto copy_v = [&](const RangeTile& tile, int32_t key) {
-    const int stage = RingPlace<kStages>::of(copied_v).stage;
-    copy_keys(typename Shape::VTile(), tile, params.v, shared.v[stage], &shared.v_full[stage], &shared.v_empty[stage],
-              RingPlace<kStages>::of(copied_v).parity, key);
-    ++copied_v;
-  };
-  const auto copy_q = [&](const RangeTile& tile) {
-    const SequenceLayout& s = params.range.sequences;
-    const int stage = RingPlace<kQStages>::of(copied_q).stage;
+  }
+  __device__ void copy_q(const RangeTile& tile) {
+    const int stage = Shape::QPlace::of(copied_q).stage;
     if (!sums) {  // else copy_others has waited for the output of the tile whose place this is
-      wait(&shared.q_empty[stage], RingPlace<kQStages>::of(copied_q).parity ^ 1);
+      wait(&shared.q_empty[stage], Shape::QPlace::of(copied_q).parity ^ 1);
     }
     arrive_expecting(&shared.q_full[stage], Shape::kConsumers * params.consumer_bytes);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kConsumers; ++i) {
-      const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-      copy_panels<QTile>(shared.q[stage][i], params.q, &shared.q_full[stage], tile.head_kv * s.group, token, tile.batch,
-                         kEvictFirst);
-    }
+    copy_rows<QTile>(tile, params.q, shared.q[stage][0], QTile::kSize, &shared.q_full[stage]);
     ++copied_q;
-  };
-
-  const auto copy_rows = [&](const RangeTile& tile, const CUtensorMap& map, Element* to, int consumer_size) {
-    const SequenceLayout& s = params.range.sequences;
-#pragma unroll 1
-    for (int i = 0; i < Shape::kConsumers; ++i) {
-      const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
-      copy_panels<OutTile>(to + i * consumer_size, map, &shared.others_full, tile.head_kv * s.group, token, tile.batch,
-                           kEvictFirst);
-    }
-  };
+  }
   // Of the tile whose Q was copied last: to where the output of the tile before was, and to where its own Q was.
-  const auto copy_others = [&](const RangeTile& tile) {
+  __device__ void copy_others(const RangeTile& tile) {
     const uint32_t number = copied_q - 1;
-    const int stage = RingPlace<kQStages>::of(number).stage;
+    const int stage = Shape::QPlace::of(number).stage;
     wait(&shared.out_empty, RingPlace<1>::of(number).parity ^ 1);
     arrive_expecting(&shared.others_full,
                      2 * Shape::kConsumers * params.consumer_rows * OutTile::kColumns * sizeof(Element));
-    copy_rows(tile, params.others[0], shared.out[0], OutTile::kSize);
-    wait(&shared.q_empty[stage], RingPlace<kQStages>::of(number).parity);
-    copy_rows(tile, params.others[1], shared.q[stage][0], QTile::kSize);
-  };
-
-#pragma unroll 1
-  while (true) {
-    wait(&shared.tile_full[RingPlace<kTiles>::of(tiles).stage], RingPlace<kTiles>::of(tiles).parity);
-    const RangeTile& tile = shared.tiles[RingPlace<kTiles>::of(tiles).stage];
-    if (tile.first_row > tile.last_row) {
-      return;
-    }
-    if (tile.begin < tile.end) {
-      copy_k(tile, tile.begin);
-      copy_q(tile);
-#pragma unroll 1
-      for (int32_t key = tile.begin; key < tile.end; key += Shape::kKeys) {
-        if (key + Shape::kKeys < tile.end) {
-          copy_k(tile, key + Shape::kKeys);
-        }
-        copy_v(tile, key);
-      }
-      if (sums) {
-        copy_others(tile);
-      }
-    }
-    arrive(&shared.tile_empty[RingPlace<kTiles>::of(tiles).stage]);
-    ++tiles;
+    copy_rows<OutTile>(tile, params.others[0], shared.out[0], OutTile::kSize, &shared.others_full);
+    wait(&shared.q_empty[stage], Shape::QPlace::of(number).parity);
+    copy_rows<OutTile>(tile, params.others[1], shared.q[stage][0], QTile::kSize, &shared.others_full);
   }
-}
+  // Each consumer's rows.
+  template <typename Panels>
+  __device__ void copy_rows(const RangeTile& tile, const CUtensorMap& map, Element* to, int consumer_size,
+                            Barrier* full) const {
+    const SequenceLayout& s = params.range.sequences;
+#pragma unroll 1
+    for (int i = 0; i < Shape::kConsumers; ++i) {
+      const int32_t token = tile.first_token + row_at(s, 0, tile.first_row + params.consumer_rows * i).query;
+      copy_panels<Panels>(to + i * consumer_size, map, full, tile.head_kv * s.group, token, tile.batch, kEvictFirst);
+    }
+  }
+};
 
 }  // namespace nsa

@@ -48,31 +48,26 @@ struct RangeTile {
 constexpr RangeTile kNoTile = {.begin = 0, .end = 0, .first_row = 0, .last_row = -1};
 
 template <typename Element_, int kDimK_, int kDimV_, int kConsumers_, int kKeys_, int kStages_, int kQStages_>
-struct RangeForwardSm90Shape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups; one more produces
-  static constexpr int kKeys = kKeys_;
+struct RangeForwardSm90Shape : ConsumersShape<Element_, kDimK_, kDimV_, kConsumers_, kKeys_> {
   static constexpr int kStages = kStages_;
   static constexpr int kQStages = kQStages_;
   static constexpr int kTiles = 4;
   static constexpr bool kSums = kQStages == 2;  // whether there is room to take a gated sum
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
-  using QTile = PanelTile<Element, 64, kDimK>;
-  using KTile = PanelTile<Element, kKeys, kDimK>;
-  using VTile = PanelTile<Element, kKeys, kDimV>;
-  using OutTile = PanelTile<Element, 64, kDimV>;
+  // A tile's place in the list, and those of its Q, and of a step's K or V.
+  using TilePlace = RingPlace<kTiles>;
+  using QPlace = RingPlace<kQStages>;
+  using KeysPlace = RingPlace<kStages>;
+
+  using QTile = PanelTile<Element_, 64, kDimK_>;
+  using OutTile = PanelTile<Element_, 64, kDimV_>;
 
   struct Shared {
     // With a sum, a stage of Q then takes the selected branch's rows, and `out` those of the compressed one.
-    alignas(1024) Element q[kQStages][kConsumers][QTile::kSize];
-    alignas(1024) Element k[kStages][KTile::kSize];
-    alignas(1024) Element v[kStages][VTile::kSize];
-    alignas(1024) Element out[kConsumers][OutTile::kSize];
+    alignas(1024) Element_ q[kQStages][kConsumers_][QTile::kSize];
+    alignas(1024) Element_ k[kStages][kKeys_ * kDimK_];
+    alignas(1024) Element_ v[kStages][kKeys_ * kDimV_];
+    alignas(1024) Element_ out[kConsumers_][OutTile::kSize];
     // Filled by the listing warp, drained by all others: by consumers when their output has left.
     RangeTile tiles[kTiles];
     Barrier tile_full[kTiles], tile_empty[kTiles];
@@ -81,7 +76,7 @@ struct RangeForwardSm90Shape {
     Barrier k_full[kStages], k_empty[kStages];
     Barrier v_full[kStages], v_empty[kStages];
     // Filled by copies of the other branches' rows, which turn into output, and by the storing warp's gates.
-    float gates[kSums ? kConsumers * 64 : 1][3];
+    float gates[kSums ? kConsumers_ * 64 : 1][3];
     Barrier others_full;
     // Filled by all consumers, drained by the storing warp.
     Barrier out_full, out_empty;

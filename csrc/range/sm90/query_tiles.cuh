@@ -26,29 +26,19 @@ struct RangeBackwardQuerySm90Params {
 
 template <typename Element_, int kDimK_, int kDimV_, int kConsumers_, int kKeys_, int kRowSlots_, int kKStages_,
           int kVStages_>
-struct RangeBackwardQuerySm90Shape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
-  static constexpr int kConsumers = kConsumers_;  // warpgroups; one more produces
-  static constexpr int kKeys = kKeys_;
+struct RangeBackwardQuerySm90Shape : ConsumersShape<Element_, kDimK_, kDimV_, kConsumers_, kKeys_> {
   static constexpr int kRowSlots = kRowSlots_;  // for the rows of a warpgroup
   static constexpr int kKStages = kKStages_;
   static constexpr int kVStages = kVStages_;
-  static constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
 
-  using QTile = PanelTile<Element, 64, kDimK>;
-  using GradOutTile = PanelTile<Element, 64, kDimV>;
-  using KTile = PanelTile<Element, kKeys, kDimK>;
-  using VTile = PanelTile<Element, kKeys, kDimV>;
+  using QTile = PanelTile<Element_, 64, kDimK_>;
+  using GradOutTile = PanelTile<Element_, 64, kDimV_>;
 
   struct Shared {
-    alignas(1024) Element q[kRowSlots][QTile::kSize];
-    alignas(1024) Element grad_out[kRowSlots][GradOutTile::kSize];
-    alignas(1024) Element k[kKStages][KTile::kSize];
-    alignas(1024) Element v[kVStages][VTile::kSize];
+    alignas(1024) Element_ q[kRowSlots][QTile::kSize];
+    alignas(1024) Element_ grad_out[kRowSlots][GradOutTile::kSize];
+    alignas(1024) Element_ k[kKStages][kKeys_ * kDimK_];
+    alignas(1024) Element_ v[kVStages][kKeys_ * kDimV_];
     // Filled by the producers' copies, drained by the warps of one consumer (q, grad_out) or of all (k, v).
     Barrier rows_full[kRowSlots], rows_empty[kRowSlots];
     Barrier k_full[kKStages], k_empty[kKStages];

@@ -34,106 +34,134 @@ __device__ inline uint32_t score_gradients(uint32_t weights, float first, float 
   }
 }
 
-// Sums over `steps` steps of the ring, the first of which begins at `position`, each of `step_queries` queries. K and V
-// are whole in shared memory. Each thread releases what it has read. The sums of dV come out times kWeightScale.
+// A warpgroup's sums over the steps of a ring, each of `step_queries` queries. K and V are whole in shared memory. Each
+// thread releases what it has read. The sums of dV come out times kWeightScale.
 template <typename Shape>
-__device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
-                                               RingPlace<Shape::kStages>& ring_place,
-                                               const typename Shape::Element* k_data,
-                                               const typename Shape::Element* v_data, const KeyGradientsPlace& place,
-                                               const RangeBackwardParams& range, int32_t position, int32_t step_queries,
-                                               int32_t steps) {
+struct RangeKeySums {
   using Element = typename Shape::Element;
-  using QTile = typename Shape::QTile;
-  using GradOutTile = typename Shape::GradOutTile;
-  constexpr int kRows = Shape::kRows;
-  constexpr int kMasks = (kRows + 63) / 64;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  clear(sums.k);
-  clear(sums.v);
-  if (steps <= 0) {
-    return;
-  }
-  // Zeros that were written after a product has begun would be taken for a conflict with it.
-  hold(sums.k);
-  hold(sums.v);
+  using Numbers = RowNumbers<Shape::kRows>;
+  static constexpr int kTiles = Shape::kRows / 8;
+  static constexpr int kMasks = (Shape::kRows + 63) / 64;
 
-  const uint64_t k_at = tile_descriptor(shared_address(k_data), 0);
-  const uint64_t v_at = tile_descriptor(shared_address(v_data), 0);
-  const uint64_t q_at = tile_descriptor(shared_address(ring.q), QTile::kPanelSize * sizeof(Element));
-  const uint64_t grad_out_at =
-      tile_descriptor(shared_address(ring.grad_out), GradOutTile::kPanelSize * sizeof(Element));
-  const float scale_log2 = range.scale * kLog2E;
+  KeyGradientSums<Shape>& sums;
+  RowRing<Shape>& ring;
+  RingPlace<Shape::kStages>& ring_place;
+  const KeyGradientsPlace& place;
+  const RangeBackwardParams& range;
+  const RowView grad_lse;
+  const KeyGradientOperands<Shape> operands;
+  const int lane;
+  const float scale_log2;
   // Positions that see all keys.
-  const int32_t all_first = range.visibility.first_position(place.first_key + place.count - 1);
-  const int32_t all_last = range.visibility.last_position(place.first_key);
+  const int32_t all_first;
+  const int32_t all_last;
+  float scores[kTiles][4];  // S^T, P^T, V dO^T, V dO^T - delta
+  uint32_t weights[Shape::kRows / 16][4];
+  uint32_t score_grads[Shape::kRows / 16][4];
+  // A bit for each of the lane's keys that has all of a row's probability, and whether any of the warp's has.
+  uint32_t whole[kMasks];
+  bool any_whole;
 
-  float scores[kRows / 8][4];  // S^T, P^T, V dO^T, V dO^T - delta
-  uint32_t weights[kRows / 16][4];
-  uint32_t score_grads[kRows / 16][4];
+  __device__ RangeKeySums(KeyGradientSums<Shape>& sums_, RowRing<Shape>& ring_, RingPlace<Shape::kStages>& ring_place_,
+                          const Element* k_data, const Element* v_data, const KeyGradientsPlace& place_,
+                          const RangeBackwardParams& range_)
+      : sums(sums_),
+        ring(ring_),
+        ring_place(ring_place_),
+        place(place_),
+        range(range_),
+        grad_lse(range_.grad_lse),
+        operands(k_data, v_data, ring_),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        scale_log2(range_.scale * kLog2E),
+        all_first(range_.visibility.first_position(place_.first_key + place_.count - 1)),
+        all_last(range_.visibility.last_position(place_.first_key)) {}
 
-  wait(&ring.full[ring_place.stage], ring_place.parity);
-  fence_products();
-  start_scores<typename Shape::KTile, QTile>(scores, k_at, advance(q_at, ring_place.stage * QTile::kSize * 2));
-  wait_products<0>();
-  hold(scores);
-  int last_stage = -1;  // whose Q is still read
-  const int32_t end_position = position + steps * step_queries;
-#pragma unroll 1
-  while (position < end_position) {
-    const int stage = ring_place.stage;
-    const RowNumbers<kRows>& numbers = ring.numbers[stage];
-    if (position < all_first || position + step_queries - 1 > all_last) {
-      hide_unseen(scores, numbers, place, range.visibility, range.scale, lane);
+  // The first of the steps begins at `position`.
+  __device__ void walk(int32_t position, int32_t step_queries, int32_t steps) {
+    clear(sums.k);
+    clear(sums.v);
+    if (steps <= 0) {
+      return;
     }
-    position += step_queries;
-
-    // Probabilities times gates: the weights of dO in dV, and of <dO, v> - delta in the gradients of the scores.
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const float4 of_rows = reinterpret_cast<const float4*>(numbers.weights)[4 * i + lane % 4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float first = exp2_approx(fmaf(scores[i][2 * half], scale_log2, -of_rows.x));
-        const float second = exp2_approx(fmaf(scores[i][2 * half + 1], scale_log2, -of_rows.z));
-        bits |= __float_as_uint(first) | __float_as_uint(second);
-        scores[i][2 * half] = first * of_rows.y;
-        scores[i][2 * half + 1] = second * of_rows.w;
-      }
-    }
-    // Keys with all of a row's probability: the gradient of its score is that of lse.
-    const bool any_whole = __any_sync(0xffffffffu, (bits & kFromTwoOn) != 0);
-    uint32_t whole[kMasks] = {};
-    if (any_whole) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = 8 * i + 2 * (lane % 4) + j % 2;
-          if (fabsf(scores[i][j]) > 2.f * fabsf(numbers.weights[row].y)) {
-            whole[i / 8] |= 1u << (4 * (i % 8) + j);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
-      as_left<Element>(weights[i], scores, i);
-    }
-    const uint64_t grad_out = advance(grad_out_at, stage * GradOutTile::kSize * 2);
-    fence_products();
-    start_scores<typename Shape::VTile, GradOutTile>(scores, v_at, grad_out);
-    start_sums<Element>(sums.v, weights, grad_out);
-
-    wait_products<1>();
-    hold(scores);
+    // Zeros that were written after a product has begun would be taken for a conflict with it.
     hold(sums.k);
-    if (last_stage >= 0) {
-      arrive(&ring.empty[last_stage]);
+    hold(sums.v);
+    wait(&ring.full[ring_place.stage], ring_place.parity);
+    fence_products();
+    start_own_scores(ring_place.stage);
+    wait_products<0>();
+    hold(scores);
+    int last_stage = -1;  // whose Q is still read
+    const int32_t end_position = position + steps * step_queries;
+#pragma unroll 1
+    while (position < end_position) {
+      const int stage = ring_place.stage;
+      const Numbers& numbers = ring.numbers[stage];
+      if (position < all_first || position + step_queries - 1 > all_last) {
+        hide_unseen(scores, numbers, place, range.visibility, range.scale, lane);
+      }
+      position += step_queries;
+      take_weights(numbers);
+      fence_products();
+      start_scores<typename Shape::VTile, typename Shape::GradOutTile>(scores, operands.v, operands.grad_out(stage));
+      start_sums<Element>(sums.v, weights, operands.grad_out(stage));
+      wait_products<1>();
+      hold(scores);
+      hold(sums.k);
+      if (last_stage >= 0) {
+        arrive(&ring.empty[last_stage]);
+      }
+      take_score_gradients(numbers);
+      wait_products<0>();
+      hold(sums.v);
+      ring_place.advance();
+      const bool more = position < end_position;
+      if (more) {
+        wait(&ring.full[ring_place.stage], ring_place.parity);
+      }
+      fence_products();
+      start_own_scores(more ? ring_place.stage : stage);  // after the last step, some that nobody reads
+      start_sums<Element>(sums.k, score_grads, operands.q(stage));
+      last_stage = stage;
+      wait_products<1>();
+      hold(scores);
     }
+    wait_products<0>();
+    hold(sums.k);
+    arrive(&ring.empty[last_stage]);
+  }
+
+  __device__ void start_own_scores(int stage) {
+    start_scores<typename Shape::KTile, typename Shape::QTile>(scores, operands.k, operands.q(stage));
+  }
+
+  // From S^T to P^T, rounded.
+  __device__ void take_weights(const Numbers& numbers) {
+    uint32_t bits = 0;
+    take_gated_probabilities(scores, numbers, scale_log2, lane, [&](float first, float second) {
+      bits |= __float_as_uint(first) | __float_as_uint(second);
+    });
+    // Keys with all of a row's probability: the gradient of its score is that of lse.
+    any_whole = __any_sync(0xffffffffu, (bits & kFromTwoOn) != 0);
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
+    for (int i = 0; i < kMasks; ++i) {
+      whole[i] = 0;
+    }
+    if (any_whole) {
+      for_each_score<kTiles>(lane, [&](int i, int j, int row) {
+        if (fabsf(scores[i][j]) > 2.f * fabsf(numbers.weights[row].y)) {
+          whole[i / 8] |= 1u << (4 * (i % 8) + j);
+        }
+      });
+    }
+    round_to_left<Element>(weights, scores);
+  }
+
+  // From V dO^T to dS^T, rounded.
+  __device__ void take_score_gradients(const Numbers& numbers) {
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
       const float2 delta = reinterpret_cast<const float2*>(numbers.delta)[4 * i + lane % 4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -141,51 +169,26 @@ __device__ inline void sum_range_key_gradients(KeyGradientSums<Shape>& sums, Row
       }
     }
     if (any_whole) {
-#pragma unroll
-      for (int i = 0; i < kRows / 8; ++i) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int row = 8 * i + 2 * (lane % 4) + j % 2;
-          if ((whole[i / 8] >> (4 * (i % 8) + j) & 1) != 0) {
-            scores[i][j] = 0.f;
-            if (range.grad_lse.data != nullptr) {
-              // To be multiplied by the weight, which is the gate.
-              const float gradient =
-                  range.grad_lse.at(place.batch, place.first_head + row_at(range.sequences, 0, row).head,
-                                    numbers.position[row] + place.to_token);
-              scores[i][j] = __fdividef(gradient, numbers.weights[row].y * kWholeFactor<Element>);
-            }
+      for_each_score<kTiles>(lane, [&](int i, int j, int row) {
+        if ((whole[i / 8] >> (4 * (i % 8) + j) & 1) != 0) {
+          scores[i][j] = 0.f;
+          if (grad_lse.data != nullptr) {
+            // To be multiplied by the weight, which is the gate.
+            const float gradient = grad_lse_of_row(grad_lse, range.sequences, place, numbers, row);
+            scores[i][j] = __fdividef(gradient, numbers.weights[row].y * kWholeFactor<Element>);
           }
         }
-      }
+      });
     }
 #pragma unroll
-    for (int i = 0; i < kRows / 16; ++i) {
+    for (int i = 0; i < Shape::kRows / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const float* const from = &scores[2 * i + j / 2][j % 2 * 2];
         score_grads[i][j] = score_gradients<Element>(weights[i][j], from[0], from[1]);
       }
     }
-    wait_products<0>();
-    hold(sums.v);
-    ring_place.advance();
-    const bool more = position < end_position;
-    if (more) {
-      wait(&ring.full[ring_place.stage], ring_place.parity);
-    }
-    // After the last step, some scores that nobody reads.
-    const int next_stage = more ? ring_place.stage : stage;
-    fence_products();
-    start_scores<typename Shape::KTile, QTile>(scores, k_at, advance(q_at, next_stage * QTile::kSize * 2));
-    start_sums<Element>(sums.k, score_grads, advance(q_at, stage * QTile::kSize * 2));
-    last_stage = stage;
-    wait_products<1>();
-    hold(scores);
   }
-  wait_products<0>();
-  hold(sums.k);
-  arrive(&ring.empty[last_stage]);
-}
+};
 
 }  // namespace nsa

@@ -188,8 +188,7 @@ template <typename Shape>
 __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     selected_backward_keys_sm90(const __grid_constant__ SelectedBackwardKeysSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  extern __shared__ __align__(1024) unsigned char selected_shared_bytes[];
-  auto& shared = *reinterpret_cast<SelectedBackwardKeysShared<Shape>*>(selected_shared_bytes);
+  auto& shared = shared_memory<SelectedBackwardKeysShared<Shape>>();
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);

@@ -17,28 +17,39 @@ struct SelectedBackwardQuerySm90Params {
   UnionParams walk;
 };
 
+// A consumer warp of the walk.
 template <typename Shape>
-__device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Params& params,
-                                              const UnionShared<Shape>& shared, int group, int warp) {
+struct SelectedBackwardQueryConsumer {
   using Element = typename Shape::Element;
   using KTile = typename Shape::KTile;
   using VTile = typename Shape::VTile;
-  using Parts = GradientParts<Shape::kDimK>;
-  const SelectedBackwardParams& p = params.selected;
-  const UnionParams& u = params.walk;
-  const float scale_log2 = p.scale * kLog2E;
-  const UnionRing<Shape> ring{shared};
 
+  const UnionShared<Shape>& shared;
+  const UnionRing<Shape> ring;
+  const UnionParams& u;
+  const int group;
+  const int warp;
+  const SelectedBackwardParams& p;
+  const float scale_log2;
   // Of the lane's rows.
   float lse[2];
   float delta[2];
   GradientSums<Shape::kDimK> grad;
+  UnionQueries<Shape> q;
+  uint32_t grad_out[Shape::kDimV / 16][4];
 
-  const auto row_grad_lse = [&](int half, int lane) -> float& {
-    return shared.barriers->grad_lse[fresh_thread() / 32 * 16 + 8 * half + lane / 4];
-  };
+  __device__ SelectedBackwardQueryConsumer(const SelectedBackwardQuerySm90Params& params,
+                                           const UnionShared<Shape>& shared_, int group_, int warp_)
+      : shared(shared_),
+        ring{shared_},
+        u(params.walk),
+        group(group_),
+        warp(warp_),
+        p(params.selected),
+        scale_log2(params.selected.scale * kLog2E),
+        q(shared_, group_, warp_) {}
 
-  const auto begin = [&](const UnionTile& tile) {
+  __device__ void begin(const UnionTile& tile) {
     const int lane = fresh_lane();
     const int32_t first_token = group * group_tokens_of<Shape>(u);
 #pragma unroll
@@ -57,15 +68,90 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         row_grad_lse(half, lane) = grad_lse == 0.f ? 0.f : grad_lse / gate;
       }
     }
-#pragma unroll
-    for (int i = 0; i < Parts::kCount; ++i) {
-      clear(grad[i]);
-    }
+    clear_gradients<Shape::kDimK>(grad);
     __syncwarp();
-  };
+  }
+  __device__ void take_rows(uint32_t step) {
+    uint32_t loaded = load_rows(grad_out, ring.wait_v(step), warp);
+    ring.release_v(step, loaded);
+    loaded = q.take(ring.wait_k(step));
+    ring.release_k(step, loaded);
+  }
+  __device__ void take(const UnionStep& step, const UnionSeen& seen) {
+    if (step.alone) {
+      take_alone(step);
+    } else {
+      take_together(step, seen);
+    }
+    ring.release_k(step.number);
+  }
+  __device__ void end(const UnionTile& tile) { write_query_gradients<Shape, true>(p, u, tile, grad, group, warp); }
+
+  // Steps.
+
+  __device__ void take_alone(const UnionStep& step) {
+    const int lane = fresh_lane();
+    float grads[8][4];
+    multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
+    ring.release_v(step.number, mark_of(grads));
+    const KTile k_tile = ring.wait_k(step.number);
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
+      float scores[4][4];
+      q.multiply_alone(scores, k_tile, 32 * part);
+      const bool whole = take_probabilities(scores, step.tokens);
+      differentiate(scores, grads + 4 * part, whole);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t a[4];
+        as_left<Element>(a, scores, i);
+        if constexpr (Shape::kWide) {
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            a[j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
+          }
+        }
+        add_products_alone<Shape::kDimK>(grad, a, k_tile, 32 * part + 16 * i, lane);
+      }
+    }
+  }
+  __device__ void take_together(const UnionStep& step, const UnionSeen& seen) {
+    float scores[8][4];
+    float grads[8][4];
+    const VTile v_tile = ring.wait_v(step.number);
+    const KTile k_tile = ring.wait_k(step.number);
+    if (step.key + Shape::kKeys > seen.k_length) {
+      clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
+    }
+    q.start(scores, k_tile);
+    start_rows(grads, grad_out, v_tile);
+    wait_products<1>();
+    hold(scores);
+    const bool whole = take_probabilities(scores, step.tokens);
+    wait_products<0>();
+    hold(grads);
+    ring.release_v(step.number);
+    differentiate(scores, grads, whole);
+    if (step.key + Shape::kKeys > seen.limit(0)) {
+      mask(scores, step.key, seen);
+    }
+    uint32_t weights[4][4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      as_left<Element>(weights[i], scores, i);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        weights[i][j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
+      }
+    }
+    add_products_together<Shape::kDimK>(grad, weights, k_tile);
+  }
+
+  // Scores, and what becomes of them.
 
   // Scores become probabilities. Returns whether a row that chose the block may have one key with all of it.
-  const auto weigh = [&]<int kTiles>(float (&scores)[kTiles][4], uint32_t tokens) {
+  template <int kTiles>
+  __device__ bool take_probabilities(float (&scores)[kTiles][4], uint32_t tokens) const {
     float highest[2] = {};
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -78,9 +164,10 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
     const uint32_t rows[2] = {chosen_row<Shape>(u, tokens, warp, 0), chosen_row<Shape>(u, tokens, warp, 1)};
     return __any_sync(0xffffffffu, (rows[0] != 0 && highest[0] > kWholeProbability<Element>) ||
                                        (rows[1] != 0 && highest[1] > kWholeProbability<Element>)) != 0;
-  };
+  }
   // Probabilities become the gradients of scores.
-  const auto differentiate = [&]<int kTiles>(float (&scores)[kTiles][4], const float (*grads)[4], bool whole) {
+  template <int kTiles>
+  __device__ void differentiate(float (&scores)[kTiles][4], const float (*grads)[4], bool whole) const {
     if (whole) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -103,9 +190,9 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         }
       }
     }
-  };
+  }
   // None where a row sees no key, whatever lies there.
-  const auto mask = [&](float (&scores)[8][4], int32_t key, const UnionSeen& seen) {
+  __device__ void mask(float (&scores)[8][4], int32_t key, const UnionSeen& seen) const {
     const int lane = fresh_lane();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -119,98 +206,16 @@ __device__ inline void consume_backward_query(const SelectedBackwardQuerySm90Par
         }
       }
     }
-  };
+  }
+  __device__ float& row_grad_lse(int half, int lane) const {
+    return shared.barriers->grad_lse[fresh_thread() / 32 * 16 + 8 * half + lane / 4];
+  }
+};
 
-  UnionQueries<Shape> q(shared, group, warp);
-  uint32_t grad_out[Shape::kDimV / 16][4];
-  const auto take_rows = [&](uint32_t step) {
-    uint32_t loaded = load_rows(grad_out, ring.wait_v(step), warp);
-    ring.release_v(step, loaded);
-    loaded = q.take(ring.wait_k(step));
-    ring.release_k(step, loaded);
-  };
-
-  const auto take_alone = [&](const UnionStep& step) {
-    const int lane = fresh_lane();
-    float grads[8][4];
-    multiply_rows_alone(grads, grad_out, ring.wait_v(step.number), 0);
-    ring.release_v(step.number, mark_of(grads));
-    const KTile k_tile = ring.wait_k(step.number);
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {  // of 32 keys: registers are few
-      float scores[4][4];
-      q.multiply_alone(scores, k_tile, 32 * part);
-      const bool whole = weigh(scores, step.tokens);
-      differentiate(scores, grads + 4 * part, whole);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        uint32_t a[4];
-        as_left<Element>(a, scores, i);
-        if constexpr (Shape::kWide) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            a[j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
-          }
-        }
-        add_products_alone<Shape::kDimK>(grad, a, k_tile, 32 * part + 16 * i, lane);
-      }
-    }
-  };
-
-  const auto take_together = [&](const UnionStep& step, const UnionSeen& seen) {
-    float scores[8][4];
-    float grads[8][4];
-    const VTile v_tile = ring.wait_v(step.number);
-    const KTile k_tile = ring.wait_k(step.number);
-    if (step.key + Shape::kKeys > seen.k_length) {
-      clear_rows(k_tile, max(seen.k_length - step.key, 0), 1 + group, fresh_thread() % kWarpgroup);
-    }
-    q.start(scores, k_tile);
-    start_rows(grads, grad_out, v_tile);
-    wait_products<1>();
-    hold(scores);
-    const bool whole = weigh(scores, step.tokens);
-    wait_products<0>();
-    hold(grads);
-    ring.release_v(step.number);
-    differentiate(scores, grads, whole);
-    if (step.key + Shape::kKeys > seen.limit(0)) {
-      mask(scores, step.key, seen);
-    }
-    uint32_t weights[4][4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      as_left<Element>(weights[i], scores, i);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        weights[i][j] &= chosen_row<Shape>(u, step.tokens, warp, j % 2);
-      }
-    }
-    add_products_together<Shape::kDimK>(grad, weights, k_tile);
-  };
-
-  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
-    if (step.alone) {
-      take_alone(step);
-    } else {
-      take_together(step, seen);
-    }
-    ring.release_k(step.number);
-  };
-
-  const auto end = [&](const UnionTile& tile) { write_query_gradients<Shape, true>(p, u, tile, grad, group, warp); };
-  consume_unions(u, shared, group, warp, begin, take_rows, take, end);
-}
-
-// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_backward_query_sm90(const __grid_constant__ SelectedBackwardQuerySm90Params params) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_unions<Shape>(params.walk, [&](const UnionShared<Shape>& shared, int group, int warp) {
-    consume_backward_query(params, shared, group, warp);
-  });
-#endif
+  run_unions<Shape, SelectedBackwardQueryConsumer<Shape>>(params);
 }
 
 }  // namespace nsa

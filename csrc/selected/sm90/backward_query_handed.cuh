@@ -29,23 +29,29 @@ struct HandedShape : UnionShape<Element_, kDimK_, 64, false, kGroups_, kStages_,
   static constexpr int kGroupBytes = 0;
 };
 
+// A consumer warp of the walk.
 template <typename Shape>
-__device__ inline void consume_handed(const SelectedQueryHandedSm90Params& params, const UnionShared<Shape>& shared,
-                                      int group, int warp) {
-  using Element = typename Shape::Element;
+struct HandedConsumer {
   using KTile = typename Shape::KTile;
-  using Parts = GradientParts<Shape::kDimK>;
-  const SelectedBackwardParams& p = params.selected;
-  const UnionParams& u = params.walk;
-  const UnionRing<Shape> ring{shared};
+  static constexpr int kTokens = Shape::kHeadSlots == 16 ? 1 : 2;
+
+  const SelectedQueryHandedSm90Params& params;
+  const SelectedBackwardParams& p;
+  const UnionParams& u;
+  const int group;
+  const int warp;
+  const UnionRing<Shape> ring;
   GradientSums<Shape::kDimK> grad;
   // Where dS of the next block of the lane's rows lies, in units of 32 bytes. Where a token has 16 rows, the second is
   // eight heads further. (What lies there of heads that do not exist may be anything: nobody stores what becomes of
   // it.)
-  constexpr int kTokens = Shape::kHeadSlots == 16 ? 1 : 2;
   int32_t from[kTokens];
 
-  const auto begin = [&](const UnionTile& tile) {
+  __device__ HandedConsumer(const SelectedQueryHandedSm90Params& params_, const UnionShared<Shape>& shared, int group_,
+                            int warp_)
+      : params(params_), p(params_.selected), u(params_.walk), group(group_), warp(warp_), ring{shared} {}
+
+  __device__ void begin(const UnionTile& tile) {
     const int lane = fresh_lane();
     const int32_t first_token = group * group_tokens_of<Shape>(u);
 #pragma unroll
@@ -57,34 +63,10 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
       const int32_t head = tile.first_head + row.head - tile.head_kv * u.sequences.group;
       from[half] = static_cast<int32_t>(list * u.num_selected * params.block_units) + HandedScores::head_units(head);
     }
-#pragma unroll
-    for (int i = 0; i < Parts::kCount; ++i) {
-      clear(grad[i]);
-    }
-  };
-
-  // dS of the warp's rows and a block that `tokens` chose.
-  const auto load = [&](uint32_t (&scores)[4][4], uint32_t tokens) {
-    const int warp = fresh_thread() % kWarpgroup / 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool chosen = chosen_row<Shape>(u, tokens, warp, half) != 0;
-      const int32_t units = kTokens == 2 ? from[half % kTokens] : from[0] + half * HandedScores::head_units(8);
-      const uint2* const at = static_cast<const uint2*>(p.handed.data) + int64_t{units} * 4 + fresh_lane() % 4;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint2 keys = chosen ? __ldcs(at + 4 * params.key_units * i) : uint2{};
-        scores[i][half] = keys.x;
-        scores[i][half + 2] = keys.y;
-      }
-    }
-#pragma unroll
-    for (int half = 0; half < kTokens; ++half) {
-      from[half] += chosen_row<Shape>(u, tokens, warp, half) & params.block_units;
-    }
-  };
-
-  const auto take = [&](const UnionStep& step, const UnionSeen& seen) {
+    clear_gradients<Shape::kDimK>(grad);
+  }
+  __device__ void take_rows(uint32_t) const {}
+  __device__ void take(const UnionStep& step, const UnionSeen& seen) {
     uint32_t scores[4][4];
     load(scores, step.tokens);
     const KTile k_tile = ring.wait_k(step.number);
@@ -100,21 +82,37 @@ __device__ inline void consume_handed(const SelectedQueryHandedSm90Params& param
       add_products_together<Shape::kDimK>(grad, scores, k_tile);
     }
     ring.release_k(step.number);
-  };
+  }
+  __device__ void end(const UnionTile& tile) const {
+    write_query_gradients<Shape, false>(p, u, tile, grad, group, warp);
+  }
 
-  const auto end = [&](const UnionTile& tile) { write_query_gradients<Shape, false>(p, u, tile, grad, group, warp); };
-  consume_unions(u, shared, group, warp, begin, [](uint32_t) {}, take, end);
-}
+  // dS of the warp's rows and a block that `tokens` chose.
+  __device__ void load(uint32_t (&scores)[4][4], uint32_t tokens) {
+    const int own_warp = fresh_thread() % kWarpgroup / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool chosen = chosen_row<Shape>(u, tokens, own_warp, half) != 0;
+      const int32_t units = kTokens == 2 ? from[half % kTokens] : from[0] + half * HandedScores::head_units(8);
+      const uint2* const at = static_cast<const uint2*>(p.handed.data) + int64_t{units} * 4 + fresh_lane() % 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint2 keys = chosen ? __ldcs(at + 4 * params.key_units * i) : uint2{};
+        scores[i][half] = keys.x;
+        scores[i][half + 2] = keys.y;
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < kTokens; ++half) {
+      from[half] += chosen_row<Shape>(u, tokens, own_warp, half) & params.block_units;
+    }
+  }
+};
 
-// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_query_handed_sm90(const __grid_constant__ SelectedQueryHandedSm90Params params) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  run_unions<Shape>(params.walk, [&](const UnionShared<Shape>& shared, int group, int warp) {
-    consume_handed(params, shared, group, warp);
-  });
-#endif
+  run_unions<Shape, HandedConsumer<Shape>>(params);
 }
 
 }  // namespace nsa

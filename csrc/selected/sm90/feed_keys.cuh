@@ -127,14 +127,28 @@ __device__ inline void copy_keys(const SelectedBackwardKeysSm90Params& params,
   copy_panels<typename Shape::VTile>(part.v, params.v, &part.keys_full, item.head_kv, key, batch, kEvictNormal);
 }
 
+// A panel of Q, or of those of dO that come after, of one query's heads: to row `row` of a stage.
+template <typename Shape>
+__device__ inline void copy_box_of_rows(const SelectedBackwardKeysSm90Params& params, RowRing<Shape>& ring, int stage,
+                                        int panel, int row, int32_t head, int32_t token, int32_t batch) {
+  using QTile = typename Shape::QTile;
+  using GradOutTile = typename Shape::GradOutTile;
+  Barrier* const full = &ring.full[stage];
+  if (panel < QTile::kPanels) {
+    copy_box(ring.q[stage] + panel * QTile::kPanelSize + row * 64, &params.q, full, 64 * panel, head, token, batch,
+             kEvictNormal);
+  } else {
+    copy_box(ring.grad_out[stage] + (panel - QTile::kPanels) * GradOutTile::kPanelSize + row * 64, &params.grad_out,
+             full, 64 * (panel - QTile::kPanels), head, token, batch, kEvictNormal);
+  }
+}
+
 // Of the warp's piece `number`.
 template <typename Shape>
 __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& params,
                                         typename SelectedBackwardKeysShared<Shape>::Part& part,
                                         RingPlace<Shape::kStages>& ring_place, uint32_t number) {
-  using QTile = typename Shape::QTile;
-  using GradOutTile = typename Shape::GradOutTile;
-  constexpr int kPanels = QTile::kPanels + GradOutTile::kPanels;
+  constexpr int kPanels = Shape::QTile::kPanels + Shape::GradOutTile::kPanels;
   constexpr int kMostBoxes = 2;  // of a lane: four heads or more fill a box
   const int lane = fresh_thread() % 32;
   const SelectedKeyItem& item = part.items[number % 2];
@@ -167,7 +181,6 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
   }
   for (int32_t end = queries; end > 0; end -= params.step_queries) {
     const int stage = ring_place.stage;
-    Barrier* const full = &ring.full[stage];
     int32_t query[kMostBoxes];
 #pragma unroll
     for (int box = 0; box < kMostBoxes; ++box) {
@@ -179,7 +192,7 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
     if (lane == 0) {
-      arrive_expecting(full, bytes);
+      arrive_expecting(&ring.full[stage], bytes);
     }
     __syncwarp();
 #pragma unroll
@@ -188,14 +201,7 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
       if (index < params.step_queries) {
         // Where no query is left, rows are read from outside the tensor: zeros.
         const int32_t token = index < end ? query[box] + to_token : static_cast<int32_t>(s.length_q);
-        const int panel = (lane + 32 * box) % kPanels;
-        if (panel < QTile::kPanels) {
-          copy_box(ring.q[stage] + panel * QTile::kPanelSize + index * s.group * 64, &params.q, full, 64 * panel, head,
-                   token, batch, kEvictNormal);
-        } else {
-          copy_box(ring.grad_out[stage] + (panel - QTile::kPanels) * GradOutTile::kPanelSize + index * s.group * 64,
-                   &params.grad_out, full, 64 * (panel - QTile::kPanels), head, token, batch, kEvictNormal);
-        }
+        copy_box_of_rows(params, ring, stage, (lane + 32 * box) % kPanels, index * s.group, head, token, batch);
       }
     }
     ring_place.advance();
@@ -271,13 +277,11 @@ __device__ inline void gather_chosen_numbers(const SelectedBackwardKeysSm90Param
       position[i] = static_cast<int32_t>(token) + to_position;
     }
     wait(&ring.empty[stage], ring_place.parity ^ 1);
-    RowNumbers<Shape::kRows>& to = ring.numbers[stage];
+    ring.numbers[stage].set(lane, lse, gate, delta, position);
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int row = lane + 32 * i;
-      if (row < Shape::kRows) {
-        to.set(row, lse[i], gate[i], delta[i], position[i]);
-        part.handed_at[stage][row] = handed_at[i];
+      if (lane + 32 * i < Shape::kRows) {
+        part.handed_at[stage][lane + 32 * i] = handed_at[i];
       }
     }
     if (lane == 0) {

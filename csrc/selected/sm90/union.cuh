@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/rows.cuh"
-#include "common/sm90/wgmma.cuh"
+#include "common/sm90/block.cuh"
 #include "selected/params.h"
 
 namespace nsa {
@@ -13,10 +13,7 @@ namespace nsa {
 // together, by wgmma. kHeadSlots: rows of a token, 16, 8 or 4; 0 where the launch says whether 16 or 8.
 template <typename Element_, int kDimK_, int kDimV_, bool kGradients_, int kGroups_, int kStagesK_, int kStagesV_,
           bool kWide_, int kMostAlone_, int kHeadSlots_ = kWide_ ? 0 : 16>
-struct UnionShape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+struct UnionShape : ConsumersShape<Element_, kDimK_, kDimV_, kGroups_, 64> {
   static constexpr bool kGradients = kGradients_;
   static constexpr int kGroups = kGroups_;
   static constexpr int kStagesK = kStagesK_;
@@ -24,20 +21,13 @@ struct UnionShape {
   static constexpr bool kWide = kWide_;
   static constexpr int kMostAlone = kMostAlone_;
   static constexpr int kHeadSlots = kHeadSlots_;
-  static constexpr int kKeys = 64;
-  static constexpr int kRows = 64;
+  static constexpr int kRows = 64;            // of a group: as many as keys of a block, so that Q has a KTile too
   static constexpr int kWarps = 4 * kGroups;  // consumers
-  static constexpr int kThreads = (kGroups + 1) * kWarpgroup;
-  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 160;
-  static constexpr bool kOnlyKeys = false;         // whether steps have no V, and tiles no rows
-  using KTile = PanelTile<Element, kKeys, kDimK>;  // of Q too: as many rows as keys
-  using VTile = PanelTile<Element, kKeys, kDimV>;
-  static_assert(kRows == kKeys);
-  static constexpr int kBytesK = KTile::kSize * 2;
-  static constexpr int kBytesV = VTile::kSize * 2;
+  static constexpr bool kOnlyKeys = false;    // whether steps have no V, and tiles no rows
+  static constexpr int kBytesK = kRows * kDimK_ * 2;  // of a block
+  static constexpr int kBytesV = kRows * kDimV_ * 2;
   static constexpr int kRingBytes = kStagesK * kBytesK + kStagesV * kBytesV;
-  static constexpr bool kQInRegisters = kDimK <= 128;  // elsewhere there are too few
+  static constexpr bool kQInRegisters = kDimK_ <= 128;  // elsewhere there are too few
   static constexpr int kGroupBytes = kQInRegisters ? 0 : kBytesK;
   // A block, how many warps do not take it (4 bits), and a bit for each of the tile's tokens.
   using Step = std::conditional_t<kWide || kGroups == 4, uint64_t, uint32_t>;
@@ -208,68 +198,85 @@ __device__ inline void sort_keys(uint32_t* all, int32_t count, int lane) {
   }
 }
 
-// Joins the lists of a tile's tokens by sorting (block, token). What begins past what a token sees is left out; what a
-// list holds twice makes two steps. Returns how many steps it wrote. By one warp.
+// The keys to sort of a tile's lists, (block, token): none where a block begins past what the token sees.
+constexpr uint32_t kNoKey = 0xffffffff;
 template <typename Shape>
-__device__ inline int32_t merge_lists(const UnionShared<Shape>& shared, uint32_t turn, const UnionParams& u, int lane) {
-  using Step = typename Shape::Step;
-  constexpr uint32_t kNone = 0xffffffff;
-  const int32_t count = shared.most_steps;
-  Step* const to = shared.list(turn);
-  uint32_t* const keys = shared.keys();
-  // Computed twice, for registers are few.
-  const auto tile_now = [&] {
-    return union_tile<Shape>(u, static_cast<int32_t>(u.first_tile + fresh_block() + turn * gridDim.x));
-  };
-  {
-    const UnionTile tile = tile_now();
-    const int64_t token = tile.place.batch * u.sequences.length_q + tile.place.q_begin + tile.first_query;
-    const int32_t* const lists = u.block_indices + (token * u.sequences.heads_kv + tile.head_kv) * u.num_selected;
-    const int32_t stride = u.sequences.heads_kv * u.num_selected;
+__device__ inline void gather_keys(uint32_t* keys, int32_t count, const UnionTile& tile, const UnionParams& u,
+                                   int lane) {
+  const int64_t token = tile.place.batch * u.sequences.length_q + tile.place.q_begin + tile.first_query;
+  const int32_t* const lists = u.block_indices + (token * u.sequences.heads_kv + tile.head_kv) * u.num_selected;
+  const int32_t stride = u.sequences.heads_kv * u.num_selected;
 #pragma unroll(Shape::kHeadSlots == 0 ? 1 : 4)  // where registers are few
-    for (int32_t i = lane; i < count; i += 32) {
-      const int32_t of = i / u.num_selected;
-      const int32_t limit = tile.limit(of);
-      const int32_t block = limit > 0 ? __ldg(lists + of * stride + i % u.num_selected) : -1;
-      keys[i] = block >= 0 && int64_t{block} * Shape::kKeys < limit ? static_cast<uint32_t>(block) << 16 | of : kNone;
-    }
+  for (int32_t i = lane; i < count; i += 32) {
+    const int32_t of = i / u.num_selected;
+    const int32_t limit = tile.limit(of);
+    const int32_t block = limit > 0 ? __ldg(lists + of * stride + i % u.num_selected) : -1;
+    keys[i] = block >= 0 && int64_t{block} * Shape::kKeys < limit ? static_cast<uint32_t>(block) << 16 | of : kNoKey;
   }
-  __syncwarp();
-  sort_keys(keys, count, lane);
+}
+
+// Joins sorted keys to steps. Returns how many.
+template <typename Shape>
+__device__ inline int32_t join_keys(typename Shape::Step* to, const uint32_t* keys, int32_t count, int lane) {
+  using Step = typename Shape::Step;
   int32_t steps = 0;
-  uint32_t last = kNone;
+  uint32_t last = kNoKey;
   for (int32_t first = 0; first < count; first += 32) {
-    const uint32_t key = first + lane < count ? keys[first + lane] : kNone;
+    const uint32_t key = first + lane < count ? keys[first + lane] : kNoKey;
     uint32_t before = __shfl_up_sync(0xffffffffu, key, 1);
     before = lane == 0 ? last : before;
     last = __shfl_sync(0xffffffffu, key, 31);
-    const bool begins = key != kNone && (before == kNone || before >> 16 != key >> 16 || before == key);
+    const bool begins = key != kNoKey && (before == kNoKey || before >> 16 != key >> 16 || before == key);
     const uint32_t all = __ballot_sync(0xffffffffu, begins);
     const int32_t at = steps + __popc(all & (0xffffffffu >> (31 - lane))) - 1;
     if (begins) {
       to[at] = static_cast<Step>(key >> 16) << Shape::kTokenBits | Step{1} << (key & 0xffff);
     }
     __syncwarp();
-    if (key != kNone && !begins) {
+    if (key != kNoKey && !begins) {
       atomicOr(reinterpret_cast<uint32_t*>(&to[at]) + (key >> 5 & 1), 1u << (key & 31));
     }
     steps += __popc(all);
   }
+  return steps;
+}
+
+// How many of the block's warps have no part in a step.
+template <typename Shape>
+__device__ inline int absent_warps(typename Shape::Step step, const UnionTile& tile, int group_tokens) {
+  const int32_t block = static_cast<int32_t>(step >> Shape::kTokenBits);
+  int absent = Shape::kWarps;
+#pragma unroll
+  for (int group = 0; group < Shape::kGroups; ++group) {
+    const uint32_t tokens = tokens_of_group<Shape>(step, group, group_tokens);
+    const int32_t limit = Shape::kOnlyKeys ? tile.place.k_length : tile.limit(group * group_tokens);
+    const bool alone = taken_alone<Shape>(tokens, group_tokens, block, limit);
+    absent -= tokens == 0 ? 0 : alone ? __popc(warps_of_tokens(tokens, group_tokens)) : 4;
+  }
+  return absent;
+}
+
+// Joins the lists of a tile's tokens by sorting (block, token). What begins past what a token sees is left out; what a
+// list holds twice makes two steps. Returns how many steps it wrote. By one warp.
+template <typename Shape>
+__device__ inline int32_t merge_lists(const UnionShared<Shape>& shared, uint32_t turn, const UnionParams& u, int lane) {
+  using Step = typename Shape::Step;
+  const int32_t count = shared.most_steps;
+  Step* const to = shared.list(turn);
+  // Computed twice, for registers are few.
+  const auto tile_now = [&] {
+    return union_tile<Shape>(u, static_cast<int32_t>(u.first_tile + fresh_block() + turn * gridDim.x));
+  };
+  gather_keys<Shape>(shared.keys(), count, tile_now(), u, lane);
+  __syncwarp();
+  sort_keys(shared.keys(), count, lane);
+  const int32_t steps = join_keys<Shape>(to, shared.keys(), count, lane);
   __syncwarp();
   const UnionTile tile = tile_now();
   const int group_tokens = group_tokens_of<Shape>(u);
   for (int32_t i = lane; i < steps; i += 32) {
     const Step step = to[i];
-    const int32_t block = static_cast<int32_t>(step >> Shape::kTokenBits);
-    int absent = Shape::kWarps;
-#pragma unroll
-    for (int group = 0; group < Shape::kGroups; ++group) {
-      const uint32_t tokens = tokens_of_group<Shape>(step, group, group_tokens);
-      const int32_t limit = Shape::kOnlyKeys ? tile.place.k_length : tile.limit(group * group_tokens);
-      const bool alone = taken_alone<Shape>(tokens, group_tokens, block, limit);
-      absent -= tokens == 0 ? 0 : alone ? __popc(warps_of_tokens(tokens, group_tokens)) : 4;
-    }
-    to[i] = step | static_cast<Step>(absent) << Shape::kAbsentBit;
+    to[i] = step | static_cast<Step>(absent_warps<Shape>(step, tile, group_tokens)) << Shape::kAbsentBit;
   }
   __syncwarp();
   return steps;

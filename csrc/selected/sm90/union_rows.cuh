@@ -2,7 +2,6 @@
 #pragma once
 
 #include "common/sm90/write_row.cuh"
-#include "selected/sm90/row_products.cuh"
 #include "selected/sm90/union.cuh"
 
 namespace nsa {
@@ -18,6 +17,14 @@ struct GradientParts {
 };
 template <int kDimK>
 using GradientSums = float[GradientParts<kDimK>::kCount][GradientParts<kDimK>::kColumns / 8][4];
+
+template <int kDimK>
+__device__ inline void clear_gradients(GradientSums<kDimK>& sums) {
+#pragma unroll
+  for (int i = 0; i < GradientParts<kDimK>::kCount; ++i) {
+    clear(sums[i]);
+  }
+}
 
 // Of a group's rows: which token, counted within the group, and which head.
 struct UnionRow {
@@ -71,14 +78,6 @@ __device__ inline uint32_t load_rows(uint32_t (&rows)[kSteps][4], const Tile& ti
   return mark;
 }
 
-__device__ inline uint4 load_shared(uint32_t from) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(from)
-               : "memory");
-  return value;
-}
 __device__ inline void store_shared(uint32_t to, uint4 value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"r"(to), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -212,7 +211,7 @@ struct UnionQueries {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t at = panel * KTile::kPanelSize * 2 + first + 512 * i;
-          store_shared(own.begin + at, load_shared(from.begin + at));
+          store_shared(own.begin + at, load_chunk(from.begin + at));
         }
       }
       fence_shared_writes();

@@ -184,11 +184,42 @@ struct UnionStep {
   bool alone;       // whether each warp takes it for itself
 };
 
-// A consumer warp's walk. begin(tile), take_rows(number of the step that holds them), then take(step, what the tokens
-// see) for each step that is its, then end(tile).
-template <typename Shape, typename Begin, typename TakeRows, typename Take, typename End>
+// Up to 32 steps of a list, from step `first` on, as a consumer warp sees them: the lane's own, and a bit for each.
+template <typename Shape>
+struct UnionSteps {
+  typename Shape::Step entry;
+  uint32_t together;  // that the group's warps take together
+  uint32_t chosen;    // those, and the steps of this warp's tokens
+
+  __device__ UnionSteps(const typename Shape::Step* list, int32_t first, int32_t steps, const UnionSeen& seen,
+                        int group, int group_tokens) {
+    const int at = first + fresh_lane();
+    entry = at < steps ? list[at] : 0;
+    const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
+    const bool alone = taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits),
+                                          seen.template limit_alone<Shape>());
+    together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
+    const int own_warp = fresh_thread() / 32 % 4;
+    const uint32_t own = tokens_of_warp(group_tokens, own_warp);
+    chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
+  }
+  // One of them, `before` steps of the block of threads after its first.
+  __device__ UnionStep step(int at, uint32_t before, int group, int group_tokens) const {
+    const typename Shape::Step own_entry = __shfl_sync(0xffffffffu, entry, at);
+    UnionStep result;
+    result.number = __shfl_sync(0xffffffffu, before + at, 0);  // uniform, as the compiler sees then
+    result.key = static_cast<int32_t>(own_entry >> Shape::kTokenBits) * Shape::kKeys;
+    result.tokens = tokens_of_group<Shape>(own_entry, group, group_tokens);
+    result.alone = (together >> at & 1) == 0;
+    return result;
+  }
+};
+
+// A consumer warp's walk: consumer.begin(tile), .take_rows(number of the step that holds them), then .take(step, what
+// the tokens see) for each step that is its, then .end(tile).
+template <typename Shape, typename Consumer>
 __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Shape>& shared, int group, int warp,
-                                      const Begin& begin, const TakeRows& take_rows, const Take& take, const End& end) {
+                                      Consumer& consumer) {
   auto& barriers = *shared.barriers;
   const int group_tokens = group_tokens_of<Shape>(u);
   uint32_t before = 0;  // steps of the tiles so far
@@ -204,46 +235,27 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
       const UnionTile tile = union_tile<Shape>(u, index());
       seen.first_limit = tile.place.offset + tile.first_query + group * group_tokens + 1;
       seen.k_length = tile.place.k_length;
-      begin(tile);
+      consumer.begin(tile);
     }
     wait(&barriers.list_full[turn() & 1], turn() / 2 & 1);
     if constexpr (!Shape::kOnlyKeys) {
-      take_rows(__shfl_sync(0xffffffffu, before + group, 0));
+      consumer.take_rows(__shfl_sync(0xffffffffu, before + group, 0));
       before += Shape::kGroups;
     }
     const int32_t steps = barriers.steps[turn() & 1];
     for (int32_t first = 0; first < steps; first += 32) {
-      uint32_t together = 0;  // steps that the group's warps take together
-      uint32_t chosen = 0;    // those, and the steps of this warp's tokens
-      typename Shape::Step entry = 0;
-      {
-        const int at = first + fresh_lane();
-        entry = at < steps ? shared.list(turn())[at] : 0;
-        const uint32_t tokens = tokens_of_group<Shape>(entry, group, group_tokens);
-        const bool alone = taken_alone<Shape>(tokens, group_tokens, static_cast<int32_t>(entry >> Shape::kTokenBits),
-                                              seen.template limit_alone<Shape>());
-        together = __ballot_sync(0xffffffffu, tokens != 0 && !alone);
-        const int own_warp = fresh_thread() / 32 % 4;
-        const uint32_t own = tokens_of_warp(group_tokens, own_warp);
-        chosen = together | __ballot_sync(0xffffffffu, (tokens & own) != 0);
-      }
-      while (chosen != 0) {
-        const int at = __ffs(static_cast<int>(chosen)) - 1;
-        chosen &= chosen - 1;
-        const typename Shape::Step own_entry = __shfl_sync(0xffffffffu, entry, at);
-        UnionStep step;
-        step.number = __shfl_sync(0xffffffffu, before + first + at, 0);  // uniform, as the compiler sees then
-        step.key = static_cast<int32_t>(own_entry >> Shape::kTokenBits) * Shape::kKeys;
-        step.tokens = tokens_of_group<Shape>(own_entry, group, group_tokens);
-        step.alone = (together >> at & 1) == 0;
-        take(step, seen);
+      UnionSteps<Shape> now(shared.list(turn()), first, steps, seen, group, group_tokens);
+      while (now.chosen != 0) {
+        const int at = __ffs(static_cast<int>(now.chosen)) - 1;
+        now.chosen &= now.chosen - 1;
+        consumer.take(now.step(at, before + first, group, group_tokens), seen);
       }
     }
     before += steps;
     if (fresh_thread() >= 0) {  // always: without the branch ptxas spills registers
       arrive(&barriers.list_empty[turn() & 1]);
     }
-    end(union_tile<Shape>(u, index()));
+    consumer.end(union_tile<Shape>(u, index()));
     __syncwarp();
     if (fresh_lane() == 0) {
       publish(turns, turn() + 1);
@@ -252,11 +264,12 @@ __device__ inline void consume_unions(const UnionParams& u, const UnionShared<Sh
   }
 }
 
-// A block of threads: its warps feed, or are consumers: consume(shared, group, warp of the group).
-template <typename Shape, typename Consume>
-__device__ inline void run_unions(const UnionParams& u, const Consume& consume) {
-  extern __shared__ __align__(1024) unsigned char union_shared[];
-  const UnionShared<Shape> shared(union_shared, u);
+// A kernel: its warps feed, or are consumers. Empty unless it is compiled for sm_90a: see runs_on_this_device.
+template <typename Shape, typename Consumer, typename Params>
+__device__ inline void run_unions(const Params& params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const UnionParams& u = params.walk;
+  const UnionShared<Shape> shared(&shared_memory<unsigned char>(), u);
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
   start_union(shared);
   if (warp >= Shape::kWarps) {
@@ -264,8 +277,10 @@ __device__ inline void run_unions(const UnionParams& u, const Consume& consume) 
     feed_unions(u, shared, warp - Shape::kWarps);
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume(shared, warp / 4, warp % 4);
+    Consumer consumer(params, shared, warp / 4, warp % 4);
+    consume_unions(u, shared, warp / 4, warp % 4, consumer);
   }
+#endif
 }
 
 }  // namespace nsa

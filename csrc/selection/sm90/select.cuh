@@ -136,50 +136,79 @@ __device__ inline void sum_probabilities(float (&sums)[kTiles * 4 / kSlot], cons
   }
 }
 
+// A consumer warpgroup: scores of a tile's queries, summed probabilities, and their store to the strips.
 template <typename Shape>
-__device__ inline void consume_select(const SelectSm90Params& params, typename Shape::Shared& shared, int consumer) {
+struct SelectConsumer {
   using Element = typename Shape::Element;
   using QTile = typename Shape::QTile;
   using KTile = typename Shape::KTile;
-  constexpr int kTiles = Shape::kColumns / 8;
-  constexpr int kKept = Shape::kSlots / 2;
-  const SelectBlocksParams& select = params.select;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const auto release = [&](Barrier* barrier) {
-    if (lane == 0) {
-      arrive(barrier);
-    }
-  };
+  static constexpr int kTiles = Shape::kColumns / 8;
+  static constexpr int kKept = Shape::kSlots / 2;
 
-  const float scale_log2 = select.scale * kLog2E;
-  const uint64_t q_at = tile_descriptor(shared_address(shared.q[consumer]), 0);
-  const uint64_t k_at = tile_descriptor(shared_address(shared.k), 0);
-  const auto await_turn = [&] { sync_threads(kTurnBarrier + consumer, 2 * kWarpgroup); };
-  const auto pass_turn = [&] { arrive_threads(kTurnBarrier + (consumer + 1) % Shape::kConsumers, 2 * kWarpgroup); };
-  if (consumer == Shape::kConsumers - 1) {
-    pass_turn();
-  }
+  const SelectSm90Params& params;
+  typename Shape::Shared& shared;
+  const int consumer;
+  const int lane;
+  const float scale_log2;
+  const uint64_t q_at;
+  const uint64_t k_at;
   RingPlace<Shape::kStages> ring;
   uint32_t q_parity = 0;
   int32_t base = 0;  // where a walk begins in the strips: after the one before, some of which may not be ranked yet
   RingPlace<Shape::kStripTiles> strips;
+  float shifts[kTiles][2];
+  float scores[kTiles][4];
 
-  for_each_select_tile(params, [&](const SelectSm90Tile& tile) {
-    const int32_t first_query = tile.first_query + consumer * params.queries;
-    if (first_query >= tile.end_query || tile.steps == 0) {
-      for (int32_t step = 0; step < tile.steps; ++step) {
-        await_turn();
-        pass_turn();
-        wait(&shared.k_full[ring.stage], ring.parity);
-        release(&shared.k_empty[ring.stage]);
-        ring.advance();
-      }
-      return;
+  __device__ SelectConsumer(const SelectSm90Params& params_, typename Shape::Shared& shared_, int consumer_)
+      : params(params_),
+        shared(shared_),
+        consumer(consumer_),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        scale_log2(params_.select.scale * kLog2E),
+        q_at(tile_descriptor(shared_address(shared_.q[consumer_]), 0)),
+        k_at(tile_descriptor(shared_address(shared_.k), 0)) {}
+
+  __device__ void walk() {
+    if (consumer == Shape::kConsumers - 1) {
+      pass_turn();
     }
-    const int32_t first_position = tile.place.offset + first_query;
+    for_each_select_tile(params, [&](const SelectSm90Tile& tile) {
+      if (tile.first_query + consumer * params.queries >= tile.end_query || tile.steps == 0) {
+        pass_over(tile);
+      } else {
+        take_tile(tile);
+      }
+    });
+  }
+
+  // A tile without queries of this consumer.
+  __device__ void pass_over(const SelectSm90Tile& tile) {
+    for (int32_t step = 0; step < tile.steps; ++step) {
+      await_turn();
+      pass_turn();
+      wait(&shared.k_full[ring.stage], ring.parity);
+      release_k();
+    }
+  }
+  __device__ void take_tile(const SelectSm90Tile& tile) {
+    const int32_t first_position = tile.place.offset + tile.first_query + consumer * params.queries;
     // Steps whose keys the first query, and so every one, sees.
     const int32_t whole_steps = params.seen.end(first_position) / params.steps.keys;
-
+    open_tile(first_position);
+    start_scores();
+#pragma unroll 1
+    for (int32_t step = 0; step + 1 < tile.steps; ++step) {
+      finish_step(step, whole_steps, [&] { start_scores(); });
+    }
+    finish_step(tile.steps - 1, whole_steps, [&] {
+      arrive(&shared.q_empty[consumer]);
+      // Where a step has fewer than 64 keys, the rows past them lie where the next step's first do: a warp that still
+      // writes the step before must not come later. Elsewhere the turns see to it.
+      sync_threads(kConsumerBarrier + consumer, kWarpgroup);
+    });
+    base += tile.steps * params.steps.keys;
+  }
+  __device__ void open_tile(int32_t first_position) {
     wait(&shared.q_full[consumer], q_parity);
     q_parity ^= 1;
     sync_threads(kConsumerBarrier + consumer, kWarpgroup);
@@ -187,81 +216,75 @@ __device__ inline void consume_select(const SelectSm90Params& params, typename S
     shared.shifts[consumer][thread] = -kLog2E * shared.lse[consumer][thread];
     shared.first_positions[consumer] = first_position;
     sync_threads(kConsumerBarrier + consumer, kWarpgroup);
-
-    float shifts[kTiles][2];
-    const auto load_shifts = [&](int begin, int end) {
-#pragma unroll
-      for (int i = begin; i < end; ++i) {
-        const float2 pair = *reinterpret_cast<const float2*>(&shared.shifts[consumer][8 * i + 2 * (lane % 4)]);
-        shifts[i][0] = pair.x;
-        shifts[i][1] = pair.y;
-      }
-    };
     load_shifts(0, Shape::kKeptShifts);
-    float scores[kTiles][4];
-    const auto start_scores = [&] {
-      wait(&shared.k_full[ring.stage], ring.parity);
-      await_turn();
-      const uint64_t k = advance(k_at, ring.stage * KTile::kSize * static_cast<int>(sizeof(Element)));
-      hold(scores);
-      fence_products();
-#pragma unroll
-      for (int column = 0; column < Shape::kDim; column += 16) {
-        const int panel = column / 64;
-        const int inside = column % 64;
-        multiply_async<Element>(scores, advance(k, 2 * (panel * KTile::kPanelSize + inside)),
-                                advance(q_at, 2 * (panel * QTile::kPanelSize + inside)), column != 0);
-      }
-      commit_products();
-      pass_turn();
-    };
-    // `next`: starts the next step's product, if there is one.
-    const auto finish_step = [&](int32_t step, const auto& next) {
-      load_shifts(Shape::kKeptShifts, kTiles);
-      wait_products<0>();
-      hold(scores);
-      release(&shared.k_empty[ring.stage]);
-      ring.advance();
-      float sums[kKept];
-      sum_probabilities<Shape::kSlot>(sums, scores, shifts, scale_log2, lane);
-      next();
-      // This lane's sums are of one key, and of every other slot.
-      const int fresh = fresh_thread() % kWarpgroup;
-      const int32_t key = step * params.steps.keys + fresh / 32 * 16 + fresh % 2 * 8 + fresh % 32 / 4;
-      const int own_slot = fresh / 2 % 2;
-      // Key m is seen from m d + l - 1 on. Those that a query doesn't see may hold anything.
-      if (step >= whole_steps) {
-        const int32_t first_position = shared.first_positions[consumer];
-        const int64_t seen_from = int64_t{key} * select.block_stride + select.block_size - 1;
-#pragma unroll
-        for (int i = 0; i < kKept; ++i) {
-          const auto query = static_cast<int32_t>(params.by_parts.divide(2 * i + own_slot));
-          sums[i] = seen_from <= first_position + query ? sums[i] : 0.f;
-        }
-      }
-      wait(&shared.strips_empty[consumer][strips.stage], strips.parity ^ 1);
-      float* const strip = &shared.strips[consumer][own_slot][(base + key) & (Shape::kStripRing - 1)];
-#pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        strip[2 * i * Shape::kStripPitch] = sums[i];
-      }
-      arrive(&shared.strips_full[consumer][strips.stage]);
-      strips.advance();
-    };
-    start_scores();
-#pragma unroll 1
-    for (int32_t step = 0; step + 1 < tile.steps; ++step) {
-      finish_step(step, start_scores);
+  }
+  // `next`: starts the next step's product, if there is one.
+  template <typename Next>
+  __device__ void finish_step(int32_t step, int32_t whole_steps, const Next& next) {
+    load_shifts(Shape::kKeptShifts, kTiles);
+    wait_products<0>();
+    hold(scores);
+    release_k();
+    float sums[kKept];
+    sum_probabilities<Shape::kSlot>(sums, scores, shifts, scale_log2, lane);
+    next();
+    // This lane's sums are of one key, and of every other slot.
+    const int fresh = fresh_thread() % kWarpgroup;
+    const int32_t key = step * params.steps.keys + fresh / 32 * 16 + fresh % 2 * 8 + fresh % 32 / 4;
+    const int own_slot = fresh / 2 % 2;
+    if (step >= whole_steps) {
+      mask(sums, key, own_slot);
     }
-    finish_step(tile.steps - 1, [&] {
-      arrive(&shared.q_empty[consumer]);
-      // Where a step has fewer than 64 keys, the rows past them lie where the next step's first do: a warp that still
-      // writes the step before must not come later. Elsewhere the turns see to it.
-      sync_threads(kConsumerBarrier + consumer, kWarpgroup);
-    });
-    base += tile.steps * params.steps.keys;
-  });
-}
+    store(sums, key, own_slot);
+  }
+
+  __device__ void await_turn() const { sync_threads(kTurnBarrier + consumer, 2 * kWarpgroup); }
+  __device__ void pass_turn() const {
+    arrive_threads(kTurnBarrier + (consumer + 1) % Shape::kConsumers, 2 * kWarpgroup);
+  }
+  __device__ void release_k() {
+    if (lane == 0) {
+      arrive(&shared.k_empty[ring.stage]);
+    }
+    ring.advance();
+  }
+
+  __device__ void start_scores() {
+    wait(&shared.k_full[ring.stage], ring.parity);
+    await_turn();
+    start_product<KTile, QTile>(scores, advance(k_at, ring.stage * KTile::kSize * static_cast<int>(sizeof(Element))),
+                                q_at);
+    pass_turn();
+  }
+  __device__ void load_shifts(int begin, int end) {
+#pragma unroll
+    for (int i = begin; i < end; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(&shared.shifts[consumer][8 * i + 2 * (lane % 4)]);
+      shifts[i][0] = pair.x;
+      shifts[i][1] = pair.y;
+    }
+  }
+  // Key m is seen from m d + l - 1 on. Those that a query doesn't see may hold anything.
+  __device__ void mask(float (&sums)[kKept], int32_t key, int own_slot) const {
+    const int32_t first_position = shared.first_positions[consumer];
+    const int64_t seen_from = int64_t{key} * params.select.block_stride + params.select.block_size - 1;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const auto query = static_cast<int32_t>(params.by_parts.divide(2 * i + own_slot));
+      sums[i] = seen_from <= first_position + query ? sums[i] : 0.f;
+    }
+  }
+  __device__ void store(const float (&sums)[kKept], int32_t key, int own_slot) {
+    wait(&shared.strips_empty[consumer][strips.stage], strips.parity ^ 1);
+    float* const strip = &shared.strips[consumer][own_slot][(base + key) & (Shape::kStripRing - 1)];
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      strip[2 * i * Shape::kStripPitch] = sums[i];
+    }
+    arrive(&shared.strips_full[consumer][strips.stage]);
+    strips.advance();
+  }
+};
 
 // A warp keeps the lists of a half of one consumer's queries.
 template <typename Shape>
@@ -337,7 +360,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     }
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume_select<Shape>(params, shared, __shfl_sync(0xffffffffu, fresh_thread() / kWarpgroup, 0) - Shape::kHelpers);
+    const int consumer = __shfl_sync(0xffffffffu, fresh_thread() / kWarpgroup, 0) - Shape::kHelpers;
+    SelectConsumer<Shape>(params, shared, consumer).walk();
   }
 #endif
 }
