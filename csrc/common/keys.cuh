@@ -17,4 +17,10 @@ __device__ inline KeysPlace keys_of(const SequencePlace& place, const Visibility
   return {place.k_begin, place.k_length};
 }
 
+// The tile of keys of a slot: `num_keys` is a dense sequence's.
+__device__ inline Tile find_keys(const SequenceLayout& s, bool compressed, int64_t num_keys, int64_t per_tile,
+                                 int64_t slot) {
+  return find_tile(s, compressed ? s.cumulative_cmp : s.cumulative_k, 1, num_keys, per_tile, slot);
+}
+
 }  // namespace nsa

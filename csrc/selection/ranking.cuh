@@ -166,6 +166,19 @@ __device__ inline void rank_tile(QueryRecord* records, int strips, const SelectB
   }
 }
 
+// Place `at` of a list that holds `count` blocks, where what belongs there needed no choice: initial blocks come first,
+// local ones last, and -1 after them.
+__device__ inline void write_unchosen(int32_t* list, int32_t at, int32_t initial, int32_t local, int32_t count,
+                                      int32_t own_block) {
+  if (at < initial) {
+    list[at] = at;
+  } else if (at >= count) {
+    list[at] = -1;
+  } else if (at >= count - local) {
+    list[at] = own_block - (count - 1 - at);
+  }
+}
+
 // Forced and chosen blocks in ascending order, then -1. All initial blocks come before any free one, and all local
 // blocks after it. By one warp.
 __device__ inline void write_list(const QueryRecord& record, const SelectBlocksParams& params, int32_t* list,
@@ -187,13 +200,7 @@ __device__ inline void write_list(const QueryRecord& record, const SelectBlocksP
   }
   const int32_t count = count_forced(params.forced, own_block) + chosen;
   for (int i = lane; i < params.num_selected; i += 32) {
-    if (i < initial) {
-      list[i] = i;
-    } else if (i >= count) {
-      list[i] = -1;
-    } else if (i >= count - local) {
-      list[i] = own_block - (count - 1 - i);
-    }
+    write_unchosen(list, i, initial, local, count, own_block);
   }
 }
 

@@ -18,21 +18,15 @@
 namespace nsa {
 
 template <typename Element_, int kDimK_, int kDimV_, int kRows_, int kStages_>
-struct KeyGradientsSm90Shape {
-  using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
-  static constexpr int kKeys = 64;  // of a warpgroup
+struct KeyGradientsSm90Shape : ConsumersShape<Element_, kDimK_, kDimV_, 2, 64> {
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
-  static constexpr int kProducerRegisters = kDimK <= 64 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kDimK <= 64 ? 224 : 232;
-  using KTile = PanelTile<Element, kKeys, kDimK>;
-  using VTile = PanelTile<Element, kKeys, kDimV>;
-  using QTile = PanelTile<Element, kRows, kDimK>;
-  using GradOutTile = PanelTile<Element, kRows, kDimV>;
+  static constexpr int kProducerRegisters = kDimK_ <= 64 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kDimK_ <= 64 ? 224 : 232;
+  using QTile = PanelTile<Element_, kRows, kDimK_>;
+  using GradOutTile = PanelTile<Element_, kRows, kDimV_>;
   static constexpr int kRowBytes = (QTile::kSize + GradOutTile::kSize) * 2;  // of a step
-  static constexpr int kKeyBytes = (KTile::kSize + VTile::kSize) * 2;
+  static constexpr int kKeyBytes = 64 * (kDimK_ + kDimV_) * 2;
 };
 
 // What a step needs to know of its rows. Rows that take no part have lse = inf, so that their probabilities are 0, and
@@ -259,6 +253,18 @@ __device__ inline float grad_lse_of_row(const RowView& grad_lse, const SequenceL
                      numbers.position[row] + place.to_token);
 }
 
+// A key with all of a row's probability: the gradient of its score is that of lse.
+template <typename Element, int kRows, int kTiles>
+__device__ inline void replace_whole(float (&grads)[kTiles][4], const float (&scores)[kTiles][4],
+                                     const RowView& grad_lse, const SequenceLayout& sequences,
+                                     const KeyGradientsPlace& place, const RowNumbers<kRows>& numbers, int lane) {
+  for_each_score<kTiles>(lane, [&](int i, int j, int row) {
+    if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
+      grads[i][j] = grad_lse.data == nullptr ? 0.f : grad_lse_of_row(grad_lse, sequences, place, numbers, row);
+    }
+  });
+}
+
 // Sums over `steps` steps of the ring. K and V are whole in shared memory. Each thread releases what it has read.
 template <typename Shape, typename HandOver = HandsNothingOver>
 __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<Shape>& ring,
@@ -267,19 +273,17 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
                                          const Visibility& visibility, float scale, const SequenceLayout& sequences,
                                          const RowView& grad_lse, int32_t steps, HandOver&& hand_over = HandOver()) {
   using Element = typename Shape::Element;
-  constexpr int kRows = Shape::kRows;
   clear(sums.k);
   clear(sums.v);
   if (steps <= 0) {
     return;
   }
-
   const KeyGradientOperands<Shape> operands(k_data, v_data, ring);
   const float scale_log2 = scale * kLog2E;
-  float scores[kRows / 8][4];
-  float grads[kRows / 8][4];
-  uint32_t weights[kRows / 16][4];
-  uint32_t score_grads[kRows / 16][4];
+  float scores[Shape::kRows / 8][4];
+  float grads[Shape::kRows / 8][4];
+  uint32_t weights[Shape::kRows / 16][4];
+  uint32_t score_grads[Shape::kRows / 16][4];
 
 #pragma unroll 1
   for (; steps > 0; --steps) {
@@ -292,7 +296,7 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     start_scores<typename Shape::VTile, typename Shape::GradOutTile>(grads, operands.v, grad_out);
 
     const int lane = fresh_thread() % 32;
-    const RowNumbers<kRows>& numbers = ring.numbers[stage];
+    const RowNumbers<Shape::kRows>& numbers = ring.numbers[stage];
     const bool all_seen = sees_all(numbers, place, visibility);
     wait_products<1>();
     hold(scores);
@@ -309,13 +313,8 @@ __device__ inline void sum_key_gradients(KeyGradientSums<Shape>& sums, RowRing<S
     hold(grads);
     const int lane_again = fresh_thread() % 32;
     differentiate_scores(grads, scores, numbers, lane_again);
-    // A key with all of a row's probability: the gradient of its score is that of lse.
     if (__any_sync(0xffffffffu, highest > kWholeProbability<Element>)) {
-      for_each_score<kRows / 8>(lane_again, [&](int i, int j, int row) {
-        if (fabsf(scores[i][j]) > kWholeProbability<Element> * fabsf(numbers.weights[row].y)) {
-          grads[i][j] = grad_lse.data == nullptr ? 0.f : grad_lse_of_row(grad_lse, sequences, place, numbers, row);
-        }
-      });
+      replace_whole<Element>(grads, scores, grad_lse, sequences, place, numbers, lane_again);
     }
     round_to_left<Element>(score_grads, grads);
     hand_over.keep(score_grads);

@@ -61,8 +61,7 @@ struct RangeKeyTileSm90 {
 template <int kKeys>
 __device__ inline RangeKeyTileSm90 range_key_tile_sm90(const RangeBackwardParams& params, int32_t slot) {
   const SequenceLayout& s = params.sequences;
-  const Tile tile =
-      find_tile(s, params.compressed ? s.cumulative_cmp : s.cumulative_k, 1, params.num_keys, kKeys, slot);
+  const Tile tile = find_keys(s, params.compressed, params.num_keys, kKeys, slot);
   RangeKeyTileSm90 result{};
   result.place = place_of(s, tile.sequence);
   KeysPlace keys = keys_of(result.place, params.visibility, params.compressed);
@@ -274,7 +273,7 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
-__global__ void __launch_bounds__(3 * kWarpgroup, 1)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     range_backward_keys_sm90(const __grid_constant__ RangeBackwardKeysSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   auto& shared = shared_memory<RangeBackwardKeysShared<Shape>>();
@@ -296,7 +295,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
     init_barrier(&shared.keys_full, 1);
     fence_barrier_init();
   }
-  clear_rows(shared.ring, params.step_queries * group, static_cast<int>(threadIdx.x), 3 * kWarpgroup);
+  clear_rows(shared.ring, params.step_queries * group, static_cast<int>(threadIdx.x), Shape::kThreads);
   fence_shared_writes();
   __syncthreads();
   const auto feed = [&] {

@@ -185,7 +185,7 @@ __device__ inline void sum_chosen_gradients(const SelectedBackwardKeysSm90Params
 
 // Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
-__global__ void __launch_bounds__(3 * kWarpgroup, 1)
+__global__ void __launch_bounds__(Shape::kThreads, 1)
     selected_backward_keys_sm90(const __grid_constant__ SelectedBackwardKeysSm90Params params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   auto& shared = shared_memory<SelectedBackwardKeysShared<Shape>>();
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(3 * kWarpgroup, 1)
   }
   const int unfilled = params.step_queries * params.selected.sequences.group;
   for (int part = 0; part < 2; ++part) {
-    clear_rows(shared.parts[part].ring, unfilled, thread, 3 * kWarpgroup);
+    clear_rows(shared.parts[part].ring, unfilled, thread, Shape::kThreads);
   }
   fence_shared_writes();
   __syncthreads();

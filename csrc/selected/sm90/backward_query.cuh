@@ -17,7 +17,7 @@ struct SelectedBackwardQuerySm90Params {
   UnionParams walk;
 };
 
-// A consumer warp of the walk.
+// A consumer warp of the walk, with its rows of Q and of the gradient of the output in registers.
 template <typename Shape>
 struct SelectedBackwardQueryConsumer {
   using Element = typename Shape::Element;

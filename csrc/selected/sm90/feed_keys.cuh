@@ -143,7 +143,7 @@ __device__ inline void copy_box_of_rows(const SelectedBackwardKeysSm90Params& pa
   }
 }
 
-// Of the warp's piece `number`.
+// Of the warp's piece `number`. A step's boxes, panels of a query's heads, are dealt out to the lanes.
 template <typename Shape>
 __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& params,
                                         typename SelectedBackwardKeysShared<Shape>::Part& part,
@@ -155,8 +155,6 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
   const SequenceLayout& s = params.selected.sequences;
   const int32_t batch = static_cast<int32_t>(item.place.batch);
   const int32_t head = item.head_kv * s.group;
-
-  // The lane's boxes: of which of a step's queries, and where they go.
   const int32_t to_token = static_cast<int32_t>(-item.place.batch * s.length_q);
   const int32_t* const list = item.list;
   const int32_t queries = item.piece.queries;
@@ -165,7 +163,6 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
     return static_cast<int32_t>(
         params.selected.chosen_by.ranks.divide(static_cast<uint32_t>(list[max(end - 1 - index_of(box), 0)])));
   };
-  RowRing<Shape>& ring = part.ring;
   int32_t next[kMostBoxes];
   if (queries > 0) {
 #pragma unroll
@@ -190,9 +187,9 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
     if (end == step_of_keys) {
       copy_keys<Shape>(params, part, item, number, lane);
     }
-    wait(&ring.empty[stage], ring_place.parity ^ 1);
+    wait(&part.ring.empty[stage], ring_place.parity ^ 1);
     if (lane == 0) {
-      arrive_expecting(&ring.full[stage], bytes);
+      arrive_expecting(&part.ring.full[stage], bytes);
     }
     __syncwarp();
 #pragma unroll
@@ -201,7 +198,7 @@ __device__ inline void copy_chosen_rows(const SelectedBackwardKeysSm90Params& pa
       if (index < params.step_queries) {
         // Where no query is left, rows are read from outside the tensor: zeros.
         const int32_t token = index < end ? query[box] + to_token : static_cast<int32_t>(s.length_q);
-        copy_box_of_rows(params, ring, stage, (lane + 32 * box) % kPanels, index * s.group, head, token, batch);
+        copy_box_of_rows(params, part.ring, stage, (lane + 32 * box) % kPanels, index * s.group, head, token, batch);
       }
     }
     ring_place.advance();

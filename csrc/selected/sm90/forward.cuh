@@ -20,7 +20,7 @@ struct SelectedForwardSm90Params {
   UnionParams walk;
 };
 
-// A consumer warp of the walk.
+// A consumer warp of the walk: weighs the keys of its tokens' blocks, and sums their values.
 template <typename Shape>
 struct SelectedForwardConsumer {
   using Element = typename Shape::Element;

@@ -353,13 +353,7 @@ class WarpLists {
         list[to[i]] = blocks[i];
       }
       if (at < params_.select.num_selected) {
-        if (at < initial) {
-          list[at] = at;
-        } else if (at >= count) {
-          list[at] = -1;
-        } else if (at >= count - local) {
-          list[at] = own - (count - 1 - at);
-        }
+        write_unchosen(list, at, initial, local, count, own);
       }
     }
   }
