@@ -14,7 +14,7 @@ void launch_select_blocks(const SelectBlocksParams& params, const SelectBlocksPl
     if constexpr (on == Machine::kSm90) {
       launch_select_blocks_sm90<decltype(element), dim>(params, plan, stream);
     } else {
-      launch_select_blocks_sm80<decltype(element), dim>(params, plan, stream);
+      launch_select_blocks_sm80<decltype(element), dim>(params, stream);
     }
   });
 }
