@@ -12,14 +12,13 @@ struct SeenKeys {
   int32_t first_key;  // within the sequence
   int32_t count;      // keys that exist
   int32_t first_query;
-  int32_t end_query;
+  int32_t end_query;  // 0 where no query sees any
 };
 
 template <int kKeys>
 __device__ inline SeenKeys seen_keys(const RangeBackwardParams& params, int64_t slot) {
   const SequenceLayout& s = params.sequences;
-  const Tile tile =
-      find_tile(s, params.compressed ? s.cumulative_cmp : s.cumulative_k, 1, params.num_keys, kKeys, slot);
+  const Tile tile = find_keys(s, params.compressed, params.num_keys, kKeys, slot);
   SeenKeys result{};
   result.place = place_of(s, tile.sequence);
   KeysPlace keys = keys_of(result.place, params.visibility, params.compressed);

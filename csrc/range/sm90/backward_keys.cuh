@@ -10,8 +10,7 @@
 // Shared memory: K, V of both warpgroups | a ring of stages, each Q, dO and numbers of a step's rows.
 #pragma once
 
-#include "common/keys.cuh"
-#include "range/params.h"
+#include "range/key_tile.cuh"
 #include "range/sm90/sum_keys.cuh"
 
 namespace nsa {
@@ -37,55 +36,33 @@ struct RangeBackwardKeysSm90Params {
   CUtensorMap v;
 };
 
-// A tile of keys of one KV head, and the queries of its sequence that see any of them.
+// A tile of keys, the queries of its sequence that see any of them, and how those are split.
 struct RangeKeyTileSm90 {
-  SequencePlace place;
-  int64_t keys_begin;  // of the sequence
-  int32_t first_key;   // within it
-  int32_t count;       // keys that exist
-  int32_t first_query;
-  int32_t end_query;
+  SeenKeys keys;
   int32_t origin;  // where splits are counted from
   int32_t splits;
 
   // Queries [begin, end) of a split.
   __device__ int32_t begin(int32_t split, int32_t split_queries) const {
-    return max(first_query, (first_query - origin) / split_queries * split_queries + origin + split * split_queries);
+    return max(keys.first_query, first_split(split_queries) + split * split_queries);
   }
   __device__ int32_t end(int32_t split, int32_t split_queries) const {
-    return min(end_query,
-               (first_query - origin) / split_queries * split_queries + origin + (split + 1) * split_queries);
+    return min(keys.end_query, first_split(split_queries) + (split + 1) * split_queries);
+  }
+  __device__ int32_t first_split(int32_t split_queries) const {
+    return (keys.first_query - origin) / split_queries * split_queries + origin;
   }
 };
 
 template <int kKeys>
 __device__ inline RangeKeyTileSm90 range_key_tile_sm90(const RangeBackwardParams& params, int32_t slot) {
-  const SequenceLayout& s = params.sequences;
-  const Tile tile = find_keys(s, params.compressed, params.num_keys, kKeys, slot);
-  RangeKeyTileSm90 result{};
-  result.place = place_of(s, tile.sequence);
-  KeysPlace keys = keys_of(result.place, params.visibility, params.compressed);
-  if (!s.packed()) {
-    keys.length = static_cast<int32_t>(params.num_keys);
-  }
-  result.keys_begin = keys.begin;
-  result.first_key = tile.index * kKeys;
-  result.count = max(min(kKeys, keys.length - result.first_key), 0);
-  result.splits = 1;
-  if (result.count == 0) {
-    return result;
-  }
-  const int64_t offset = result.place.offset;
-  const int64_t first = max_of(params.visibility.first_position(result.first_key) - offset, 0);
-  const int64_t last =
-      min_of(params.visibility.last_position(result.first_key + result.count - 1) - offset, result.place.q_length - 1);
-  if (first <= last) {
-    const int32_t split_queries = params.rows_per_split / s.group;
-    result.first_query = static_cast<int32_t>(first);
-    result.end_query = static_cast<int32_t>(last + 1);
-    result.origin = params.visibility.window == Visibility::kNoWindow ? 0 : result.first_query;
-    result.splits = static_cast<int32_t>(ceil_div(result.end_query - result.origin, split_queries)) -
-                    (result.first_query - result.origin) / split_queries;
+  RangeKeyTileSm90 result{.keys = seen_keys<kKeys>(params, slot), .origin = 0, .splits = 1};
+  const SeenKeys& keys = result.keys;
+  if (keys.end_query > 0) {
+    const int32_t split_queries = params.rows_per_split / params.sequences.group;
+    result.origin = params.visibility.window == Visibility::kNoWindow ? 0 : keys.first_query;
+    result.splits = static_cast<int32_t>(ceil_div(keys.end_query - result.origin, split_queries)) -
+                    (keys.first_query - result.origin) / split_queries;
   }
   return result;
 }
@@ -121,7 +98,7 @@ __device__ inline RangeKeyItem range_key_item(const RangeBackwardKeysSm90Params&
   item.tile = range_key_tile_sm90<kKeys>(params.range, item.slot);
   // The last split of every tile belongs to the same queries.
   item.split = of_first_splits ? 0 : item.tile.splits - 1 - static_cast<int32_t>(turn);
-  if (item.tile.count == 0 || (item.split == 0 && !of_first_splits)) {
+  if (item.tile.keys.count == 0 || (item.split == 0 && !of_first_splits)) {
     item.split = -1;
   }
   const int32_t split_queries = params.range.rows_per_split / params.range.sequences.group;
@@ -146,13 +123,13 @@ __device__ inline void copy_range_rows(const RangeBackwardKeysSm90Params& params
   prefetch_map(&params.q);
   prefetch_map(&params.grad_out);
   const RangeKeyItem& item = shared.item;
-  const SequencePlace& place = item.tile.place;
+  const SequencePlace& place = item.tile.keys.place;
   const SequenceLayout& s = params.range.sequences;
   const int32_t batch = static_cast<int32_t>(place.batch);
   const int32_t head = item.head_kv * s.group;
   arrive_expecting(&shared.keys_full, 2 * Shape::kKeyBytes);
   for (int i = 0; i < 2; ++i) {
-    const int32_t token = static_cast<int32_t>(item.tile.keys_begin) + item.tile.first_key + i * Shape::kKeys;
+    const int32_t token = static_cast<int32_t>(item.tile.keys.begin) + item.tile.keys.first_key + i * Shape::kKeys;
     copy_panels<typename Shape::KTile>(shared.k[i], params.k, &shared.keys_full, item.head_kv, token, batch,
                                        kEvictNormal);
     copy_panels<typename Shape::VTile>(shared.v[i], params.v, &shared.keys_full, item.head_kv, token, batch,
@@ -196,7 +173,7 @@ __device__ inline void gather_range_numbers(const RangeBackwardKeysSm90Params& p
   const float kShift = log2f(kFactor);
   const RangeBackwardParams& range = params.range;
   const RangeKeyItem& item = shared.item;
-  const SequencePlace& place = item.tile.place;
+  const SequencePlace& place = item.tile.keys.place;
   const SequenceLayout& s = range.sequences;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   RowRing<Shape>& ring = shared.ring;
@@ -242,7 +219,7 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     int32_t skipped = steps;
     int32_t end = steps;
     if (place.count > 0) {
-      const int64_t origin = int64_t{item.tile.place.offset} + item.begin;
+      const int64_t origin = int64_t{item.tile.keys.place.offset} + item.begin;
       const int64_t first = (range.visibility.first_position(place.first_key) - origin) / step_queries;
       const int64_t last = range.visibility.last_position(place.first_key + place.count - 1) - origin;
       skipped = static_cast<int32_t>(max_of(min_of(first, steps), 0));
@@ -252,7 +229,7 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
     wait(&shared.keys_full, 0);
     skip_steps(shared.ring, ring_place, skipped);
     RangeKeySums<Shape>(sums, shared.ring, ring_place, shared.k[consumer], shared.v[consumer], place, range)
-        .walk(item.tile.place.offset + item.begin + skipped * step_queries, step_queries, end - skipped);
+        .walk(item.tile.keys.place.offset + item.begin + skipped * step_queries, step_queries, end - skipped);
     skip_steps(shared.ring, ring_place, steps - end);
   }
 
@@ -264,10 +241,10 @@ __device__ inline void sum_range_gradients(const RangeBackwardKeysSm90Params& pa
                        range.scale, 1.f / kWeightScale<Element>);
     return;
   }
-  const int64_t key = item.tile.keys_begin + place.first_key;
-  store_gradients(range.grad_k.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_k.token_stride,
+  const int64_t key = item.tile.keys.begin + place.first_key;
+  store_gradients(range.grad_k.row<Element>(item.tile.keys.place.batch, key, item.head_kv), range.grad_k.token_stride,
                   place.count, range.grad_k.width, sums.k, range.scale);
-  store_gradients(range.grad_v.row<Element>(item.tile.place.batch, key, item.head_kv), range.grad_v.token_stride,
+  store_gradients(range.grad_v.row<Element>(item.tile.keys.place.batch, key, item.head_kv), range.grad_v.token_stride,
                   place.count, range.grad_v.width, sums.v, 1.f / kWeightScale<Element>);
 }
 
@@ -285,10 +262,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   if (threadIdx.x == 0) {
     shared.item = item;
     for (int i = 0; i < 2; ++i) {
-      shared.places[i] = {.first_key = item.tile.first_key + i * Shape::kKeys,
-                          .count = min(max(item.tile.count - i * Shape::kKeys, 0), Shape::kKeys),
-                          .batch = static_cast<int32_t>(item.tile.place.batch),
-                          .to_token = static_cast<int32_t>(item.tile.place.q_begin) - item.tile.place.offset,
+      shared.places[i] = {.first_key = item.tile.keys.first_key + i * Shape::kKeys,
+                          .count = min(max(item.tile.keys.count - i * Shape::kKeys, 0), Shape::kKeys),
+                          .batch = static_cast<int32_t>(item.tile.keys.place.batch),
+                          .to_token = static_cast<int32_t>(item.tile.keys.place.q_begin) - item.tile.keys.place.offset,
                           .first_head = item.head_kv * group};
     }
     shared.ring.init_barriers(2);
@@ -326,7 +303,7 @@ __global__ void __launch_bounds__(256, 4)
   const unsigned at = part * 1024 + threadIdx.x * 4;
   const auto key = static_cast<int32_t>(half * 64 + at / kRowSize);
   const auto column = static_cast<int32_t>(at % kRowSize);
-  if (tile.splits <= 1 || key >= tile.count) {
+  if (tile.splits <= 1 || key >= tile.keys.count) {
     return;
   }
   const float* from = range.partials + int64_t{blockIdx.x / kParts} * range.splits * (64 * kRowSize) + at;
@@ -340,8 +317,9 @@ __global__ void __launch_bounds__(256, 4)
   const TensorView& to = of_k ? range.grad_k : range.grad_v;
   const int32_t to_column = of_k ? column : column - Shape::kDimK;
   if (to_column < to.width) {
-    *reinterpret_cast<uint2*>(to.row<Element>(tile.place.batch, tile.keys_begin + tile.first_key + key, head_kv) +
-                              to_column) = make_uint2(pack<Element>(sum.x, sum.y), pack<Element>(sum.z, sum.w));
+    *reinterpret_cast<uint2*>(
+        to.row<Element>(tile.keys.place.batch, tile.keys.begin + tile.keys.first_key + key, head_kv) + to_column) =
+        make_uint2(pack<Element>(sum.x, sum.y), pack<Element>(sum.z, sum.w));
   }
 }
 
