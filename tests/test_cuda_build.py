@@ -56,6 +56,7 @@ def test_gpus_that_the_compiler_or_the_kernels_do_not_know() -> None:
         ("9.0;9.0a", ["9.0a"]),
         ("8.0+PTX;9.0a", ["8.0+PTX", "9.0a"]),
         ("Ampere", ["8.0", "8.6+PTX"]),
+        ("8.0 9.0a+PTX", ["8.0", "9.0a"]),
     ],
 )
 def test_what_is_asked_for_is_honoured_and_9_0_corrected(requested: str, expected: list[str]) -> None:
@@ -64,7 +65,7 @@ def test_what_is_asked_for_is_honoured_and_9_0_corrected(requested: str, expecte
     assert sorted(chosen.names) == sorted(expected)
     assert chosen.environment == ";".join(chosen.names)
     entries = {entry for part in requested.replace(" ", ";").split(";") for entry in cuda_build.NAMES.get(part, [part])}
-    assert bool(chosen.notes) == bool(entries & {"9.0", "9.0+PTX", "7.5"})
+    assert bool(chosen.notes) == bool(entries & {"9.0", "9.0+PTX", "9.0a+PTX", "7.5"})
 
 
 @pytest.mark.parametrize("requested", ["7.5", "hopper", "9", "9.0b", "sm_90"])

@@ -62,7 +62,7 @@ def test_the_papers_shape_on_a_hopper() -> None:
     assert kernels("selected_attention") == ["selected_forward_sm90"]
     backward = kernels("compressed_attention", backward=True)
     assert backward[:2] == ["range_backward_query_sm90", "range_backward_keys_sm90"]
-    expected = ["selected_query_handed_sm90", "selected_backward_keys_sm90"]
+    expected = ["selected_backward_keys_sm90", "selected_query_handed_sm90"]
     assert kernels("selected_attention", backward=True) == expected
     assert "combine_gates" not in kernels("nsa_attention")
 
@@ -113,6 +113,9 @@ def test_splits_and_workspace_grow_with_the_work() -> None:
         ({"head_dim": 257}, "head_dim"),
         ({"num_keys": -1}, "num_keys"),
         ({"num_keys": 2**40}, "num_keys"),
+        ({"op": "selected_attention", "num_keys": 2**20, "num_selected": 2**28}, "num_selected"),
+        ({"op": "select_blocks", "num_selected": 65}, "num_selected"),
+        ({"op": "select_blocks", "num_heads": 257}, "num_heads / num_kv_heads"),
         ({"window": 0}, "window"),
         ({"capability": (7, 5)}, "capability"),
         ({"op": "select_blocks", "backward": True}, "backward"),

@@ -109,6 +109,9 @@ def _requested(requested: str) -> Architectures:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST must hold entries such as 8.0, 9.0a or 8.0+PTX, got {entry!r}")
         if (int(found[1]), int(found[2])) < (8, 0):  # images with many libraries list what some of them can run on
             notes.append(f"{entry} is left out: the kernels need 8.0 or newer")
+        elif entry == "9.0a+PTX":
+            notes.append("9.0a+PTX is built as 9.0a: its PTX would run on no other GPU")
+            names.append(HOPPER)
         elif entry == "9.0":
             notes.append("9.0 is built as 9.0a: the kernels for Hopper need it")
             names.append(HOPPER)

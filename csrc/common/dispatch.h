@@ -1,5 +1,5 @@
 // From run-time options to compile-time ones. What the tensor-core kernels are built for is listed here and nowhere
-// else; tests/test_source_rules.py holds the files in instantiations/ to it.
+// else; tests/test_rooms.py holds the files in instantiations/ to it.
 #pragma once
 
 #include <cstdint>

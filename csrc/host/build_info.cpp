@@ -3,6 +3,7 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <sstream>
 
 namespace nsa {
@@ -54,6 +55,11 @@ BuildInfo build_info() {
 }
 
 bool holds_kernels(const std::string& set) { return holds(build_info().kernels, set); }
+
+bool portable_kernels_only() {
+  const char* wanted = std::getenv("NSA_TORCH_KERNELS");
+  return wanted != nullptr && std::string(wanted) == "portable";
+}
 
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor) {
   if (major != 9 || minor != 0 || holds(architectures, kHopper)) {

@@ -20,6 +20,9 @@ BuildInfo build_info();
 // Whether the build has a set of kernels.
 bool holds_kernels(const std::string& set);
 
+// Whether kernels made for one GPU are left out, for comparisons: the environment's NSA_TORCH_KERNELS is "portable".
+bool portable_kernels_only();
+
 // What to tell the user of a GPU of this compute capability if a build for `architectures` lacks kernels that were made
 // for it; "" where it lacks none.
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor);

@@ -16,6 +16,14 @@ std::string named(const std::string& kernel, const KernelChoice& choice) {
   return kernel + kSuffixes[static_cast<int>(choice.machine)];
 }
 
+// Why both kernels of a backward.
+std::string joined(const KernelChoice& query, const KernelChoice& keys) {
+  if (query.machine == keys.machine) {
+    return keys.why;
+  }
+  return std::string("of the gradient of q: ") + query.why + "; of those of k and v: " + keys.why;
+}
+
 ElementType element_type(const KernelQuery& query) {
   return query.dtype == "float32"   ? ElementType::kFloat32
          : query.dtype == "float16" ? ElementType::kFloat16
@@ -36,7 +44,8 @@ Device device_of(const std::pair<int, int>& capability) {
                                          [&](const Model& m) { return m.major == major && m.minor == minor; });
   const Model model = found != std::end(kModels) ? *found : Model{major, minor, 108, 99};
   const bool hopper = major == 9 && minor == 0;
-  const char* no_sm90 = !hopper ? "the GPU is not of compute capability 9.0"
+  const char* no_sm90 = !hopper                   ? "the GPU is not of compute capability 9.0"
+                        : portable_kernels_only() ? "NSA_TORCH_KERNELS=portable"
                         : !build_info().cuda.empty() && !holds_kernels("sm90a")
                             ? "the build has no kernels for compute capability 9.0a"
                             : nullptr;
@@ -110,7 +119,7 @@ KernelReport range_report(const KernelQuery& query, const Device& device, bool c
     return {{"backward_query_plain", "backward_keys_plain"}, plan.keys.why};
   }
   KernelReport report{{named("range_backward_query", plan.query), named("range_backward_keys", plan.keys)},
-                      plan.keys.why,
+                      joined(plan.query, plan.keys),
                       plan.splits.splits,
                       plan.splits.partial_floats * 4};
   if (plan.splits.splits > 1) {
@@ -139,12 +148,12 @@ KernelReport selected_report(const KernelQuery& query, const Device& device) {
   if (plan.keys.machine == Machine::kPlain) {
     return {{"backward_query_plain", "backward_keys_plain"}, plan.keys.why};
   }
-  const std::string query_kernel =
-      plan.handed_heads > 0 ? "selected_query_handed_sm90" : named("selected_backward_query", plan.query);
-  return {{query_kernel, named("selected_backward_keys", plan.keys)},
-          plan.keys.why,
-          1,
-          plan.handed_bytes + plan.partial_floats * 4};
+  const std::string keys = named("selected_backward_keys", plan.keys);
+  const int64_t bytes = plan.handed_bytes + plan.partial_floats * 4;
+  if (plan.handed_heads > 0) {
+    return {{keys, "selected_query_handed_sm90"}, plan.keys.why, 1, bytes};
+  }
+  return {{named("selected_backward_query", plan.query), keys}, joined(plan.query, plan.keys), 1, bytes};
 }
 
 KernelReport select_report(const KernelQuery& query, const Device& device) {

@@ -6,6 +6,7 @@
 #include "common/dispatch.h"
 #include "host/build_info.h"
 #include "plans/reports.h"
+#include "selection/params.h"
 
 namespace nsa {
 namespace {
@@ -28,6 +29,25 @@ void require_one_of(const std::string& name, const std::string& value, const std
 void require_between(const std::string& name, int64_t value, int64_t least, int64_t most) {
   require(value >= least && value <= most, name + " must lie between " + std::to_string(least) + " and " +
                                                std::to_string(most) + ", got " + std::to_string(value));
+}
+
+// What the ops refuse on CUDA, so that no plan is asked about it.
+void check_cuda_limits(const KernelQuery& query) {
+  constexpr int64_t kMost = 0x7fffffff;
+  const bool chooses = query.op == "select_blocks" || query.op == "nsa_attention";
+  if (chooses) {
+    require_between("num_selected", query.num_selected, 1, kMostSelected);
+    require_between("block_size / block_stride", query.block_size / query.block_stride, 1, kMostPieces);
+    require_between("select_size / block_stride", query.select_size / query.block_stride, 1, kMostPieces);
+    const int64_t most_heads = query.dtype == "float32" ? kMost : kMostHeads;
+    require_between("num_heads / num_kv_heads", query.num_heads / query.num_kv_heads, 1, most_heads);
+  }
+  require_between("num_queries * batch", query.num_queries * query.batch, 0, kMost);
+  require_between("num_keys * batch", query.num_keys * query.batch, 0, kMost);
+  const int64_t lists = query.num_queries * query.batch * query.num_kv_heads;  // below 2^51
+  require_between("num_selected", query.num_selected, 1, lists == 0 ? kMost : std::max<int64_t>(kMost / lists, 1));
+  require(lists <= kMost,
+          "num_kv_heads must leave fewer than 2^31 lists of blocks, got " + std::to_string(query.num_kv_heads));
 }
 
 void check(const KernelQuery& query) {
@@ -57,6 +77,9 @@ void check(const KernelQuery& query) {
   require(query.device == "cpu" || query.capability.first >= 8, "capability must be (8, 0) or newer, got (" +
                                                                     std::to_string(query.capability.first) + ", " +
                                                                     std::to_string(query.capability.second) + ")");
+  if (query.device == "cuda") {
+    check_cuda_limits(query);
+  }
   require(!query.backward || query.op != "select_blocks", "backward must be False for select_blocks, got True");
 }
 

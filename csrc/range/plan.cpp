@@ -12,13 +12,12 @@ using range_sm90::key_step_rows;
 
 const char* forward_not_for_sm90(const RangeForwardParams& params) {
   const SequenceLayout& s = params.sequences;
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
   // Half of the rows, at least, are filled by any group of up to 64 heads.
   if (s.group > range_sm90::kGroupRows) {
     return "a group of more than 64 heads has no kernel for compute capability 9.0";
   }
-  if (params.scale <= 0.f) {
-    return "a scale below 0 has no kernel for compute capability 9.0";
+  if (!(params.scale > 0.f)) {
+    return "a scale that is not above 0 has no kernel for compute capability 9.0";
   }
   if (!has_sm90_kernels(tile_dims(params.q.width, params.v.width).k)) {
     return kDimsTooLarge;
@@ -27,8 +26,7 @@ const char* forward_not_for_sm90(const RangeForwardParams& params) {
     return kNoKeys;
   }
   if (!copies_rows(s, params.q) || !copies_keys(s, params.k, params.num_keys) ||
-      !copies_keys(s, params.v, params.num_keys) || !copies_rows(s, params.out) || !aligned(params.sum.out) ||
-      !aligned(params.sum.others[0]) || !aligned(params.sum.others[1])) {
+      !copies_keys(s, params.v, params.num_keys) || !copies_rows(s, params.out)) {
     return kNotCopied;
   }
   return nullptr;
@@ -175,7 +173,10 @@ RangeSplits split_rows_sm90(const RangeBackwardParams& params, int multiprocesso
 
 RangeForwardPlan plan_range_forward(const RangeForwardParams& params, ElementType type, const Device& device) {
   const KernelChoice kernel = choose_kernel(type, device, forward_not_for_sm90(params));
-  const bool takes_sum = kernel.machine == Machine::kSm90 && params.sum.out != nullptr &&
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
+  const GatedSum& sum = params.sum;
+  const bool takes_sum = kernel.machine == Machine::kSm90 && sum.out != nullptr && aligned(sum.out) &&
+                         aligned(sum.others[0]) && aligned(sum.others[1]) &&
                          range_sm90::takes_sum(tile_dims(params.q.width, params.v.width).k);
   return {kernel, takes_sum};
 }

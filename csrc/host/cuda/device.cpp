@@ -5,21 +5,13 @@
 #include <c10/util/Exception.h>
 
 #include <array>
-#include <cstdlib>
 #include <mutex>
-#include <string>
 
 #include "common/sm90/tensor_map.h"
 #include "host/build_info.h"
 
 namespace nsa::cuda {
 namespace {
-
-// Whether to leave out kernels made for one GPU, for comparisons.
-bool portable_kernels_only() {
-  const char* wanted = std::getenv("NSA_TORCH_KERNELS");
-  return wanted != nullptr && std::string(wanted) == "portable";
-}
 
 const char* why_no_sm90(const cudaDeviceProp& properties) {
   if (properties.major != 9 || properties.minor != 0) {

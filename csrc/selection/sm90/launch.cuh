@@ -71,6 +71,8 @@ void launch_select_slots_sm90(const SelectBlocksParams& params, int32_t listed, 
   }
   if constexpr (select_sm90::most_listed(kDim, kSlot) == 64) {
     launch_select_shape_sm90<BestSelectSm90Shape<Element, kDim, kSlot, 64>>(params, stream);
+  } else {
+    throw std::runtime_error("nsa_torch: choice of blocks: the plan asks for lists that this kernel has no room for");
   }
 }
 
