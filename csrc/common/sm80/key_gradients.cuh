@@ -45,11 +45,34 @@ struct KeyTile {
   int32_t count;        // keys that exist, at most kKeys
   int64_t batch;        // of the rows
   int32_t to_position;  // from a row's token to its position
+
+  // Keys [first_key, first_key + count) of a sequence whose keys lie from `begin` on.
+  template <typename Element, typename Params>
+  static __device__ KeyTile of(const Params& params, const SequencePlace& place, int64_t begin, int32_t first_key,
+                               int32_t count, int32_t head_kv) {
+    return {params.k.template row<Element>(place.batch, begin + first_key, head_kv),
+            params.v.template row<Element>(place.batch, begin + first_key, head_kv),
+            params.k.token_stride,
+            params.v.token_stride,
+            first_key,
+            count,
+            place.batch,
+            static_cast<int32_t>(place.offset - place.q_begin)};
+  }
 };
 
 struct RowTensors {
   TensorView q, grad_out;
   RowView lse, delta, gate, grad_lse;
+
+  template <typename Params>
+  __device__ explicit RowTensors(const Params& params)
+      : q(params.q),
+        grad_out(params.grad_out),
+        lse(params.lse),
+        delta(params.delta),
+        gate(params.gate),
+        grad_lse(params.grad_lse) {}
 };
 
 template <typename Shape>

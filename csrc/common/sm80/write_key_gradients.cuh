@@ -6,18 +6,16 @@
 
 namespace nsa {
 
-// Calls store(key of the tile, column, sum, sum of the next column) for this lane's sums, times `factor`.
+// Calls store(key of the tile, column, sum, sum of the next column) for this lane's sums.
 template <int kTiles, typename Store>
-__device__ inline void for_each_pair(int first_column, const float (&sums)[1][kTiles][4], float factor,
-                                     const Store& store) {
+__device__ inline void for_each_pair(int first_column, const float (&sums)[1][kTiles][4], const Store& store) {
   const int lane = this_lane();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int key = this_warp() * 16 + lane / 4 + 8 * half;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      store(key, first_column + 8 * i + 2 * (lane % 4), sums[0][i][2 * half] * factor,
-            sums[0][i][2 * half + 1] * factor);
+      store(key, first_column + 8 * i + 2 * (lane % 4), sums[0][i][2 * half], sums[0][i][2 * half + 1]);
     }
   }
 }
@@ -48,9 +46,10 @@ struct KeyGradientRows {
 template <typename Element, int kTiles>
 __device__ inline void store_rounded(void* to, int64_t stride, int32_t count, int32_t width, int first_column,
                                      const float (&sums)[1][kTiles][4], float factor) {
-  for_each_pair(first_column, sums, factor, [&](int key, int column, float x, float y) {
+  for_each_pair(first_column, sums, [&](int key, int column, float x, float y) {
     if (key < count && column < width) {
-      *reinterpret_cast<uint32_t*>(static_cast<Element*>(to) + key * stride + column) = pack<Element>(x, y);
+      *reinterpret_cast<uint32_t*>(static_cast<Element*>(to) + key * stride + column) =
+          pack<Element>(x * factor, y * factor);
     }
   });
 }
@@ -73,11 +72,14 @@ __device__ inline float* partial_sums(float* partials, int64_t index) {
 // The same, unrounded, into a partial sum.
 template <typename Shape>
 __device__ inline void store_partial(float* to, int part, const KeyGradients<Shape>& sums, float scale) {
-  const auto store = [&](int key, int column, float x, float y) {
-    *reinterpret_cast<float2*>(to + key * (Shape::kDimK + Shape::kDimV) + column) = make_float2(x, y);
+  const auto store_with = [&](float factor) {
+    return [=](int key, int column, float x, float y) {
+      *reinterpret_cast<float2*>(to + key * (Shape::kDimK + Shape::kDimV) + column) =
+          make_float2(x * factor, y * factor);
+    };
   };
-  for_each_pair(part * Shape::kOutK, sums.k, scale, store);
-  for_each_pair(Shape::kDimK + part * Shape::kOutV, sums.v, 1.f, store);
+  for_each_pair(part * Shape::kOutK, sums.k, store_with(scale));
+  for_each_pair(Shape::kDimK + part * Shape::kOutV, sums.v, store_with(1.f));
 }
 
 // Adds `count` partial sums in their order, and rounds them into the gradients.

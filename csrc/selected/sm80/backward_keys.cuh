@@ -62,7 +62,6 @@ __device__ inline void store_tile(const SelectedBackwardParams& params, const Se
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
     selected_backward_keys_sm80(const __grid_constant__ SelectedBackwardParams params) {
-  using Element = typename Shape::Element;
   extern __shared__ __align__(128) unsigned char shared[];
   const SequenceLayout& s = params.sequences;
   const ChosenBy& chosen_by = params.chosen_by;
@@ -95,16 +94,12 @@ __global__ void __launch_bounds__(Shape::kThreads)
   const int32_t* const list = chosen_by.queries + chosen_by.begins[id] + first;
   // Queries are numbered through the batch.
   const int32_t to_token = static_cast<int32_t>(-place.batch * s.length_q);
-  const int64_t first_key = place.k_begin + tile.first_key;
+  const Visibility kEarlier{.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()};
   KeyGradients<Shape> sums;
   sum_key_gradients<Shape>(
       sums,
-      {params.k.row<Element>(place.batch, first_key, tile.head_kv),
-       params.v.row<Element>(place.batch, first_key, tile.head_kv), params.k.token_stride, params.v.token_stride,
-       tile.first_key, tile.count, place.batch, static_cast<int32_t>(place.offset - place.q_begin)},
-      {params.q, params.grad_out, params.lse, params.delta, params.gate, params.grad_lse},
-      {.stride = 1, .first_seen = 0, .window = Visibility::kNoWindow, .by_stride = Divisor()}, params.scale, 0,
-      count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
+      KeyTile::of<typename Shape::Element>(params, place, place.k_begin, tile.first_key, tile.count, tile.head_kv),
+      RowTensors(params), kEarlier, params.scale, 0, count * s.group, part, shared, [&](int32_t row) -> PlacedRow {
         const Row at = row_at(s, tile.head_kv, row);
         return {list[at.query] + to_token, at.head};
       });
