@@ -1,4 +1,4 @@
-// The schema of every op: the table of contents of the library.
+// The schema of every op: the table of contents of the library, and long because it is one list.
 //
 // Layouts: dense (B, T, H, D), or packed (sum T, H, D) with cu_seqlens_q and cu_seqlens_k (int32, B + 1). seqused_k
 // (int32, B) says how many keys of each packed slot are in use. Options that are the same everywhere come last.

@@ -218,7 +218,6 @@ struct QueriesOfWarp {
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
     select_blocks_sm80(const __grid_constant__ SelectBlocksParams params) {
-  using Element = typename Shape::Element;
   constexpr int kQueries = Shape::kQueries;
   constexpr int kKept = (kQueries + 1) / 2;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -227,8 +226,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSM)
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = this_lane();
   const int warp = this_warp();
-  const auto stage = [&](int32_t number) {
-    return typename Shape::KTile{reinterpret_cast<Element*>(shared + (number & 1) * Shape::kStageBytes)};
+  const auto stage = [&](int32_t number) -> typename Shape::KTile {
+    return {reinterpret_cast<typename Shape::Element*>(shared + (number & 1) * Shape::kStageBytes)};
   };
 
   const int parts = (params.sequences.group + kHeadsPerWarp - 1) / kHeadsPerWarp;  // 1, if kQueries > 1
