@@ -7,6 +7,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "host/packing.h"
@@ -17,6 +18,13 @@ namespace nsa {
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Calls an op whose last arguments are those of a packing.
+template <typename Op, typename... Args>
+auto call_packed(const Op& op, const Packing& p, Args&&... args) {
+  return op.call(std::forward<Args>(args)..., p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k,
+                 p.seqused_k);
 }
 
 // Saved in order; an absent one is saved as an undefined tensor.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "host/packing.h"
@@ -34,6 +35,38 @@ struct AttentionOptions {
   OptionalTensor block_indices;  // selected
   Packing packing;
 };
+
+inline AttentionOptions compressed_options(OptionalInt seqlen_k, int64_t block_size, int64_t block_stride,
+                                           OptionalDouble scale, Packing packing) {
+  return {.branch = Branch::kCompressed,
+          .seqlen_k = std::move(seqlen_k),
+          .block_size = block_size,
+          .block_stride = block_stride,
+          .scale = scale,
+          .packing = std::move(packing)};
+}
+
+inline AttentionOptions window_options(c10::SymInt window, OptionalDouble scale, Packing packing) {
+  return {.branch = Branch::kWindow, .window = std::move(window), .scale = scale, .packing = std::move(packing)};
+}
+
+inline AttentionOptions selected_options(int64_t select_size, OptionalDouble scale, at::Tensor block_indices,
+                                         Packing packing) {
+  return {.branch = Branch::kSelected,
+          .select_size = select_size,
+          .scale = scale,
+          .block_indices = std::move(block_indices),
+          .packing = std::move(packing)};
+}
+
+// How C++ calls the ops of a branch, through the dispatcher: for their autograd Function (host/branch_function.h) and
+// for nsa/.
+using BranchForward = OutAndLse(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const AttentionOptions& options);
+using BranchBackward = AttentionGradients(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
+                                          const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                          const at::Tensor& out, const at::Tensor& lse,
+                                          const AttentionOptions& options);
 
 inline double softmax_scale(const OptionalDouble& scale, int64_t head_dim) {
   return scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));

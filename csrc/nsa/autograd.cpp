@@ -23,10 +23,9 @@ NsaResults call_forward(const NsaInputs& in, int64_t num_selected, const ForcedB
                  int64_t, c10::SymInt, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
                  const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::nsa_attention_forward");
-  return op.call(in.q, in.k_cmp, in.v_cmp, in.k_slc, in.v_slc, in.k_win, in.v_win, in.gates, o.block_size,
-                 o.block_stride, o.select_size, num_selected, forced.initial, forced.local, o.window, o.scale,
-                 o.block_indices, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k, o.packing.max_seqlen_q,
-                 o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, in.q, in.k_cmp, in.v_cmp, in.k_slc, in.v_slc, in.k_win, in.v_win, in.gates,
+                     o.block_size, o.block_stride, o.select_size, num_selected, forced.initial, forced.local, o.window,
+                     o.scale, o.block_indices);
 }
 
 // `saved` holds the inputs, then the results.
@@ -39,10 +38,9 @@ NsaGradients call_backward(const at::Tensor& grad_out, const std::vector<Optiona
                    const at::Tensor&, int64_t, int64_t, int64_t, c10::SymInt, OptionalDouble, const OptionalTensor&,
                    const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::nsa_attention_backward");
-  return op.call(grad_out, *saved[0], *saved[1], *saved[2], *saved[3], *saved[4], *saved[5], *saved[6], *saved[7],
-                 *saved[8], *saved[9], *saved[10], *saved[11], *saved[12], *saved[13], *saved[14], o.block_size,
-                 o.block_stride, o.select_size, o.window, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k,
-                 o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, grad_out, *saved[0], *saved[1], *saved[2], *saved[3], *saved[4], *saved[5],
+                     *saved[6], *saved[7], *saved[8], *saved[9], *saved[10], *saved[11], *saved[12], *saved[13],
+                     *saved[14], o.block_size, o.block_stride, o.select_size, o.window, o.scale);
 }
 
 class NsaFunction : public torch::autograd::Function<NsaFunction> {
@@ -92,21 +90,15 @@ at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at:
                          OptionalDouble scale, const OptionalTensor& block_indices, const OptionalTensor& cu_seqlens_q,
                          const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
                          const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .select_size = select_size,
-      .window = std::move(window),
-      .scale = scale,
-      .block_indices = block_indices,
-      .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-  };
+  const AttentionOptions options =
+      nsa_options(block_size, block_stride, select_size, std::move(window), scale, block_indices,
+                  {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k});
   if (!needs_gradients({q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates})) {
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto op = find_op<decltype(nsa_attention)>("nsa::nsa_attention");
-    return op.call(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, block_size, block_stride, select_size,
-                   num_selected, num_initial, num_local, options.window, scale, block_indices, cu_seqlens_q,
-                   cu_seqlens_k, options.packing.max_seqlen_q, options.packing.max_seqlen_k, seqused_k);
+    return call_packed(op, options.packing, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, block_size,
+                       block_stride, select_size, num_selected, num_initial, num_local, options.window, scale,
+                       block_indices);
   }
   return NsaFunction::apply(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, num_selected,
                             ForcedBlocks{num_initial, num_local}, options);

@@ -75,9 +75,8 @@ at::Tensor choose_blocks(const NsaInputs& in, const at::Tensor& lse_cmp, int64_t
                                int64_t, int64_t, int64_t, int64_t, OptionalDouble, const OptionalTensor&,
                                const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::select_blocks");
-  return op.call(in.q, in.k_cmp, lse_cmp, o.seqlen_k, o.block_size, o.block_stride, o.select_size, num_selected,
-                 forced.initial, forced.local, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k,
-                 o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, in.q, in.k_cmp, lse_cmp, o.seqlen_k, o.block_size, o.block_stride, o.select_size,
+                     num_selected, forced.initial, forced.local, o.scale);
 }
 
 // All results, or out alone: whether out_win is defined then depends on the kernel.
@@ -110,16 +109,8 @@ auto nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tenso
                    const OptionalTensor& seqused_k) {
   NsaResults results = run_forward(
       {q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates},
-      {
-          .seqlen_k = std::nullopt,
-          .block_size = block_size,
-          .block_stride = block_stride,
-          .select_size = select_size,
-          .window = std::move(window),
-          .scale = scale,
-          .block_indices = block_indices,
-          .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-      },
+      nsa_options(block_size, block_stride, select_size, std::move(window), scale, block_indices,
+                  {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k}),
       num_selected, {num_initial, num_local}, all_results);
   if constexpr (all_results) {
     return results;
@@ -158,16 +149,10 @@ NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor
                                     const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                     OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
                                     const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .seqlen_k = k_slc.sym_size(-3),
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .select_size = select_size,
-      .window = std::move(window),
-      .scale = scale,
-      .block_indices = block_indices,
-      .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-  };
+  AttentionOptions options =
+      nsa_options(block_size, block_stride, select_size, std::move(window), scale, block_indices,
+                  {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k});
+  options.seqlen_k = k_slc.sym_size(-3);
   check_nsa({q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates}, options);
   const at::ScalarType type = wide_dtype(q);
   check_backward(grad_out, std::nullopt, q, v_slc, out_slc, lse_slc);

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <tuple>
+#include <utility>
 
 #include "common/geometry.h"
 #include "host/options.h"
@@ -12,6 +13,17 @@ namespace nsa {
 struct NsaInputs {
   at::Tensor q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates;
 };
+
+inline AttentionOptions nsa_options(int64_t block_size, int64_t block_stride, int64_t select_size, c10::SymInt window,
+                                    OptionalDouble scale, OptionalTensor block_indices, Packing packing) {
+  return {.block_size = block_size,
+          .block_stride = block_stride,
+          .select_size = select_size,
+          .window = std::move(window),
+          .scale = scale,
+          .block_indices = std::move(block_indices),
+          .packing = std::move(packing)};
+}
 
 // out, out_cmp, lse_cmp, out_slc, lse_slc, out_win, lse_win, block_indices
 using NsaResults =

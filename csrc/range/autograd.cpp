@@ -10,19 +10,28 @@ namespace {
 OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
                                OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                               OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k);
+                               OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+  return apply_branch<CompressedBranch>(
+      q, k_cmp, v_cmp,
+      compressed_options(std::move(seqlen_k), block_size, block_stride, scale,
+                         {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k}));
+}
 
 OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymInt window,
                            OptionalDouble scale, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                           OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k);
+                           OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+  return apply_branch<WindowBranch>(
+      q, k, v,
+      window_options(std::move(window), scale,
+                     {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k}));
+}
 
 }  // namespace
 
 OutAndLse CompressedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                     const AttentionOptions& o) {
   static const auto op = find_op<decltype(compressed_attention)>("nsa::compressed_attention");
-  return op.call(q, k, v, o.seqlen_k, o.block_size, o.block_stride, o.scale, o.packing.cu_seqlens_q,
-                 o.packing.cu_seqlens_k, o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, q, k, v, o.seqlen_k, o.block_size, o.block_stride, o.scale);
 }
 
 AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -32,16 +41,14 @@ AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const 
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, OptionalInt, int64_t, int64_t, OptionalDouble, const OptionalTensor&,
       const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::compressed_attention_backward");
-  return op.call(grad_out, grad_lse, q, k, v, out, lse, o.seqlen_k, o.block_size, o.block_stride, o.scale,
-                 o.packing.cu_seqlens_q, o.packing.cu_seqlens_k, o.packing.max_seqlen_q, o.packing.max_seqlen_k,
-                 o.packing.seqused_k);
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, o.seqlen_k, o.block_size, o.block_stride,
+                     o.scale);
 }
 
 OutAndLse WindowBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const AttentionOptions& o) {
   static const auto op = find_op<decltype(window_attention)>("nsa::window_attention");
-  return op.call(q, k, v, o.window, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k, o.packing.max_seqlen_q,
-                 o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, q, k, v, o.window, o.scale);
 }
 
 AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -51,42 +58,8 @@ AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const Opti
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, c10::SymInt, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
       OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::window_attention_backward");
-  return op.call(grad_out, grad_lse, q, k, v, out, lse, o.window, o.scale, o.packing.cu_seqlens_q,
-                 o.packing.cu_seqlens_k, o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, o.window, o.scale);
 }
-
-namespace {
-
-OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
-                               OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
-                               const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                               OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  return apply_branch<CompressedBranch>(
-      q, k_cmp, v_cmp,
-      {
-          .branch = Branch::kCompressed,
-          .seqlen_k = std::move(seqlen_k),
-          .block_size = block_size,
-          .block_stride = block_stride,
-          .scale = scale,
-          .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-      });
-}
-
-OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymInt window,
-                           OptionalDouble scale, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                           OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  return apply_branch<WindowBranch>(
-      q, k, v,
-      {
-          .branch = Branch::kWindow,
-          .window = std::move(window),
-          .scale = scale,
-          .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-      });
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(nsa, Autograd, m) {
   m.impl("compressed_attention", compressed_attention);

@@ -33,8 +33,54 @@ void check_window(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   check_query_length(q, k.sym_size(-3), "q", "k", options.packing);
 }
 
-std::vector<SequencePlace> window_sequences(const at::Tensor& q, const at::Tensor& k, const AttentionOptions& options) {
-  return place_sequences(options.packing, q.size(0), q.size(-3), k.size(-3));
+// Calls run(sequences, keys) with those of the options' branch, for the kernels for the CPU.
+template <typename Run>
+auto with_cpu_keys(const at::Tensor& q, const at::Tensor& k, const AttentionOptions& options, const Run& run) {
+  if (options.branch == Branch::kCompressed) {
+    return run(place_compressed_sequences(q, k, options),
+               cpu::CompressedKeys{{options.block_size, options.block_stride}});
+  }
+  return run(place_sequences(options.packing, q.size(0), q.size(-3), k.size(-3)),
+             cpu::WindowKeys{{options.window.guard_int(__FILE__, __LINE__)}});
+}
+
+// Either branch, after its checks.
+template <Backend backend>
+OutAndLse run_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const AttentionOptions& options) {
+  const OutAndLse results = empty_results(q, v);
+  const at::Tensor& out = std::get<0>(results);
+  const at::Tensor& lse = std::get<1>(results);
+  if constexpr (backend == Backend::kCpu) {
+    with_cpu_keys(q, k, options, [&](const std::vector<SequencePlace>& sequences, const auto& keys) {
+      cpu::range_attention_forward(q, k, v, softmax_scale(options.scale, q.size(-1)), sequences, keys, out, lse);
+    });
+  }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    cuda::range_attention_forward(q, k, v, options, out, lse);
+  }
+#endif
+  return results;
+}
+
+template <Backend backend>
+AttentionGradients run_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
+                                const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+                                const AttentionOptions& options) {
+  check_backward(grad_out, grad_lse, q, v, out, lse);
+  if constexpr (backend == Backend::kCpu) {
+    return with_cpu_keys(q, k, options, [&](const std::vector<SequencePlace>& sequences, const auto& keys) {
+      return cpu::range_attention_backward(grad_out, grad_lse, q, k, v, out, lse,
+                                           softmax_scale(options.scale, q.size(-1)), sequences, keys);
+    });
+  }
+#if defined(NSA_CUDA_VERSION)
+  if constexpr (backend == Backend::kCuda) {
+    return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
+                                          options);
+  }
+#endif
+  return empty_gradients(q, k, v);
 }
 
 template <Backend backend>
@@ -42,27 +88,10 @@ OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, con
                                OptionalInt seqlen_k, int64_t block_size, int64_t block_stride, OptionalDouble scale,
                                const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .branch = Branch::kCompressed,
-      .seqlen_k = seqlen_k,
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .scale = scale,
-      .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
-  };
+  const AttentionOptions options = compressed_options(
+      seqlen_k, block_size, block_stride, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_compressed(q, k_cmp, v_cmp, options);
-  auto [out, lse] = empty_results(q, v_cmp);
-  if constexpr (backend == Backend::kCpu) {
-    cpu::range_attention_forward(q, k_cmp, v_cmp, softmax_scale(scale, q.size(-1)),
-                                 place_compressed_sequences(q, k_cmp, options),
-                                 cpu::CompressedKeys{{block_size, block_stride}}, out, lse);
-  }
-#if defined(NSA_CUDA_VERSION)
-  if constexpr (backend == Backend::kCuda) {
-    cuda::range_attention_forward(q, k_cmp, v_cmp, options, out, lse);
-  }
-#endif
-  return {out, lse};
+  return run_forward<backend>(q, k_cmp, v_cmp, options);
 }
 
 template <Backend backend>
@@ -73,52 +102,20 @@ AttentionGradients compressed_attention_backward(const at::Tensor& grad_out, con
                                                  const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                                                  OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
                                                  const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .branch = Branch::kCompressed,
-      .seqlen_k = seqlen_k,
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .scale = scale,
-      .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
-  };
+  const AttentionOptions options = compressed_options(
+      seqlen_k, block_size, block_stride, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_compressed(q, k_cmp, v_cmp, options);
-  check_backward(grad_out, grad_lse, q, v_cmp, out, lse);
-  if constexpr (backend == Backend::kCpu) {
-    return cpu::range_attention_backward(
-        grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, softmax_scale(scale, q.size(-1)),
-        place_compressed_sequences(q, k_cmp, options), cpu::CompressedKeys{{block_size, block_stride}});
-  }
-#if defined(NSA_CUDA_VERSION)
-  if constexpr (backend == Backend::kCuda) {
-    return cuda::range_attention_backward(grad_out, q, k_cmp, v_cmp, cuda::backward_rows(grad_out, out, lse, grad_lse),
-                                          options);
-  }
-#endif
-  return empty_gradients(q, k_cmp, v_cmp);
+  return run_backward<backend>(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, options);
 }
 
 template <Backend backend>
 OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c10::SymInt window,
                            OptionalDouble scale, const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                            OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .branch = Branch::kWindow,
-      .window = window,
-      .scale = scale,
-      .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
-  };
+  const AttentionOptions options =
+      window_options(window, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_window(q, k, v, options);
-  auto [out, lse] = empty_results(q, v);
-  if constexpr (backend == Backend::kCpu) {
-    cpu::range_attention_forward(q, k, v, softmax_scale(scale, q.size(-1)), window_sequences(q, k, options),
-                                 cpu::WindowKeys{{window.guard_int(__FILE__, __LINE__)}}, out, lse);
-  }
-#if defined(NSA_CUDA_VERSION)
-  if constexpr (backend == Backend::kCuda) {
-    cuda::range_attention_forward(q, k, v, options, out, lse);
-  }
-#endif
-  return {out, lse};
+  return run_forward<backend>(q, k, v, options);
 }
 
 template <Backend backend>
@@ -128,26 +125,10 @@ AttentionGradients window_attention_backward(const at::Tensor& grad_out, const O
                                              OptionalDouble scale, const OptionalTensor& cu_seqlens_q,
                                              const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q,
                                              OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .branch = Branch::kWindow,
-      .window = window,
-      .scale = scale,
-      .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
-  };
+  const AttentionOptions options =
+      window_options(window, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_window(q, k, v, options);
-  check_backward(grad_out, grad_lse, q, v, out, lse);
-  if constexpr (backend == Backend::kCpu) {
-    return cpu::range_attention_backward(grad_out, grad_lse, q, k, v, out, lse, softmax_scale(scale, q.size(-1)),
-                                         window_sequences(q, k, options),
-                                         cpu::WindowKeys{{window.guard_int(__FILE__, __LINE__)}});
-  }
-#if defined(NSA_CUDA_VERSION)
-  if constexpr (backend == Backend::kCuda) {
-    return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
-                                          options);
-  }
-#endif
-  return empty_gradients(q, k, v);
+  return run_backward<backend>(grad_out, grad_lse, q, k, v, out, lse, options);
 }
 
 template <Backend backend>

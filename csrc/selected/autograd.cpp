@@ -10,15 +10,19 @@ namespace {
 OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                              const at::Tensor& block_indices, int64_t select_size, OptionalDouble scale,
                              const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                             OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k);
+                             OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+  return apply_branch<SelectedBranch>(
+      q, k, v,
+      selected_options(select_size, scale, block_indices,
+                       {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k}));
+}
 
 }  // namespace
 
 OutAndLse SelectedBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                   const AttentionOptions& o) {
   static const auto op = find_op<decltype(selected_attention)>("nsa::selected_attention");
-  return op.call(q, k, v, *o.block_indices, o.select_size, o.scale, o.packing.cu_seqlens_q, o.packing.cu_seqlens_k,
-                 o.packing.max_seqlen_q, o.packing.max_seqlen_k, o.packing.seqused_k);
+  return call_packed(op, o.packing, q, k, v, *o.block_indices, o.select_size, o.scale);
 }
 
 AttentionGradients SelectedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
@@ -28,28 +32,8 @@ AttentionGradients SelectedBranch::backward(const at::Tensor& grad_out, const Op
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
       const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, OptionalDouble, const OptionalTensor&,
       const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::selected_attention_backward");
-  return op.call(grad_out, grad_lse, q, k, v, *o.block_indices, out, lse, o.select_size, o.scale,
-                 o.packing.cu_seqlens_q, o.packing.cu_seqlens_k, o.packing.max_seqlen_q, o.packing.max_seqlen_k,
-                 o.packing.seqused_k);
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, *o.block_indices, out, lse, o.select_size, o.scale);
 }
-
-namespace {
-
-OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                             const at::Tensor& block_indices, int64_t select_size, OptionalDouble scale,
-                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                             OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  return apply_branch<SelectedBranch>(
-      q, k, v,
-      {
-          .select_size = select_size,
-          .scale = scale,
-          .block_indices = block_indices,
-          .packing = {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k},
-      });
-}
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(nsa, Autograd, m) {
   m.impl("selected_attention", selected_attention);

@@ -45,9 +45,7 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
-    cuda::selected_attention_forward(
-        q, k, v, {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing}, out,
-        lse);
+    cuda::selected_attention_forward(q, k, v, selected_options(select_size, scale, block_indices, packing), out, lse);
   }
 #endif
   return {out, lse};
@@ -71,9 +69,8 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
-    return cuda::selected_attention_backward(
-        grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
-        {.select_size = select_size, .scale = scale, .block_indices = block_indices, .packing = packing});
+    return cuda::selected_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
+                                             selected_options(select_size, scale, block_indices, packing));
   }
 #endif
   return empty_gradients(q, k, v);

@@ -28,13 +28,8 @@ at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at:
                          int64_t num_initial, int64_t num_local, OptionalDouble scale,
                          const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
                          OptionalInt max_seqlen_q, OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
-  const AttentionOptions options{
-      .seqlen_k = seqlen_k,
-      .block_size = block_size,
-      .block_stride = block_stride,
-      .scale = scale,
-      .packing = {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k},
-  };
+  const AttentionOptions options = compressed_options(
+      seqlen_k, block_size, block_stride, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_scale(scale);
   check_block_sizes(block_size, block_stride, select_size);
   check_block_budget(num_selected, num_initial, num_local);

@@ -20,6 +20,15 @@ struct BackwardRows {
   at::Tensor delta;     // <grad_out, out>, less the gradient of lse where there is no gate
   at::Tensor gate;      // the factor of grad_out, or undefined: 1
   at::Tensor grad_lse;  // what delta holds of it, or undefined: 0
+
+  // Tells a kernel's params of them.
+  template <typename Params>
+  void tell(Params& params) const {
+    params.lse = rows_of(lse);
+    params.delta = rows_of(delta);
+    params.gate = rows_of(gate);
+    params.grad_lse = rows_of(grad_lse);
+  }
 };
 
 // Those of an op of one branch, which has no gate.

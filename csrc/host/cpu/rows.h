@@ -30,28 +30,30 @@ inline at::Tensor readable(const at::Tensor& tensor, at::ScalarType type) {
 
 // Over (B, T, H, D) or packed (sum T, H, D).
 template <typename T>
-Rows<const T> read_rows(const at::Tensor& tensor) {
-  const int64_t batch_stride = tensor.dim() == 4 ? tensor.stride(0) : 0;
-  return {tensor.const_data_ptr<T>(), batch_stride, tensor.stride(-3), tensor.stride(-2)};
+Rows<T> rows_of(T* data, const at::Tensor& tensor) {
+  return {data, tensor.dim() == 4 ? tensor.stride(0) : 0, tensor.stride(-3), tensor.stride(-2)};
 }
-
+template <typename T>
+Rows<const T> read_rows(const at::Tensor& tensor) {
+  return rows_of(tensor.const_data_ptr<T>(), tensor);
+}
 template <typename T>
 Rows<T> write_rows(const at::Tensor& tensor) {
-  const int64_t batch_stride = tensor.dim() == 4 ? tensor.stride(0) : 0;
-  return {tensor.mutable_data_ptr<T>(), batch_stride, tensor.stride(-3), tensor.stride(-2)};
+  return rows_of(tensor.mutable_data_ptr<T>(), tensor);
 }
 
 // lse is (B, Hq, Tq) or (Hq, sum Tq): one number a row.
 template <typename T>
-Rows<const T> read_lse(const at::Tensor& lse) {
-  const int64_t batch_stride = lse.dim() == 3 ? lse.stride(0) : 0;
-  return {lse.const_data_ptr<T>(), batch_stride, lse.stride(-1), lse.stride(-2)};
+Rows<T> lse_rows_of(T* data, const at::Tensor& lse) {
+  return {data, lse.dim() == 3 ? lse.stride(0) : 0, lse.stride(-1), lse.stride(-2)};
 }
-
+template <typename T>
+Rows<const T> read_lse(const at::Tensor& lse) {
+  return lse_rows_of(lse.const_data_ptr<T>(), lse);
+}
 template <typename T>
 Rows<T> write_lse(const at::Tensor& lse) {
-  const int64_t batch_stride = lse.dim() == 3 ? lse.stride(0) : 0;
-  return {lse.mutable_data_ptr<T>(), batch_stride, lse.stride(-1), lse.stride(-2)};
+  return lse_rows_of(lse.mutable_data_ptr<T>(), lse);
 }
 
 }  // namespace nsa::cpu

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "host/cuda/params.h"
 #include "host/options.h"
 
 namespace nsa::cuda {
@@ -19,6 +20,19 @@ class GradientTensors {
   AttentionGradients zeros() const;
   // When the kernels have written.
   AttentionGradients finish() const;
+
+  // Tells a kernel's params of them.
+  template <typename Params>
+  void tell(Params& params) const {
+    params.q = view_of(q);
+    params.k = view_of(k);
+    params.v = view_of(v);
+    params.grad_out = view_of(grad_out);
+    params.grad_q = view_of(grad_q);
+    params.grad_k = view_of(grad_k);
+    params.grad_v = view_of(grad_v);
+    params.add_to_grad_q = add_to_grad_q;
+  }
 
   at::Tensor q, k, v, grad_out;       // to be read
   at::Tensor grad_q, grad_k, grad_v;  // to be written

@@ -102,22 +102,12 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
                              .visibility = visibility_of(options),
                              .compressed = is_compressed(options),
                              .scale = static_cast<float>(softmax_scale(options.scale, q.size(-1))),
-                             .q = view_of(tensors.q),
-                             .k = view_of(tensors.k),
-                             .v = view_of(tensors.v),
-                             .grad_out = view_of(tensors.grad_out),
-                             .lse = rows_of(rows.lse),
-                             .delta = rows_of(rows.delta),
-                             .gate = rows_of(rows.gate),
-                             .grad_lse = rows_of(rows.grad_lse),
-                             .grad_q = view_of(tensors.grad_q),
-                             .grad_k = view_of(tensors.grad_k),
-                             .grad_v = view_of(tensors.grad_v),
-                             .add_to_grad_q = tensors.add_to_grad_q,
                              .num_keys = k.size(-3),
                              .splits = 1,
                              .rows_per_split = 0,
                              .partials = nullptr};
+  tensors.tell(params);
+  rows.tell(params);
   const RangeBackwardPlan plan = plan_range_backward(params, type, current_device());
   const at::Tensor partials = at::empty({plan.splits.partial_floats}, q.options().dtype(at::kFloat));
   params.splits = plan.splits.splits;

@@ -143,20 +143,10 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
                                 .num_selected = static_cast<int32_t>(lists.size(-1)),
                                 .block_indices = lists.const_data_ptr<int32_t>(),
                                 .chosen_by = {.blocks = count_blocks(tables.layout, select_size_of(options))},
-                                .q = view_of(tensors.q),
-                                .k = view_of(tensors.k),
-                                .v = view_of(tensors.v),
-                                .grad_out = view_of(tensors.grad_out),
-                                .lse = rows_of(rows.lse),
-                                .delta = rows_of(rows.delta),
-                                .gate = rows_of(rows.gate),
-                                .grad_lse = rows_of(rows.grad_lse),
-                                .grad_q = view_of(tensors.grad_q),
-                                .grad_k = view_of(tensors.grad_k),
-                                .grad_v = view_of(tensors.grad_v),
-                                .add_to_grad_q = tensors.add_to_grad_q,
                                 .partials = nullptr,
                                 .handed = {}};
+  tensors.tell(params);
+  rows.tell(params);
   check_pairs(params, lists);
   const SelectedBackwardPlan plan = plan_selected_backward(params, type, current_device());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
