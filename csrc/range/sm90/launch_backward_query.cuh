@@ -1,4 +1,4 @@
-// Launch of Hopper's kernel for the gradient of q: and the tile sizes it runs with.
+// Launch of Hopper's kernel for the gradient of q, and the tile sizes it runs with.
 #pragma once
 
 #include <type_traits>

@@ -1,5 +1,5 @@
 // Launches of Hopper's backward over listed blocks in which the kernel of the gradients of k and v hands the gradients
-// of scores to that of the gradient of q,
+// of scores to that of the gradient of q.
 #pragma once
 
 #include "selected/cuda/kernels.h"
