@@ -18,7 +18,8 @@ from study.language import DIGITS, Language, Needle
 from study.layers import Shape
 from study.models import Decoder
 from study.recall import Recall
-from study.runs import PLANS, make_task
+from study.runs import PLANS, make_task, score
+from study.step_times import measure_steps, write_times
 from study.tasks import Stage, generator, stage_at
 from study.training import Run, Trainer, execute, rate
 
@@ -121,6 +122,38 @@ def test_language_is_scored_in_bits_by_position(folder: Path) -> None:
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     with pytest.raises(FileNotFoundError, match="study texts"):
         Language(folder=folder / "none").batch(128, 1, generator(CPU, 0))
+
+
+@pytest.mark.parametrize("kind", ["language", "needle"])
+def test_tasks_on_texts_train_and_are_scored(kind: str, folder: Path, tmp_path: Path) -> None:
+    task = (
+        Language(length=256, scored=(128, 256), shape=TINY, tokens_per_step=512, scored_bytes=1024, folder=folder)
+        if kind == "language"
+        else Needle(lengths=(128, 256), depths=2, scored_texts=2, shape=TINY, tokens_per_step=512, folder=folder)
+    )
+    result = execute(Run(kind, "full+conv", 1e-2, 0, tokens=10240), task, CPU, tmp_path / "c.pt")
+    assert result is not None and result["status"] == "done"
+    losses = [note["loss"] for note in result["curve"]]
+    assert losses[-1] < 5.5  # bytes by chance: 5.55
+    assert score(result) <= 1
+    if kind == "needle":
+        assert (
+            report.heat_maps([result], "needle", tmp_path / "map.png") and (tmp_path / "map.png").stat().st_size > 1000
+        )
+        assert not report.heat_maps([result], "needle-4", tmp_path / "none.png")
+
+
+def test_step_times_of_other_models_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    task = Recall(lengths=(64, 128), num_keys=16, shape=TINY, tokens_per_step=128, mlp_width=8)
+    measured = [measure_steps([name], task, CPU) for name in ("full", "window")]
+    for rows in measured:
+        write_times(path, rows)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["model"], row["length"]) for row in rows] == [(m, n) for m in ("full", "window") for n in (64, 128)]
+    assert all(row["ms"] > 0 and row["seconds_per_million"] > 0 for row in rows)
+    write_times(path, measured[1] | {"device": "another"})
+    assert {row["model"] for row in json.loads(path.read_text())["rows"]} == {"window"}
 
 
 def test_prose_has_no_markup_and_no_navigation() -> None:
@@ -244,4 +277,10 @@ def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
         results.append({"run": run, "status": "done", "scores": scores, "peak_bytes": 2e9})
     lines = report.recall_table(results, "recall", 7, {"nsa": 2e6}).splitlines()
     assert lines[2] == "| nsa | 0.002 | 2 | 0.700 ± 0.141 | 14.0 | 2.00 |"
+    run = results[1]["run"] | {"model": "full", "lr": 5e-4}
+    for lr in (5e-4, 1e-3, 2e-3):
+        scores = {"accuracy": {"128": {"32": 0.2}, "256": {"32": 0.6 if lr < 1e-3 else 0.0}}}
+        results.append({"run": run | {"lr": lr}, "status": "done", "scores": scores, "peak_bytes": 1e9})
+    paired = report.paired_table(results, "recall", 7, [("nsa", "full"), ("nsa", "none")]).splitlines()
+    assert paired[2:] == ["| nsa | full | 0 | 0.200 |"]
     assert report.sweep_table(results, "recall", 7).splitlines()[2] == "| nsa | 0.100 | 0.500 | 0.700 ± 0.141 |"

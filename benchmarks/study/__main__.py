@@ -15,8 +15,8 @@ from . import report, texts
 from .models import ATTENTION
 from .runner import make_runs, unmade
 from .runs import COMPARED, LISTED, PLANS, TASKS, make_task, predicted_seconds
-from .step_times import measure_steps
-from .training import Run, read_results, write_json
+from .step_times import measure_steps, write_times
+from .training import Run, read_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.command == "steps":
         rows = measure_steps(options.models, make_task(options.task), torch.device(options.device))
-        write_json(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
+        write_times(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
         return 0
     try:
         return _one(options) if options.command == "one" else _plans(options)

@@ -209,6 +209,7 @@ def execute(
 
     The result's `status` is "done", "diverged" or "stopped" (MAX_SECONDS); the last two are scored as they are.
     """
+    made_by = environment(device)  # before the sources can change
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(run, task, device, checkpoint)
@@ -245,7 +246,7 @@ def execute(
         "stages": trainer.stages,
         "curve": trainer.notes,
     }
-    return result | environment(device)
+    return result | made_by
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
