@@ -218,6 +218,21 @@ def test_what_exists_is_skipped_and_what_fails_is_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
 
 
+def test_processes_end_with_the_command_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed:
+        def is_alive(self) -> bool:
+            return False
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(runner.multiprocessing, "parent_process", Killed)
+    monkeypatch.setattr(runner.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        runner._work(RUN, tmp_path, "cpu", 1, math.inf, None)
+    assert not list(tmp_path.glob("*.json"))
+
+
 def test_time_instead_of_tokens_ends_a_run(tmp_path: Path) -> None:
     result = execute(Run("recall-small", "full", 1e-3, 0, seconds=0.5), make_task("recall-small"), CPU, tmp_path / "c")
     assert result is not None and 0.5 <= result["seconds"] < 5 and result["steps"] >= training.TIMED_STEPS
