@@ -3,6 +3,7 @@
 #   PYTHON   the interpreter that .venv is made from (python3)      VENV   where the environment is (.venv)
 #   ARGS     more arguments for what the target runs                NSA_CUDA=0/1   never / always build the CUDA parts
 #   MAX_JOBS compile jobs at once (2: one with templates takes up to 2 GB)
+#   V=1      show every command, of pip and of the compilers too
 #
 # Stamps under $(VENV)/stamps say what is installed and built, so that a second run starts at once.
 
@@ -10,12 +11,19 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 MAX_JOBS ?= 2
+V ?=
 
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 SANITIZED := build/sanitize
 
+# What stands behind $(Q) is shown by V=1 alone; $(call say,...) says in a line what goes on instead.
+Q := $(if $(filter 1,$(V)),,@)
+PIP := $(BIN)/python -m pip $(if $(filter 1,$(V)),,--quiet)
+say = @echo 'nsa_torch: $(1)'
+
 export MAX_JOBS
+export V
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # The environment's ninja and cmake; and ccache, where it is installed: its results serve every checkout, wherever it lies.
 export PATH := $(abspath $(BIN)):$(if $(wildcard /usr/lib/ccache),/usr/lib/ccache:)$(PATH)
@@ -34,23 +42,23 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 demo: $(STAMPS)/build $(STAMPS)/test  ## install, build, train on real text with NSA and with dense attention
-	$(BIN)/python examples/train.py $(ARGS)
+	$(Q)$(BIN)/python examples/train.py $(ARGS)
 
 test: $(STAMPS)/build $(STAMPS)/test  ## install, build, run every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(Q)$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/test  ## check layout, types and likely bugs; changes nothing
-	$(BIN)/python tools/lint.py $(ARGS)
+	$(Q)$(BIN)/python tools/lint.py $(ARGS)
 
 format: $(STAMPS)/lint  ## lay out C++ and Python
-	$(BIN)/python tools/lint.py --fix clang-format ruff-check ruff-format
+	$(Q)$(BIN)/python tools/lint.py --fix clang-format ruff-check ruff-format
 
 bench: $(STAMPS)/build $(STAMPS)/test  ## measure speed and memory: on the GPU, or on the CPU where there is none
-	if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	$(Q)if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then $(BIN)/python benchmarks/gpu.py $(ARGS); else $(BIN)/python benchmarks/speed.py $(ARGS); fi
 
-tables: $(STAMPS)/venv  ## write the README's tables from what `make bench` measured
-	$(BIN)/python benchmarks/table.py --write README.md
+tables: $(STAMPS)/venv  ## write the tables of figures from what `make bench` measured
+	$(Q)$(BIN)/python benchmarks/table.py --write
 
 STUDY := cd benchmarks && $(abspath $(BIN))/python -m study
 
@@ -66,18 +74,19 @@ study: $(STAMPS)/build $(STAMPS)/test  ## make all runs of the study that do not
 	$(STUDY) report
 
 docs: $(STAMPS)/venv  ## write docs/api from the docstrings
-	$(BIN)/python docs/generate_api.py
+	$(Q)$(BIN)/python docs/generate_api.py
 
 build: $(STAMPS)/build  ## compile, and install the package editable in .venv
 
 wheel: $(STAMPS)/requirements  ## build a wheel into dist/
-	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	$(call say,building a wheel into dist/)
+	$(Q)$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 sanitize: $(STAMPS)/sanitize $(STAMPS)/test  ## run the tests of the ops under the address and the undefined-behaviour sanitizer
-	$(BIN)/python tools/sanitize.py $(SANITIZED) $(ARGS)
+	$(Q)$(BIN)/python tools/sanitize.py $(SANITIZED) $(ARGS)
 
 sanitize-gpu: $(STAMPS)/build $(STAMPS)/test  ## run every CUDA kernel under compute-sanitizer
-	$(BIN)/python tools/sanitize_gpu.py $(ARGS)
+	$(Q)$(BIN)/python tools/sanitize_gpu.py $(ARGS)
 
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info compile_commands.json $(STAMPS)/build $(STAMPS)/install $(STAMPS)/sanitize
@@ -91,21 +100,25 @@ distclean: clean  ## remove the environment as well
 # --- the environment, in the order in which it grows ---------------------------------------------------------------------
 
 $(STAMPS)/venv:
-	$(PYTHON) tools/check_host.py
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(Q)$(PYTHON) tools/check_host.py
+	$(call say,making the environment $(VENV))
+	$(Q)test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/requirements: requirements/build.txt | $(STAMPS)/venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar off -r $<
+	$(call say,installing what the build needs: $<)
+	$(Q)$(PIP) install --upgrade pip
+	$(Q)$(PIP) install --progress-bar off -r $<
 	@touch $@
 
 $(STAMPS)/test: requirements/test.txt $(STAMPS)/requirements
-	$(BIN)/python -m pip install --progress-bar off -r $<
+	$(call say,installing what the tests and examples need: $<)
+	$(Q)$(PIP) install --progress-bar off -r $<
 	@touch $@
 
 $(STAMPS)/lint: requirements/lint.txt $(STAMPS)/requirements
-	$(BIN)/python -m pip install --progress-bar off -r $<
+	$(call say,installing what the checks need: $<)
+	$(Q)$(PIP) install --progress-bar off -r $<
 	@touch $@
 
 # Rewritten only when a setting changes, so that what depends on it is rebuilt only then.
@@ -115,14 +128,15 @@ $(STAMPS)/settings: force | $(STAMPS)/venv
 
 # Metadata and the link from site-packages to this folder: again only when the packaging changes.
 $(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
-	NSA_BUILD=0 $(BIN)/python -m pip install --no-build-isolation --no-deps --editable .
+	$(call say,linking this folder into $(VENV))
+	$(Q)NSA_BUILD=0 $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Compiling in place afterwards is incremental.
 $(STAMPS)/build: $(SOURCES) $(STAMPS)/install
-	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(Q)$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 $(STAMPS)/sanitize: $(SOURCES) setup.py $(STAMPS)/requirements
-	$(BIN)/python tools/sanitize.py --build $(SANITIZED)
+	$(Q)$(BIN)/python tools/sanitize.py --build $(SANITIZED)
 	@touch $@

@@ -1,54 +1,44 @@
 """Builds libnsa_torch.so (all ops, independent of Python's version) and nsa_torch._C (a small pybind11 module).
 
 NSA_CUDA=0/1 forces the CUDA parts off or on; otherwise they are built when a CUDA toolkit is found.
-TORCH_CUDA_ARCH_LIST sets their architectures: the visible GPU's by default, 8.0 (and PTX) and 9.0a where there is none.
+TORCH_CUDA_ARCH_LIST sets their architectures, the visible GPUs' by default: tools/cuda_build.py.
 """
 
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))  # an isolated build does not look beside setup.py
+import cuda_build  # noqa: E402
+from build_progress import shown  # noqa: E402
+
 LIBRARY = "nsa_torch.libnsa_torch"
 HOST_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 DEVICE_FLAGS = ["-std=c++20", "-O3", "--threads=1", "-Xptxas=--warn-on-spills"]
 
 
-def build_cuda() -> bool:
-    """Whether to build the CUDA parts, said in one line."""
-    wanted = os.environ.get("NSA_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        raise SystemExit(f"NSA_CUDA must be 0, 1 or unset, got {wanted!r}")
-    found = CUDA_HOME is not None and torch.version.cuda is not None
-    if wanted == "1" and not found:
-        raise SystemExit("NSA_CUDA=1, but there is no CUDA toolkit, or torch was built without CUDA")
-    cuda = found if wanted == "" else wanted == "1"
-    if cuda and not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0a")
-    with_cuda = f"with CUDA {torch.version.cuda} from {CUDA_HOME}" if cuda else "without CUDA"
-    print(f"nsa_torch: building for torch {torch.__version__}, {with_cuda}")
-    return cuda
-
-
 def library(cuda: bool) -> CppExtension:
     sources = [p for p in (ROOT / "csrc").rglob("*.cpp") if p.parent.name != "python"]
     defines = [("NSA_CUDA_VERSION", f'"{torch.version.cuda}"')] if cuda else []
-    if not cuda:
-        sources = [p for p in sources if not p.name.startswith("cuda") or p.name == "cuda_fallback.cpp"]
-    else:
+    names = ",".join(ARCHITECTURES)
+    if cuda:
         sources += (ROOT / "csrc").rglob("*.cu")
+    else:
+        sources = [p for p in sources if p.parent.name != "cuda"]
     return (CUDAExtension if cuda else CppExtension)(
         LIBRARY,
         sorted(str(p.relative_to(ROOT)) for p in sources),
         include_dirs=[str(ROOT / "csrc")],
         define_macros=defines,
-        extra_compile_args={"cxx": HOST_FLAGS, "nvcc": DEVICE_FLAGS},
+        extra_compile_args={"cxx": [*HOST_FLAGS, f'-DNSA_CUDA_ARCHITECTURES="{names}"'], "nvcc": DEVICE_FLAGS},
         py_limited_api=True,
     )
 
@@ -69,9 +59,14 @@ class Build(BuildExtension):
     def run(self) -> None:
         if os.environ.get("NSA_BUILD") == "0":  # the Makefile installs the links first, and builds in place afterwards
             return
-        super().run()
+        with shown():
+            super().run()
         package = Path(self.get_ext_fullpath(LIBRARY)).parent
-        info = {"torch": torch.__version__, "cuda": torch.version.cuda if CUDA else None}
+        info = {
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if CUDA else None,
+            "architectures": ARCHITECTURES,
+        }
         (package / "build_info.json").write_text(json.dumps(info) + "\n")
         if not self.inplace:
             for source, target in (("csrc/nsa.h", "include"), ("cmake/nsa_torchConfig.cmake", "share/cmake/nsa_torch")):
@@ -79,7 +74,8 @@ class Build(BuildExtension):
                 shutil.copy(ROOT / source, package / target)
 
 
-CUDA = build_cuda()
+CUDA = cuda_build.wanted()
+ARCHITECTURES = cuda_build.architectures() if CUDA else []
 MODULE = Pybind11Extension(
     "nsa_torch._C",
     ["csrc/python/module.cpp"],

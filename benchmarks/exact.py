@@ -96,8 +96,8 @@ def branch_errors(
 ) -> dict[str, float]:
     """Relative errors of `results`: out, and, when grad_out is given, grad_q and grad_k_0, grad_v_0, ...
 
-    One sequence: q (1, Tq, Hq, Dk); keys and values (1, J, Hkv, .), one of each for each of `ops`; gates, when given,
-    (1, Tq, Hq, 3) weigh the branches; lists (1, Tq, Hkv, n).
+    q (B, Tq, Hq, Dk); keys and values (B, J, Hkv, .), one of each for each of `ops`; gates, when given,
+    (B, Tq, Hq, 3) weigh the branches; lists (B, Tq, Hkv, n). Rows of the first sequence are looked at.
     """
     rows = torch.tensor(checked_rows(shape), device=q.device)
     tail = rows >= shape.seqlen_q - TAIL
@@ -138,7 +138,7 @@ def choice_error(shape: Shape, q: Tensor, k_cmp: Tensor, lse: Tensor, lists: Ten
     tail = slice(shape.seqlen_q - count, None)
     sizes = shape.options("block_size", "block_stride", "select_size") | {"seqlen_k": shape.seqlen_k}
     tensors = (q[:, tail].detach().double(), k_cmp.detach().double(), lse[:, :, tail].detach().double())
-    importance = reference.block_importance(*tensors, **sizes)  # (1, count, Hkv, J)
+    importance = reference.block_importance(*tensors, **sizes)  # (B, count, Hkv, J)
     chosen = lists[:, tail].long()
     member = torch.zeros(*chosen.shape[:-1], shape.selection_blocks + 1, dtype=torch.bool, device=q.device)
     member = member.scatter(-1, chosen.masked_fill(chosen < 0, shape.selection_blocks), True)[..., :-1]

@@ -2,17 +2,21 @@
 
     python benchmarks/gpu.py                                 # 1k to 128k, into benchmarks/results/gpu-<model>.json
     python benchmarks/gpu.py --lengths 8k 64k --data random  # some of it
+    python benchmarks/gpu.py --models                        # the whole at shapes of models, into gpu-<gpu>-models.json
     python benchmarks/gpu.py --million                       # adds 1M tokens with 16 query heads and 1 KV head
     python benchmarks/gpu.py --flex                          # adds flex_attention, compiled, beside the window branch
 
-64 query heads, 4 KV heads, d 128, bf16, one sequence. Data are standard normal numbers ("random"), or q and the keys
-are first-order autoregressive along the tokens, 0.95, of unit variance ("correlated"): then neighbouring queries
-choose much the same blocks; `shared_choices` says how much. Times are medians by CUDA events, the L2 cache overwritten
-before each run; backward is alone, forward not included. Fields: `limit_ms` is what the operations and bytes that the
-op needs at least (shapes.cost) take at the measured ceilings; `peak_bytes` the most memory held with the inputs, of
-forward and backward together in a backward row; `error` the largest difference from float64 on sampled rows, over the
-largest value: of the output, or of any gradient (of select_blocks: by how much a block left out was better).
-`notes` says how each peer ran. benchmarks/table.py and benchmarks/plot.py make tables and charts of the file.
+64 query heads, 4 KV heads, d 128, bf16, one sequence; with --models, the shapes of shapes.MODELS. Data are standard
+normal numbers ("random"), or q and the keys are first-order autoregressive along the tokens, 0.95, of unit variance
+("correlated"): then neighbouring queries choose much the same blocks; `shared_choices` says how much. Times are medians
+by CUDA events, the L2 cache overwritten before each run; backward is alone, forward not included. Fields: `limit_ms` is
+what the operations and bytes that the op needs at least (shapes.cost) take at the measured ceilings; `peak_bytes` the
+most memory held with the inputs, of forward and backward together in a backward row; `error` the largest difference
+from float64 on sampled rows, over the largest value: of the output, or of any gradient (of select_blocks: by how much a
+block left out was better). `notes` says how each peer ran, or why not: torch's cuDNN and FlashAttention-2, and
+FlashAttention-4 where the package flash-attn-4 can be imported. That one compiles its kernels when they are first
+called: half a minute for each head dimension and group. benchmarks/table.py and benchmarks/plot.py make tables and
+charts of the file.
 """
 
 from __future__ import annotations
@@ -28,18 +32,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from exact import branch_errors, choice_error
-from nsa_torch import reference
+from errors import errors
 from peers import dense_peers, flex_window, other_nsa
-from problems import BRANCHES, Call, Problem, calls, make_problem, shared_choices
-from shapes import Shape, cost
+from problems import Call, Problem, calls, make_problem, shared_choices
+from shapes import MODELS, Shape, cost
 from speed import ROOT, cpu_model, measured_commit
 from timing import Ceilings, Device, bytes_of, measure_ceilings
 
 OPS = ("compress", "compressed_attention", "select_blocks", "selected_attention", "window_attention", "nsa_attention")
-LONGEST_COMPRESS_CHECKED = 1 << 17
 Row = dict[str, Any]
 
 needed = functools.lru_cache(maxsize=None)(cost)
@@ -69,41 +70,6 @@ def backward_median(device: Device, call: Call, budget: float) -> float:
     """Of the backward alone."""
     out = call.run()
     return device.median(lambda: torch.autograd.grad(out, call.leaves, call.grad, retain_graph=True), budget)
-
-
-def errors(op: str, problem: Problem, call: Call) -> list[float | None]:
-    """Relative errors of the forward and of the backward."""
-    shape = problem.shape
-    out = call.run()
-    if op == "select_blocks":
-        return [choice_error(shape, problem.q, problem.keys[0], problem.lse, out), None]
-    grads = list(torch.autograd.grad(out, call.leaves, call.grad))
-    if op == "compress":
-        return compress_errors(problem, call, out, grads) if shape.seqlen_k <= LONGEST_COMPRESS_CHECKED else [None] * 2
-    ops = BRANCHES if op == "nsa_attention" else (op,)
-    keys, values = list(call.leaves[1:7:2]), list(call.leaves[2:7:2])
-    results = {"out": out, "grad_q": grads[0]}
-    for b in range(len(ops)):
-        results |= {f"grad_k_{b}": grads[1 + 2 * b], f"grad_v_{b}": grads[2 + 2 * b]}
-    given: dict[str, Any] = {"lists": problem.lists, "grad_out": call.grad}
-    if op == "nsa_attention":
-        given["gates"] = problem.gates
-    found = branch_errors(ops, shape, problem.q, keys, values, results, **given)
-    return [found.pop("out"), max(found.values())]
-
-
-def compress_errors(problem: Problem, call: Call, out: Tensor, grads: list[Tensor]) -> list[float | None]:
-    leaves = [leaf.detach().double().requires_grad_() for leaf in call.leaves]
-    truth = reference.compress(*leaves, **problem.shape.options("block_size", "block_stride"))
-    assert call.grad is not None
-    true_grads = torch.autograd.grad(truth, leaves, call.grad.double())
-
-    def relative(actual: Tensor, expected: Tensor) -> float:
-        return ((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
-
-    if truth.numel() == 0:
-        return [None, None]
-    return [relative(out, truth), max(relative(g, t) for g, t in zip(grads, true_grads, strict=True))]
 
 
 def measure_peers(
@@ -167,22 +133,23 @@ def report(row: Row) -> None:
     peers = "".join(f", {name} {ms:.3f} ({ms / row['ms']:.2f}x)" for name, ms in row["peers"].items())
     error = "" if row["error"] is None else f", error {row['error']:.1e}"
     peak = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / 1e9:.2f} GB"
-    what = f"{row['seqlen']:8} {row['data']:10} {row['op']:20} {row['direction']:8}"
+    what = f"{row['batch']} x {row['seqlen']:7} {row['heads']}/{row['kv_heads']} d {row['dk']} {row['data']:10}"
+    what = f"{what} {row['op']:20} {row['direction']:8}"
     rate = f"{row['tflops']:6.1f} TFLOP/s {row['gbps']:7.1f} GB/s {row['percent_of_limit']:5.1f} %"
     print(f"{what} {row['ms']:10.3f} ms {rate}{peers}{peak}{error}", flush=True)
 
 
-def bench_length(
+def bench_shape(
     device: Device, shape: Shape, options: argparse.Namespace, head: Row, top: Ceilings, notes: dict[str, str]
 ) -> list[Row]:
-    """All rows of one length. Dense attention takes the same time whatever the data: it is measured once."""
+    """All rows of one shape. Dense attention takes the same time whatever the data: it is measured once."""
     rows: list[Row] = []
     peers: dict[str, Times] | None = None if options.peers else {}
     for data in options.data:
         with device.cleared():
             problem = make_problem(shape, data, getattr(torch, options.dtype), options.device)
             shared = shared_choices(problem)
-            told = head | {"seqlen": shape.seqlen_k, "heads": shape.heads_q, "kv_heads": shape.heads_kv, "data": data}
+            told = head | described(shape) | {"data": data}
             told["shared_choices"] = None if shared is None else round(shared, 3)
             if peers is None:
                 peers = measure_peers(device, problem, options, notes)
@@ -200,6 +167,13 @@ def bench_length(
     return rows
 
 
+def described(shape: Shape) -> Row:
+    """The sizes, and the model that they are those of."""
+    sizes = {"batch": shape.batch, "seqlen": shape.seqlen_k, "heads": shape.heads_q, "kv_heads": shape.heads_kv}
+    model = {"model": shape.name.partition(",")[0]} if shape in MODELS else {}
+    return sizes | {"dk": shape.dim_k, "dv": shape.dim_v} | model
+
+
 def length(text: str) -> int:
     """8k, 1M, 8192."""
     match = re.fullmatch(r"(\d+)([kM]?)", text)
@@ -212,8 +186,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", nargs="*", type=length, default=[1 << n for n in range(10, 18)])
     parser.add_argument("--million", action="store_true", help="also 1M tokens, 16 query heads, 1 KV head, no peers")
-    parser.add_argument("--data", nargs="+", choices=["random", "correlated"], default=["random", "correlated"])
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--models", action="store_true", help="shapes.MODELS, the whole, random data")
+    parser.add_argument("--data", nargs="+", choices=["random", "correlated"])
+    parser.add_argument("--ops", nargs="+", choices=OPS)
     parser.add_argument("--heads", type=int, default=64)
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--dim", type=int, nargs=2, default=[128, 128], metavar=("DK", "DV"))
@@ -229,7 +204,18 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", help="what was measured, where the checkout is not under git")
     parser.add_argument("--add", action="store_true", help="keep the rows that the output file already has")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-<model>.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.data = options.data or (["random"] if options.models else ["random", "correlated"])
+    options.ops = options.ops or (["nsa_attention"] if options.models else list(OPS))
+    return options
+
+
+def shapes_of(options: argparse.Namespace) -> list[Shape]:
+    if options.models:
+        return list(MODELS)
+    sizes = (options.heads, options.kv_heads, *options.dim)
+    million = [Shape("million", 1 << 20, 1 << 20, 16, 1, *options.dim)] if options.million else []
+    return [Shape(f"{t}", t, t, *sizes) for t in options.lengths] + million
 
 
 def commit_of(options: argparse.Namespace) -> str:
@@ -249,26 +235,22 @@ def main() -> None:
     )
     same = {"gpu": machine if device.is_cuda else None, "cpu": None if device.is_cuda else machine}
     same |= {"torch": torch.__version__, "commit": commit_of(options)}
-    dk, dv = options.dim
-    head = same | {"dtype": options.dtype, "batch": 1, "dk": dk, "dv": dv}
-    shapes = [Shape(f"{t}", t, t, options.heads, options.kv_heads, dk, dv) for t in options.lengths]
-    if options.million:
-        shapes.append(Shape("million", 1 << 20, 1 << 20, 16, 1, dk, dv))
+    head = same | {"dtype": options.dtype}
     rows: list[Row] = []
     notes: dict[str, str] = {}
-    output = options.output or ROOT / "benchmarks" / "results" / f"gpu-{slug(machine)}.json"
+    output = options.output or ROOT / "benchmarks" / "results" / f"gpu-{slug(machine)}{'-models' * options.models}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     if options.add and output.exists():
         before = json.loads(output.read_text())
         rows, notes = before["rows"], before["notes"]
-    for shape in shapes:
+    for shape in shapes_of(options):
         if time.perf_counter() - started > 60 * options.minutes:
-            print(f"{shape.seqlen_k} tokens and more: no time left (--minutes)")
+            print(f"{shape} and what follows: no time left (--minutes)")
             break
         given = options
         if shape.name == "million":
             given = argparse.Namespace(**vars(options) | {"peers": False})
-        rows += bench_length(device, shape, given, head, top, notes)
+        rows += bench_shape(device, shape, given, head, top, notes)
         ceilings = {"tflops": round(top.flops / 1e12, 1), "gbps": round(top.bytes / 1e9, 1)}
         write(output, same | {"ceilings": ceilings, "notes": notes}, rows)
     print(f"wrote {output}, {time.perf_counter() - started:.0f} s; " + "; ".join(f"{k}: {v}" for k, v in notes.items()))

@@ -1,4 +1,4 @@
-"""What each part of nsa_attention takes on the CPU, as the table of docs/cpu_kernels.md.
+"""What each part of nsa_attention takes on the CPU, as the table of docs/notes/cpu_kernels.md.
 
     python benchmarks/parts.py                  # 8k tokens
     python benchmarks/parts.py --length 32768

@@ -1,13 +1,15 @@
 """What the ops are compared with, in the same process: dense attention of torch, and others' sparse attention.
 
-A peer is a function of (q, k, v), each (1, T, H, D), to out; one that does not run here says why in `notes`.
+A peer is a function of (q, k, v), each (B, T, H, D), to out; one that does not run here says why in `notes`.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable
+from importlib import metadata
 
 import torch
 from torch import Tensor
@@ -32,6 +34,42 @@ def sdpa(backend: SDPBackend, *, gqa: bool) -> Peer:
     return run
 
 
+def fa4() -> Peer:
+    """FlashAttention-4 of the package flash-attn-4: K and V in groups. ImportError where it is not installed."""
+    flash_attn_func = importlib.import_module("flash_attn.cute").flash_attn_func
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v, causal=True)
+        return out[0] if isinstance(out, tuple) else out  # (out, lse) in some releases
+
+    return run
+
+
+def add_fa4(found: dict[str, tuple[Peer, list[Tensor]]], tensors: list[Tensor], notes: dict[str, str]) -> None:
+    """FlashAttention-4 among the peers `found`, or why it is not in `notes`."""
+    if importlib.util.find_spec("flash_attn") is None:
+        notes["fa4"] = "not installed"
+        return
+    try:
+        peer = fa4()
+    except Exception as error:  # another release of flash_attn, or a package that it needs is missing
+        notes["fa4"] = f"not run: {in_a_line(error)}"
+        return
+    reason = refusal(peer, [t[:, :256] for t in tensors])
+    if reason is not None:
+        notes["fa4"] = f"not run: {reason}"
+        return
+    notes["fa4"] = f"flash-attn-4 {version('flash-attn-4')}, K and V in groups"
+    found["fa4"] = peer, tensors
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
 def dense_peers(problem: Problem, notes: dict[str, str]) -> dict[str, tuple[Peer, list[Tensor]]]:
     """The dense peers that run on this problem, each with its q, k, v: in groups, or expanded where it must be."""
     shape = problem.shape
@@ -47,6 +85,7 @@ def dense_peers(problem: Problem, notes: dict[str, str]) -> dict[str, tuple[Peer
                 found[name] = peer, tensors if gqa else expanded(tensors, shape.group)
                 break
             notes[name] = f"not run: {reason}"
+    add_fa4(found, tensors, notes)
     return found
 
 
@@ -64,8 +103,12 @@ def refusal(peer: Peer, tensors: list[Tensor]) -> str | None:
             warnings.simplefilter("ignore")
             peer(*leaves).sum().backward()
     except Exception as error:  # whatever a peer does not run on
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        return in_a_line(error)
     return None
+
+
+def in_a_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]
 
 
 def flex_window(problem: Problem, notes: dict[str, str]) -> Peer | None:
@@ -87,7 +130,7 @@ def flex_window(problem: Problem, notes: dict[str, str]) -> Peer | None:
     try:
         mask = create_block_mask(visible, None, None, length, length, device=str(problem.q.device), _compile=True)
     except Exception as error:  # whatever the compiler does not run on
-        notes["flex"] = f"not run: {str(error).splitlines()[0][:120]}"
+        notes["flex"] = f"not run: {in_a_line(error)}"
         return None
     reason = refusal(run, tensors)
     notes["flex"] = "compiled, with a block mask of the window" if reason is None else f"not run: {reason}"

@@ -16,6 +16,8 @@ import matplotlib as mpl
 mpl.use("agg")
 import matplotlib.pyplot as plt
 
+from views import DENSE, thousands
+
 Row = dict[str, Any]
 Lines = dict[str, list[tuple[int, float]]]
 
@@ -42,16 +44,18 @@ def draw(lines: Lines, label: str, title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5.5), constrained_layout=True)
     for name, points in lines.items():
         whole = name.startswith("nsa_attention")
-        dense = "_" not in name and name != "compress" and not name.startswith("compress,")
+        dense = name in DENSE
         axes.plot(
             *zip(*sorted(points), strict=True),
             marker="o",
             markersize=3,
             linewidth=2.5 if whole or dense else 1.0,
             linestyle="--" if dense else "-",
-            label=name,
+            label=f"dense, {DENSE[name]}" if name in DENSE else name,
         )
+    lengths = sorted({length for points in lines.values() for length, _ in points})
     axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [thousands(length) for length in lengths])
     axes.set_yscale("log")
     axes.set_xlabel("tokens")
     axes.set_ylabel(label)
@@ -93,7 +97,12 @@ def draw_all(path: Path, folder: Path) -> list[Path]:
         made.append(folder / f"{path.stem}-{direction}.png")
         draw(lines, "ms", f"{direction}: {problem}", made[-1])
     made.append(folder / f"{path.stem}-both.png")
-    draw(lines_of(both(rows), lambda row: row["ms"], lambda row: row["peers"]), "ms", f"both: {problem}", made[-1])
+    draw(
+        lines_of(both(rows), lambda row: row["ms"], lambda row: row["peers"]),
+        "ms",
+        f"forward and backward: {problem}",
+        made[-1],
+    )
     whole = [row for row in rows if row["op"] == "nsa_attention" and row["direction"] == "backward"]
 
     def gigabytes(row: Row) -> float | None:

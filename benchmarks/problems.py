@@ -16,7 +16,7 @@ BRANCHES = ("compressed_attention", "selected_attention", "window_attention")
 
 
 class Problem(NamedTuple):
-    """One sequence of `shape`; keys and values of the compressed, selected and window branches."""
+    """The tensors of `shape`; keys and values of the compressed, selected and window branches."""
 
     shape: Shape
     q: Tensor
@@ -67,14 +67,15 @@ def make_problem(shape: Shape, data: str, dtype: torch.dtype, device: str) -> Pr
     """Random or correlated; every tensor but the lists and lse requires gradients."""
     random = torch.Generator(device).manual_seed(shape.seqlen_k)
     correlated = data == "correlated"
-    rows, keys = (1, shape.seqlen_q, shape.heads_q), (1, shape.seqlen_k, shape.heads_kv)
+    batch = shape.batch
+    rows, keys = (batch, shape.seqlen_q, shape.heads_q), (batch, shape.seqlen_k, shape.heads_kv)
     blocks = shape.options("block_size", "block_stride")
     k_slc, k_win = (normal((*keys, shape.dim_k), random, dtype, correlated=correlated) for _ in range(2))
     if correlated:  # the tokens of correlated keys: their means
         k_cmp = nsa_torch.compress(normal((*keys, shape.dim_k), random, dtype, correlated=True), **blocks)
     else:
-        k_cmp = normal((1, shape.blocks, shape.heads_kv, shape.dim_k), random, dtype)
-    v_cmp = normal((1, shape.blocks, shape.heads_kv, shape.dim_v), random, dtype)
+        k_cmp = normal((batch, shape.blocks, shape.heads_kv, shape.dim_k), random, dtype)
+    v_cmp = normal((batch, shape.blocks, shape.heads_kv, shape.dim_v), random, dtype)
     v_slc, v_win = (normal((*keys, shape.dim_v), random, dtype) for _ in range(2))
     q = normal((*rows, shape.dim_k), random, dtype, correlated=correlated)
     gates = torch.rand(*rows, 3, generator=random, device=random.device).to(dtype)
@@ -147,7 +148,7 @@ def whole(problem: Problem) -> Tensor:
 
 
 def shared_choices(problem: Problem, samples: int = 4096) -> float | None:
-    """The share of its free choices that a query has in common with the one before it, over some rows."""
+    """The share of its free choices that a query has in common with the one before it: some rows of one sequence."""
     shape, lists = problem.shape, problem.lists[0]
     first = shape.num_selected * shape.select_size  # from here on every list is full
     if shape.seqlen_q != shape.seqlen_k or shape.seqlen_q <= first + 1:

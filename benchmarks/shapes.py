@@ -1,8 +1,8 @@
 """The one list of shapes that drives the tests and the benchmarks, with what each op must compute and move.
 
-`ADVERSARIAL` and `TILED` are for the tests, `CPU`, `GPU` and `DECODE` for the benchmarks. `cost(op, shape)` counts the
-floating-point operations and the bytes that an op cannot do without, so that every measured time has its share of the
-machine's limit beside it.
+`ADVERSARIAL` and `TILED` are for the tests, `CPU`, `GPU`, `MODELS` and `DECODE` for the benchmarks. `cost(op, shape)`
+counts the floating-point operations and the bytes that an op cannot do without, so that every measured time has its
+share of the machine's limit beside it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,20 @@ CPU = tuple(Shape(f"cpu_{t // 1024}k", t, t, 8, 2, 64, 64) for t in (1024, 2048,
 
 # The paper's layer (64 query heads, 4 KV heads) at head dimension 128.
 GPU = tuple(Shape(f"gpu_{1 << n}k", 1024 << n, 1024 << n, 64, 4, 128, 128) for n in range(8))
+
+# One layer's attention in models that are in use: query heads, KV heads, head dimension.
+HEADS_OF_MODELS = {
+    "Llama 3 8B": (32, 8, 128),
+    "Llama 3.2 1B": (32, 8, 64),
+    "Qwen3 32B": (64, 8, 128),
+    "the paper": (64, 4, 128),
+}
+# The same number of tokens as one sequence or as several, and one that is four times as long.
+MODELS = tuple(
+    Shape(f"{model}, {batch} x {t // 1024}k", t, t, heads, kv_heads, dim, dim, batch=batch)
+    for model, (heads, kv_heads, dim) in HEADS_OF_MODELS.items()
+    for batch, t in ((1, 8192), (1, 32768), (8, 4096), (4, 8192))
+)
 
 DECODE = tuple(
     Shape(f"decode_{t // 1024}k_batch_{batch}", 1, t, 64, 4, 128, 128, batch=batch)

@@ -1,8 +1,8 @@
-"""The README's tables of measured figures, made from the files under benchmarks/results.
+"""The tables of measured figures in README.md and docs, made from the files under benchmarks/results.
 
     python benchmarks/table.py FILE.json            # print the table of one file
-    python benchmarks/table.py --write README.md    # fill in every table of a page
-    python benchmarks/table.py --check README.md    # fail if one differs from its file
+    python benchmarks/table.py --write              # fill in every table of every page, or of the pages named
+    python benchmarks/table.py --check              # fail if one differs from its file
 
 In a page, a table stands between `<!-- table: benchmarks/results/NAME.json -->` and `<!-- end of table -->`; after the
 name, fields choose among the rows: `op=nsa_attention seqlen=8192,65536`; `view=parts` shows them by one of
@@ -103,22 +103,35 @@ def fill(page: str) -> str:
     return TABLE.sub(made, page)
 
 
+def pages() -> list[Path]:
+    """The project's pages that have a table."""
+    found = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    return sorted(page for page in found if TABLE.search(page.read_text()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--write", action="store_true", help="FILE is a page: fill in its tables")
-    parser.add_argument("--check", action="store_true", help="FILE is a page: fail if its tables are not up to date")
+    parser.add_argument("files", nargs="*", type=Path, help="files of results; with --write or --check, pages")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--write", action="store_true", help="fill in the tables of pages")
+    action.add_argument("--check", action="store_true", help="fail if tables of pages are not up to date")
     options = parser.parse_args()
-    text = options.file.read_text()
-    if options.check and fill(text) != text:
-        print(
-            f"{options.file}: tables differ from benchmarks/results: python benchmarks/table.py --write {options.file}"
-        )
+    if not options.write and not options.check:
+        for path in options.files:
+            print(table(json.loads(path.read_text())["rows"]), end="")
+        return 0
+    differ = []
+    for page in options.files or pages():
+        text = page.read_text()
+        filled = fill(text)
+        if filled != text:
+            differ.append(page)
+            if options.write:
+                page.write_text(filled)
+    if options.check and differ:
+        names = ", ".join(str(page.relative_to(ROOT) if page.is_relative_to(ROOT) else page) for page in differ)
+        print(f"{names}: tables differ from benchmarks/results: run `make tables`")
         return 1
-    if options.write:
-        options.file.write_text(fill(text))
-    elif not options.check:
-        print(table(json.loads(text)["rows"]), end="")
     return 0
 
 

@@ -3,12 +3,13 @@
 parts: every op, forward and backward, with its rate and its share of the GPU's limit. `limit_ms` of a row is the larger
 of two times, of its operations in large matrix products and of its bytes in a copy; the rate shown is of that one.
 sums: the whole against a peer: forward, backward, and both together; and memory.
-targets: what was to be reached on an H100, beside what is: how many times as fast as the peer; and milliseconds.
+dense: the whole against the fastest dense attention at each shape, and where it begins to be faster.
 step: where a training step's time goes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -24,25 +25,8 @@ PARTS = {
     "nsa_attention": "the whole",
 }
 PEER = "cudnn"
-
-# (least, aim): how many times as fast as the peer, by data, direction and tokens.
-RATIO_TARGETS = {
-    ("random", "forward"): {8192: (1.0, 1.3), 16384: (1.6, 2.1), 32768: (2.5, 3.2), 65536: (4.0, 5.2)},
-    ("correlated", "forward"): {8192: (1.1, 1.4), 16384: (1.9, 2.4), 32768: (3.0, 3.8), 65536: (5.0, 6.5)},
-    ("random", "backward"): {8192: (1.0, 1.5), 16384: (1.8, 2.6), 32768: (3.2, 4.4), 65536: (5.4, 7.5)},
-    ("correlated", "backward"): {65536: (5.8, 8.0)},
-    ("random", "both"): {65536: (4.9, 6.5)},
-}
-# Milliseconds of each part at 64k on random data: (at most, aim).
-PART_TARGETS = {
-    ("compressed_attention", "forward"): (8.5, 7.0),
-    ("select_blocks", "forward"): (6.0, 4.5),
-    ("selected_attention", "forward"): (13.0, 11.0),
-    ("window_attention", "forward"): (3.0, 2.2),
-    ("compressed_attention", "backward"): (None, 20.0),
-    ("selected_attention", "backward"): (None, 18.0),
-    ("window_attention", "backward"): (None, 6.0),
-}
+# Dense attention that computes the same thing; other peers compute something else.
+DENSE = {"cudnn": "cuDNN", "fa2": "FA2", "fa4": "FA4", "sdpa": "SDPA"}
 
 
 def markdown(lines: Lines) -> str:
@@ -61,7 +45,7 @@ def by_problem(rows: list[Row], *names: str) -> dict[tuple[Any, ...], dict[str, 
     """The rows of both directions of each problem."""
     found: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in names), {})[row["direction"]] = row
+        found.setdefault(tuple(row.get(name) for name in names), {})[row["direction"]] = row
     return found
 
 
@@ -131,30 +115,41 @@ def with_both(directions: dict[str, Row]) -> dict[str, tuple[float, float]]:
     return found
 
 
-def verdict(least_reached: bool, aim_reached: bool) -> str:
-    return "aim reached" if aim_reached else "reached" if least_reached else "**missed**"
-
-
-def targets(file: File, rows: list[Row]) -> str:
+def dense(file: File, rows: list[Row]) -> str:
+    """A line for each shape: milliseconds forward / backward; the ratio is of both, bold where this is faster."""
     del file
-    lines = [["tokens", "data", "what", "measured", "at least", "aim", ""]]
     whole = [row for row in rows if row["op"] == "nsa_attention"]
-    for (seqlen, data), directions in by_problem(whole, "seqlen", "data").items():
-        for direction, (own, peer) in with_both(directions).items():
-            least, aim = RATIO_TARGETS.get((data, direction), {}).get(seqlen, (None, None))
-            if least is not None and aim is not None:
-                ratio = peer / own
-                said = verdict(ratio >= least, ratio >= aim)
-                what = f"{PEER} / this, {'forward and backward' if direction == 'both' else direction}"
-                lines.append([f"{seqlen:,}", data, what, f"{ratio:.2f}", f"{least:.1f}", f"{aim:.1f}", said])
-    for row in rows:
-        most, aim = PART_TARGETS.get((row["op"], row["direction"]), (None, None))
-        if aim is not None and row["seqlen"] == 65536 and row["data"] == "random":
-            said = verdict(most is None or row["ms"] <= most, row["ms"] <= aim)
-            said = "" if most is None and row["ms"] > aim else said
-            cells = [f"{row['ms']:.2f} ms", "" if most is None else f"{most:.1f} ms", f"{aim:.1f} ms", said]
-            lines.append([f"{row['seqlen']:,}", row["data"], f"{PARTS[row['op']]}, {row['direction']}", *cells])
-    return f"{machine(rows)}:\n\n{markdown(lines)}"
+    peers = [peer for peer in DENSE if any(peer in row["peers"] for row in whole)]
+    lines = [["heads / KV heads", "d", "tokens", "this, ms", *(f"{DENSE[peer]}, ms" for peer in peers)]]
+    lines[0].append("fastest dense / this")
+    models = any(row.get("model") for row in whole)
+    if models:
+        lines[0].insert(0, "as in")
+    for directions in by_problem(whole, "model", "batch", "seqlen", "heads", "kv_heads", "dk", "data").values():
+        if set(directions) != {"forward", "backward"}:
+            continue
+        pair = directions["forward"], directions["backward"]
+        row = pair[0]
+        own = sum(one["ms"] for one in pair)
+        both = {
+            peer: sum(one["peers"][peer] for one in pair) for peer in peers if all(peer in one["peers"] for one in pair)
+        }
+        tokens = f"{row['batch']} x {thousands(row['seqlen'])}"
+        line = [f"{row['heads']} / {row['kv_heads']}", str(row["dk"]), tokens, in_turn(one["ms"] for one in pair)]
+        line += [in_turn(one["peers"][peer] for one in pair) if peer in both else "" for peer in peers]
+        ratio = min(both.values()) / own if both else None
+        line.append("" if ratio is None else f"**{ratio:.2f}**" if ratio > 1 else f"{ratio:.2f}")
+        lines.append([str(row.get("model", "")), *line] if models else line)
+    data = ", ".join(sorted({f"{row['data']} data" for row in whole}))
+    return f"{machine(whole)}, {data}; forward / backward:\n\n{markdown(lines)}"
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def in_turn(times: Iterable[float]) -> str:
+    return " / ".join(f"{ms:,.2f}" if ms < 10 else f"{ms:,.1f}" for ms in times)
 
 
 def step(file: File, rows: list[Row]) -> str:
@@ -184,4 +179,4 @@ def step(file: File, rows: list[Row]) -> str:
     return f"hidden {first['hidden']}, {first['seqlen']:,} tokens, {machine(rows)}:\n\n{markdown(lines)}"
 
 
-VIEWS = {"parts": parts, "sums": sums, "targets": targets, "step": step}
+VIEWS = {"parts": parts, "sums": sums, "dense": dense, "step": step}

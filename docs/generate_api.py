@@ -32,7 +32,9 @@ def exported() -> dict[str, set[str] | None]:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("nsa_torch."):
             names = {alias.name for alias in node.names if not alias.name.startswith("_")}
             modules[str(node.module).removeprefix("nsa_torch.")] = names
-    return modules | {"reference": None}
+    folder = "integrations/transformers/"
+    integrations: dict[str, set[str] | None] = {f"{folder}convert": {"use_nsa"}, f"{folder}cache": {"NSAModelCache"}}
+    return modules | {"reference": None, "distributed": None} | integrations
 
 
 def definitions(tree: ast.Module, names: set[str] | None) -> list[Definition]:
@@ -170,7 +172,9 @@ def class_text(node: ast.ClassDef) -> Iterator[str]:
 def python_page(module: str, names: set[str] | None) -> str:
     """The page of one module."""
     tree = ast.parse((PACKAGE / f"{module}.py").read_text())
-    title = {"__init__": "# nsa_torch", "reference": "# nsa_torch.reference"}.get(module, f"# nsa_torch: {module}")
+    package, _, last = f"nsa_torch/{module}".replace("/", ".").rpartition(".")
+    plain = f"# {package}.{last}" if module in ("reference", "distributed") else f"# {package}: {last}"
+    title = "# nsa_torch" if module == "__init__" else plain
     parts = [title + "\n", markdown(ast.get_docstring(tree) or "") + "\n"]
     for node in definitions(tree, names):
         if isinstance(node, ast.ClassDef):
@@ -220,7 +224,7 @@ def index(titles: dict[str, str]) -> str:
 def pages() -> dict[str, str]:
     """Every page by its file name."""
     out = {
-        "package.md" if module == "__init__" else f"{module}.md": python_page(module, names)
+        "package.md" if module == "__init__" else f"{module.replace('/', '_')}.md": python_page(module, names)
         for module, names in exported().items()
     }
     out["cpp.md"] = cpp_page(ROOT / "csrc" / "nsa.h")

@@ -5,15 +5,17 @@ Importing loads the library of C++ ops (``torch.ops.nsa``). The functions here a
 :mod:`nsa_torch.reference` the definition in plain PyTorch.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
+from types import ModuleType
 
 from nsa_torch import _library
 
 _library.load()
 
 from nsa_torch.cache import NSACache  # noqa: E402
-from nsa_torch.info import build_info, which_kernel  # noqa: E402
+from nsa_torch.checkpoints import convert_state_dict_0_1  # noqa: E402
+from nsa_torch.info import KernelPlan, build_info, which_kernel  # noqa: E402
 from nsa_torch.module import NSAAttention  # noqa: E402
 from nsa_torch.ops import (  # noqa: E402
     compress,
@@ -31,12 +33,14 @@ except metadata.PackageNotFoundError:  # run from a checkout that was built in p
     __version__ = "0+checkout"
 
 __all__ = [
+    "KernelPlan",
     "NSAAttention",
     "NSACache",
     "build_info",
     "cmake_prefix_path",
     "compress",
     "compressed_attention",
+    "convert_state_dict_0_1",
     "nsa_attention",
     "rotate",
     "select_blocks",
@@ -44,6 +48,13 @@ __all__ = [
     "which_kernel",
     "window_attention",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """nsa_torch.distributed is loaded when it is first asked for: torch.distributed.tensor takes its time."""
+    if name == "distributed":
+        return import_module("nsa_torch.distributed")
+    raise AttributeError(f"module 'nsa_torch' has no attribute {name!r}")
 
 
 def cmake_prefix_path() -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from . import ops
 from .checks import check_at_least, check_divides
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 COMPRESSIONS = ("mlp", "linear", "mean")
 
@@ -66,6 +71,8 @@ class BlockCompression(nn.Module):
         self.block_size = block_size
         self.block_stride = block_stride
         self.compression = compression
+        self.per_head = num_heads is not None
+        self.tensor_parallel: DeviceMesh | None = None  # the ranks that the KV heads are cut over
         shapes: dict[str, tuple[int, ...]] = {}
         if compression != "mean":
             width = hidden if compression == "mlp" else dim
@@ -106,18 +113,28 @@ class BlockCompression(nn.Module):
             self.w1[..., : 2 * self.dim, :] += torch.cat((mean, -mean)).to(self.w1)
             self.w2[..., : 2 * self.dim] += torch.cat((identity, -identity), dim=1).to(self.w2)
 
-    def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        mesh: DeviceMesh | None = None,
+    ) -> Tensor:
         """x (B, T, Hkv, D) -> (B, M, Hkv, D); packed (sum T, Hkv, D) -> (sum T // d, Hkv, D).
 
-        The rows of packed blocks are as `nsa_torch.compress` describes them.
+        The rows of packed blocks are as `nsa_torch.compress` describes them. mesh: x has this rank's part of the
+        heads, which the ranks of this mesh share.
         """
+        weights: tuple[Tensor | None, ...] = (self.pe, self.w1, self.b1, self.w2, self.b2)
+        mesh = mesh if self.tensor_parallel is None else self.tensor_parallel
+        if mesh is not None:
+            from .distributed import local_weight
+
+            weights = tuple(local_weight(weight, mesh, self.per_head) for weight in weights)
         return ops.compress(
             x,
-            self.pe,
-            self.w1,
-            self.b1,
-            self.w2,
-            self.b2,
+            *weights,
             block_size=self.block_size,
             block_stride=self.block_stride,
             cu_seqlens_k=cu_seqlens,

@@ -8,155 +8,26 @@ Of each sequence a layer keeps (l, d: compression block and stride, w: window):
 - k_win, v_win: a ring of the window branch's last w tokens, rotated. No query sees older ones.
 Buffers have fixed shapes and are written in place, and a step reads nothing back to the host: a
 CUDA graph can capture it. Lengths live on the device; the host keeps an upper bound of them, enough
-to refuse an overflow beforehand.
+to refuse an overflow beforehand. Lengths grow when the last layer has finished a step: one that
+failed halfway, by an error or an interrupt, leaves the cache as it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .cache_step import CacheGeometry, CacheStep, RingStep, Sequences
-from .checks import check_at_least, check_divides
+from .cache_step import CacheGeometry
+from .checks import check_at_least, check_divides, check_integers
+from .layer_cache import NSALayerCache
 from .packing import count_blocks
+from .sequences import Reordering, Sequences
+
+__all__ = ["NSACache", "NSALayerCache"]
 
 _FIRST_CAPACITY = 256
-
-
-class NSALayerCache:
-    """The buffers of one layer, made by NSACache; NSAAttention reads and writes them."""
-
-    def __init__(self, sequences: Sequences, index: int, num_kv_heads: int, like: tuple[Tensor, ...]):
-        self.sequences = sequences
-        self.index = index
-        self.capacity = sequences.geometry.capacity
-
-        def pair(rows: int) -> tuple[Tensor, Tensor]:
-            k, v = (x.new_zeros(rows + 1, num_kv_heads, x.size(-1)) for x in like)
-            return k, v
-
-        geometry = sequences.geometry
-        self.k_slc, self.v_slc = pair(geometry.batch_size * geometry.capacity)
-        self.k_cmp, self.v_cmp = pair(geometry.block_rows)
-        self.k_raw, self.v_raw = pair(geometry.batch_size * geometry.raw_size)
-        self.k_win, self.v_win = pair(geometry.batch_size * geometry.window_size)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the buffers, and of the attention over them."""
-        return self.k_slc.dtype
-
-    def begin(self, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> CacheStep:
-        """Start to append `tokens` packed tokens, chunk b of at most max_seqlen to sequence b."""
-        step = self.sequences.begin(self.index, cu_seqlens, tokens, max_seqlen)
-        if step.capacity != self.capacity:
-            self._grow()
-        return step
-
-    def extend_raw(self, step: CacheStep, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add unrotated tokens (N, Hkv, D); returns pending ones and these, in step.raw's slots."""
-        return _extend(self.k_raw, k, step.raw), _extend(self.v_raw, v, step.raw)
-
-    def extend_window(self, step: CacheStep, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rotated tokens (N, Hkv, D); returns all that they see, in step.window's slots."""
-        return _extend(self.k_win, k, step.window), _extend(self.v_win, v, step.window)
-
-    def store_tokens(self, step: CacheStep, k: Tensor, v: Tensor) -> None:
-        """Add rotated selection-branch tokens (N, Hkv, D)."""
-        _store(self.k_slc, k, step.slots)
-        _store(self.v_slc, v, step.slots)
-
-    def store_blocks(self, step: CacheStep, k: Tensor, v: Tensor) -> None:
-        """Add those that are complete of the blocks (R, Hkv, D) made of `extend_raw`'s slots."""
-        _store(self.k_cmp, k, step.block_slots)
-        _store(self.v_cmp, v, step.block_slots)
-
-    def attend(
-        self,
-        step: CacheStep,
-        q: Tensor,
-        gates: Tensor,
-        window_slots: tuple[Tensor, Tensor],
-        *,
-        select_size: int,
-        num_selected: int,
-        num_initial: int,
-        num_local: int,
-        scale: float | None,
-    ) -> Tensor:
-        """The gated sum of the three branches over all that is held, the new tokens included.
-
-        q (N, Hq, Dk) rotated, gates (N, Hq, 3), window_slots of `extend_window` -> (N, Hq, Dv) of
-        q's dtype. The branches are separate ops since each has its own slots: positions count from
-        the end of a slot, so the window's need not hold what no query sees.
-        """
-        geometry, dtype, q = self.sequences.geometry, q.dtype, q.to(self.dtype)
-        queries: dict[str, Any] = {
-            "scale": scale,
-            "cu_seqlens_q": step.cu_seqlens,
-            "max_seqlen_q": step.max_seqlen,
-        }
-        slots = queries | {
-            "cu_seqlens_k": step.cu_slots,
-            "max_seqlen_k": step.capacity,
-            "seqused_k": step.lengths,
-        }
-        ring = queries | {
-            "cu_seqlens_k": step.window.cu_seqlens,
-            "max_seqlen_k": step.window.max_seqlen,
-            "seqused_k": step.window.used,
-        }
-        blocks = slots | {
-            "block_size": geometry.block_size,
-            "block_stride": geometry.block_stride,
-        }
-        o_cmp, lse = ops.compressed_attention(q, self.k_cmp[:-1], self.v_cmp[:-1], **blocks)
-        block_indices = ops.select_blocks(
-            q,
-            self.k_cmp[:-1],
-            lse,
-            select_size=select_size,
-            num_selected=num_selected,
-            num_initial=num_initial,
-            num_local=num_local,
-            **blocks,
-        )
-        o_slc, _ = ops.selected_attention(
-            q, self.k_slc[:-1], self.v_slc[:-1], block_indices, select_size=select_size, **slots
-        )
-        o_win, _ = ops.window_attention(q, *window_slots, window=geometry.window, **ring)
-        g_cmp, g_slc, g_win = gates.unsqueeze(-1).unbind(-2)
-        return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(dtype)
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Every buffer, seen as (B, rows of one sequence, Hkv, D)."""
-        geometry = self.sequences.geometry._replace(capacity=self.capacity)
-        batch = geometry.batch_size
-        rows = {
-            "slc": geometry.capacity,
-            "cmp": geometry.blocks,
-            "raw": geometry.raw_size,
-            "win": geometry.window_size,
-        }
-        names = {f"{tensor}_{branch}": size for branch, size in rows.items() for tensor in "kv"}
-        return {name: getattr(self, name)[: batch * size].unflatten(0, (batch, size)) for name, size in names.items()}
-
-    def _grow(self) -> None:
-        """Move tokens and blocks to buffers of the capacity that the sequences now need."""
-        old, geometry = self.buffers(), self.sequences.geometry
-        rows = {"slc": geometry.batch_size * geometry.capacity, "cmp": geometry.block_rows}
-        with torch.inference_mode(False), torch.no_grad():
-            for name in ("k_slc", "v_slc", "k_cmp", "v_cmp"):
-                buffer = getattr(self, name)
-                setattr(self, name, buffer.new_zeros(rows[name[2:]] + 1, *buffer.shape[1:]))
-            self.capacity = geometry.capacity
-            for name, grown in self.buffers().items():
-                if grown.shape != old[name].shape:
-                    grown[:, : old[name].size(1)] = old[name]
 
 
 class NSACache:
@@ -166,6 +37,14 @@ class NSACache:
     the work of finding every row, and each must be called once a step. Sequences may differ in
     length: pass the module `cu_seqlens` of the new tokens, where a sequence may get none. For
     inference: no gradient flows through a cache.
+
+    A step counts when every layer has finished it. After an error or an interrupt in one, call the
+    model again: what the failed step wrote is undone. `rollback` undoes a step that did finish. A step
+    of several tokens keeps what it overwrites of the rings until the next one begins.
+
+    A step captured in a CUDA graph can be replayed at any length. Tokens past the end of a sequence
+    are left out, on the device, and `overflowed` tells; the next step outside of a graph raises
+    RuntimeError until `crop` or `reset`. Such a step reads the lengths back to the host.
 
     Args:
         batch_size: sequences B.
@@ -231,12 +110,19 @@ class NSACache:
     @property
     def lengths(self) -> Tensor:
         """Tokens of every sequence, (B,) int32 on the device. Not to be changed."""
+        self._sequences.settle_commit()
         return self._sequences.lengths
 
     @property
     def length_bound(self) -> int:
-        """Upper bound of `lengths`, known without a host sync; exact if all chunks were equal."""
-        return self._sequences.length_bound
+        """Upper bound of `lengths`, known without a host sync; exact if all chunks were equal and none captured."""
+        self._sequences.settle_commit()
+        return self.capacity if self._sequences.captured else self._sequences.length_bound
+
+    @property
+    def overflowed(self) -> Tensor:
+        """Sequences that got more tokens than they can hold from replays of a CUDA graph, (B,) bool on the device."""
+        return self._sequences.asked > self.capacity
 
     @property
     def capacity(self) -> int:
@@ -276,39 +162,65 @@ class NSACache:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Forget all tokens, in place. Also the way on after a step that failed halfway."""
+        """Forget all tokens, in place."""
+        self._sequences.forget()
         for layer in self.layers:
             for buffer in layer.buffers().values():
                 buffer.zero_()
-        self._sequences.forget()
+
+    @torch.no_grad()
+    def rollback(self) -> bool:
+        """Undo the last step, exactly, as often as it is called: the cache is as it was before it.
+
+        For what fails after the last layer, such as sampling. A step can be undone until the next one begins, or
+        `crop`, `reorder` or `reset` is called; one in a CUDA graph cannot.
+
+        Returns:
+            Whether there was a step to undo.
+        """
+        return self._sequences.rollback()
 
     @torch.no_grad()
     def reorder(self, index: Tensor) -> None:
         """Sequence b becomes the former sequence index[b], in place (beam search).
 
-        index: (B,) integers. ValueError for another shape.
+        index: (B,) integers. ValueError for another shape, TypeError for a list. If it is interrupted, call it again
+        with the same index: until then every other use but `reset` raises RuntimeError.
         """
-        if tuple(index.shape) != (self.batch_size,):
+        if isinstance(index, Tensor) and tuple(index.shape) != (self.batch_size,):
             got = tuple(index.shape)
             raise ValueError(f"index must be (batch_size,) = ({self.batch_size},), got {got}")
-        index = index.to(self.device)
+        check_integers("index", index, (self.batch_size,))
+        state, index, first = self._sequences, index.to(self.device, copy=True), 0
         buffers = [buffer for layer in self.layers for buffer in layer.buffers().values()]
-        for tensor in (*buffers, self._sequences.lengths, self._sequences.reach):
-            tensor.copy_(tensor.index_select(0, index))
+        tensors = (*buffers, state.lengths, state.reach, state.asked)
+        if state.reordering is not None and torch.equal(state.reordering.order, index):
+            tensors[state.reordering.number].copy_(state.reordering.rows)
+            first = state.reordering.number + 1
+        else:
+            state.settle()
+        for number in range(first, len(tensors)):
+            state.reordering = Reordering(index, number, tensors[number].index_select(0, index))
+            tensors[number].copy_(state.reordering.rows)
+        state.reordering = None
 
     @torch.no_grad()
     def crop(self, length: int | Tensor) -> None:
         """Shorten every sequence to at most `length` tokens (an int, or (B,) integers), exactly.
 
-        The rings hold the last w and l tokens and max_crop more: taking back max_crop tokens always
-        works, and so does emptying a sequence, or cropping one that never outgrew its rings. Reads
-        the lengths back to the host.
+        The rings hold the last w and l tokens and max_crop more, counted from the longest length that a sequence
+        reached since it was last empty: of that, max_crop tokens can always be taken back, in one call or in
+        several. Emptying a sequence always works, and so does cropping one that never outgrew its rings. Reads the
+        lengths back to the host.
 
         Raises:
             ValueError: a negative length, or the rings have lost what the shorter sequence needs.
                 Nothing has changed then.
+            TypeError: a length that is no integer.
         """
+        check_integers("length", length, (), (self.batch_size,))
         state, geometry = self._sequences, self._sequences.geometry
+        state.settle()
         limit = torch.as_tensor(length, device=self.device)
         reach = torch.maximum(state.reach, state.lengths)
         new = torch.minimum(state.lengths, limit).to(torch.int32)
@@ -324,18 +236,10 @@ class NSACache:
                 f"length must take back at most max_crop = {self.max_crop} tokens of a sequence "
                 f"that has outgrown its rings, got {length} for {state.lengths.tolist()}"
             )
-        state.reach.copy_(reach.masked_fill(new == 0, 0))
+        longest = int(new.max())
+        # In this order the rings are never thought to hold more than they do, wherever it is interrupted.
+        state.reach.copy_(reach)
         state.lengths.copy_(new)
-        state.length_bound = int(new.max())
-
-
-def _extend(ring: Tensor, new: Tensor, step: RingStep) -> Tensor:
-    """Write new tokens to the ring; returns the slots of the tokens held before and these."""
-    new = new.to(ring.dtype)
-    slots = None if step.gather is None else torch.cat((ring, new)).index_select(0, step.gather)
-    ring.index_copy_(0, step.write, new)
-    return ring[:-1] if slots is None else slots
-
-
-def _store(buffer: Tensor, new: Tensor, rows: Tensor) -> None:
-    buffer.index_copy_(0, rows, new.to(buffer.dtype))
+        state.length_bound = longest
+        state.reach.masked_fill_(new == 0, 0)
+        state.asked.zero_()

@@ -1,6 +1,13 @@
-"""What the library was built with, and which kernel runs for given shapes."""
+"""What the library was built with, and which kernels run for given shapes."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+
+__all__ = ["KernelPlan", "build_info", "which_kernel"]
 
 
 def build_info() -> dict[str, Any]:
@@ -8,11 +15,45 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``torch`` (version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
-        whether the CPU kernels run in parallel).
+        whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that
+        CUDA kernels were compiled for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``,
+        ``"sm80"``, the portable ones, ``"sm90a"``, those for Hopper).
     """
     from nsa_torch import _C
 
     return _C.build_info()
+
+
+class KernelPlan(tuple[str, str]):
+    """What `which_kernel` answers: the pair (kernel, reason), with the rest of the plan as attributes.
+
+    Attributes:
+        kernel, reason: the kernels' names, joined by " + ", and why these, in words.
+        kernels: the names, as a profile shows them.
+        splits: into how many the rows that see a tile of keys are cut, backward.
+        workspace_bytes: what the call takes beside its results.
+    """
+
+    kernels: tuple[str, ...]
+    splits: int
+    workspace_bytes: int
+
+    def __new__(cls, kernels: Sequence[str], reason: str, splits: int = 1, workspace_bytes: int = 0) -> KernelPlan:
+        plan = super().__new__(cls, (" + ".join(kernels), reason))
+        plan.kernels, plan.splits, plan.workspace_bytes = tuple(kernels), splits, workspace_bytes
+        return plan
+
+    @property
+    def kernel(self) -> str:
+        return self[0]
+
+    @property
+    def reason(self) -> str:
+        return self[1]
+
+    def __repr__(self) -> str:
+        rest = f"splits={self.splits}, workspace_bytes={self.workspace_bytes}"
+        return f"KernelPlan(kernel={self.kernel!r}, reason={self.reason!r}, {rest})"
 
 
 def which_kernel(
@@ -20,37 +61,54 @@ def which_kernel(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    backward: bool = False,
+    capability: tuple[int, int] | None = None,
+    batch: int = 1,
     num_heads: int = 1,
     num_kv_heads: int = 1,
+    head_dim: int = 128,
+    v_head_dim: int | None = None,
+    num_queries: int | None = None,
     num_keys: int = 1,
+    block_size: int = 32,
+    block_stride: int = 16,
     select_size: int = 64,
     num_selected: int = 16,
-) -> tuple[str, str]:
-    """Which kernel an op runs for given shapes, and why.
+    window: int = 512,
+) -> KernelPlan:
+    """Which kernels an op runs for given shapes, and why: what the call itself would decide.
 
     Args:
         op: a function of this package, such as ``"selected_attention"``.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"float64"``.
+        backward: of the op's backward.
+        capability: of the GPU, such as ``(9, 0)``: also of one that is not there. Default: the current GPU's;
+            where there is none, ``(8, 0)``.
+        batch: sequences, each of `num_queries` queries (default `num_keys`) and `num_keys` uncompressed keys.
         num_heads, num_kv_heads: query heads, and key/value heads, which divide them.
-        num_keys: uncompressed keys of a sequence.
-        select_size, num_selected: selection block length and blocks per query.
+        head_dim, v_head_dim: of queries and keys, and of values (default `head_dim`).
+        block_size, block_stride, select_size, num_selected, window: as the ops take them.
 
     Returns:
-        The kernel's name, and the reason in words.
+        (kernel, reason), a pair with more attributes: see `KernelPlan`. Tensors are taken to be contiguous.
 
     Raises:
         ValueError: an argument is out of range; the message names it and what is allowed.
     """
     from nsa_torch import _C
 
-    return _C.choose_kernel(
-        op,
-        device=device,
-        dtype=dtype,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        num_keys=num_keys,
-        select_size=select_size,
-        num_selected=num_selected,
-    )
+    if device == "cuda" and capability is None and _C.build_info()["cuda"] is None:
+        return KernelPlan(["cpu_fallback"], "this build has no CUDA kernels: tensors are copied to the CPU and back")
+    query = _C.KernelQuery()
+    query.op, query.device, query.dtype, query.backward = op, device, dtype, backward
+    if capability is None and device == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    query.capability = (8, 0) if capability is None else capability
+    query.batch, query.num_heads, query.num_kv_heads = batch, num_heads, num_kv_heads
+    query.head_dim, query.v_head_dim = head_dim, head_dim if v_head_dim is None else v_head_dim
+    query.num_queries, query.num_keys = num_keys if num_queries is None else num_queries, num_keys
+    query.block_size, query.block_stride, query.select_size = block_size, block_stride, select_size
+    query.num_selected, query.window = num_selected, window
+    report = _C.which_kernel(query)
+    return KernelPlan(report.kernels, report.reason, report.splits, report.workspace_bytes)

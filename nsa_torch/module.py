@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import checkpoints, ops
 from .block_compression import BlockCompression
 from .cache import NSACache, NSALayerCache
 from .checks import check_at_least, check_divides
+from .heads import NSAInputs, split_heads
+from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
 from .rope import Tables, check_tables, for_heads, rotary_tables, rotate, take_rows
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 __all__ = ["BlockCompression", "NSAAttention", "NSAChoices"]
-
-
-class _Inputs(NamedTuple):
-    """The tensors that attention starts from, in the order of `nsa_attention`.
-
-    Tokens are (B, T) or, packed, (sum T). Queries and keys are rotated, except k_cmp before it is
-    compressed.
-    """
-
-    q: Tensor  # (..., Hq, Dk)
-    k_cmp: Tensor  # (..., Hkv, Dk)
-    v_cmp: Tensor  # (..., Hkv, Dv)
-    k_slc: Tensor
-    v_slc: Tensor
-    k_win: Tensor
-    v_win: Tensor
-    gates: Tensor  # (..., Hq, 3), float32 or float64
 
 
 class NSAChoices(NamedTuple):
@@ -63,14 +53,23 @@ class NSAAttention(nn.Module):
 
     Parameters:
         q_proj: Linear(hidden -> Hq Dk).
-        k_proj, v_proj: Linear(hidden -> 3 Hkv Dk or Dv), the branches in the order compressed, selected, window.
+        k_proj, v_proj: Linear(hidden -> Hkv 3 Dk or Dv): of each head the three branches, in the order compressed,
+            selected, window.
         gate_proj: Linear(hidden -> Hq 3), with a bias; a sigmoid follows.
         o_proj: Linear(Hq Dv -> hidden).
         compress_k, compress_v: BlockCompression of the compressed branch's keys and values.
 
+    For tensor parallelism see `nsa_torch.distributed.tensor_parallel_plan`: a rank has the heads that its parts of the
+    projections give. Checkpoints of version 0.1, whose rows of k_proj and v_proj are ordered (3, Hkv, D), are converted
+    by load_state_dict where their metadata tells the version, as what `torch.save(model.state_dict())` wrote does. A
+    dict without metadata, such as a safetensors file, is taken to be of this version: see
+    `nsa_torch.convert_state_dict_0_1`.
+
     Raises:
         ValueError: a size or an option out of range; the message names it.
     """
+
+    _version = checkpoints.VERSION
 
     def __init__(
         self,
@@ -142,6 +141,14 @@ class NSAAttention(nn.Module):
         for module in (*projections, self.compress_k, self.compress_v):
             module.reset_parameters()
 
+    def _load_from_state_dict(
+        self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # Any other module's state is of version 1, too, such as that of a dense layer whose projections are taken over.
+        if local_metadata.get("version") == 1 and f"{prefix}gate_proj.weight" in state_dict:
+            checkpoints.convert_layer_0_1(state_dict, prefix, self.num_kv_heads)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
     def new_cache(
         self,
         batch_size: int,
@@ -153,6 +160,8 @@ class NSAAttention(nn.Module):
     ) -> NSACache:
         """An empty NSACache for this layer, or for `num_layers` like it, on its device.
 
+        Under tensor parallelism by `tensor_parallel_plan` it has this rank's heads.
+
         dtype: default that of the weights, or under autocast that of autocast.
         """
         weight = self.q_proj.weight
@@ -162,7 +171,7 @@ class NSAAttention(nn.Module):
         return NSACache(
             batch_size,
             max_length,
-            num_kv_heads=self.num_kv_heads,
+            num_kv_heads=self.num_kv_heads // self.ranks,
             head_dim=self.head_dim,
             v_head_dim=self.v_head_dim,
             num_layers=num_layers,
@@ -191,7 +200,9 @@ class NSAAttention(nn.Module):
                 rope_theta: each (B, T, Dk), (1, T, Dk) or (T, Dk), packed (sum T, Dk) or with a
                 leading 1.
             cu_seqlens: (B + 1,) int32 on the same device: where each packed sequence starts and
-                the last one ends.
+                the last one ends. On a GPU tokens may follow the last one, to fill a batch of fixed
+                size: whatever they hold, their rows of the result are zeros, they change no
+                gradient, and a cache does not take them. On the CPU they are refused.
             max_seqlen: at least the longest packed sequence, default sum T.
             cache: continue its sequences, and append to them. With cu_seqlens, packed chunk b
                 continues sequence b. Of a cache of several layers give `cache[i]`. Needs
@@ -201,13 +212,14 @@ class NSAAttention(nn.Module):
             The shape of hidden_states.
 
         Raises:
-            ValueError: a shape that does not fit, or more tokens than the cache can hold.
+            ValueError: a shape that does not fit, more tokens than the cache can hold, or projections that
+                were cut within a head.
             TypeError: cu_seqlens of another dtype or device.
-            RuntimeError: a cache while gradients are recorded.
+            RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
         """
-        x = self._check_tokens(hidden_states, cu_seqlens)
-        if cache is not None:
-            layer = self._check_cache(cache)
+        x, padding = take_tokens(self, hidden_states, cu_seqlens)
+        layer = None if cache is None else check_cache(self, cache)
+        if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
         else:
             inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
@@ -215,7 +227,13 @@ class NSAAttention(nn.Module):
             options |= self._choice_options() | packing
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
             out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
-        return self.o_proj(out.flatten(-2)).view(hidden_states.shape)
+        out = self.o_proj(out.flatten(-2))
+        if padding is not None and not (type(self.o_proj) is nn.Linear and self.o_proj.bias is None):
+            out = out.masked_fill(padding, 0)
+        out = out.view(hidden_states.shape)
+        if layer is not None and x.size(-2) > 0:
+            layer.finish()  # last, so that whatever fails above leaves the cache as it was
+        return out
 
     @torch.no_grad()
     def choices(
@@ -226,8 +244,8 @@ class NSAAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> NSAChoices:
-        """The blocks that every query reads and its gates; arguments as for `forward`."""
-        x = self._check_tokens(hidden_states, cu_seqlens)
+        """The blocks that every query reads and its gates, of this rank's heads; arguments as for `forward`."""
+        x, padding = take_tokens(self, hidden_states, cu_seqlens)
         inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             packing["seqlen_k"] = x.size(1)
@@ -235,7 +253,23 @@ class NSAAttention(nn.Module):
         q, k_cmp, v_cmp = inputs[:3]
         _, lse = ops.compressed_attention(q, k_cmp, v_cmp, **options)
         indices = ops.select_blocks(q, k_cmp, lse, **self._choice_options(), **options)
-        return NSAChoices(indices, inputs.gates)
+        gates = inputs.gates if padding is None else inputs.gates.masked_fill(padding.unsqueeze(-1), 0)
+        return NSAChoices(indices, gates)
+
+    @property
+    def ranks(self) -> int:
+        """Over how many ranks of tensor parallelism the heads are cut."""
+        if self.compress_k.tensor_parallel is not None:
+            return self.compress_k.tensor_parallel.size()
+        weight: Any = getattr(self.o_proj, "weight", None)
+        placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
+        sizes = [weight.device_mesh.size(dim) for dim, cut in enumerate(placements) if cut.is_shard(1)]
+        return math.prod(sizes)
+
+    def _mesh(self, kv_heads: int) -> DeviceMesh | None:
+        """The ranks of tensor parallelism that have the other heads, if this one has not all of them."""
+        whole = kv_heads == self.num_kv_heads
+        return None if whole else getattr(getattr(self.k_proj, "weight", None), "device_mesh", None)
 
     def _block_options(self) -> dict[str, Any]:
         return {"block_size": self.block_size, "block_stride": self.block_stride}
@@ -249,18 +283,13 @@ class NSAAttention(nn.Module):
             return None
         return check_tables(position_embeddings, (*x.shape[:-1], self.head_dim))
 
-    def _project(self, x: Tensor, tables: Tables | None) -> _Inputs:
+    def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:
         """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated."""
         x, tables = self._in_autocast_dtype(x), for_heads(tables)
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (3, self.num_kv_heads, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (3, self.num_kv_heads, self.v_head_dim))
-        k_cmp, k_slc, k_win = k.unbind(-3)
-        v_cmp, v_slc, v_win = v.unbind(-3)
-        logits = self.gate_proj(x).unflatten(-1, (self.num_heads, 3))
-        gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-        q, k_slc, k_win = (rotate(t, tables) for t in (q, k_slc, k_win))
-        return _Inputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate_proj(x)
+        inputs = split_heads(*projected, self.head_dim, self.v_head_dim, self.num_heads // self.num_kv_heads)
+        q, k_slc, k_win = (rotate(t, tables) for t in (inputs.q, inputs.k_slc, inputs.k_win))
+        return inputs._replace(q=q, k_slc=k_slc, k_win=k_win)
 
     def _in_autocast_dtype(self, x: Tensor) -> Tensor:
         """Cast once: autocast would for each of the four projections, and cast back and add each one's gradient."""
@@ -275,7 +304,7 @@ class NSAAttention(nn.Module):
         position_embeddings: Tables | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
-    ) -> tuple[_Inputs, dict[str, Any]]:
+    ) -> tuple[NSAInputs, dict[str, Any]]:
         """The op's inputs for whole sequences, compressed blocks included, and its packing."""
         tokens, size, stride = x.size(-2), self.block_size, self.block_stride
         tables = self._given_tables(position_embeddings, x)
@@ -286,8 +315,9 @@ class NSAAttention(nn.Module):
                 positions = packed_positions(cu_seqlens, tokens)
             tables = rotary_tables(positions, self.head_dim, self.rope_theta, x.dtype)
         inputs = self._project(x, tables)
-        k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        mesh = self._mesh(inputs.k_cmp.size(-2))
+        k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
+        v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
         if tables is not None:
             rows = k_cmp.size(-3)
             if cu_seqlens is None:
@@ -321,13 +351,16 @@ class NSAAttention(nn.Module):
                 cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in tables)
                 tables = cos, sin
         if x.size(0) == 0:
-            return x.new_zeros(0, self.num_heads, self.v_head_dim)
+            return x.new_zeros(0, self.num_heads // self.ranks, self.v_head_dim)
         step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
         if tables is None and self.rope_theta is not None:
             tables = rotary_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
         inputs = self._project(x, tables)
+        if inputs.k_win.size(-2) != (expected := cache.k_win.size(-2)):
+            raise ValueError(f"cache must have the {inputs.k_win.size(-2)} KV heads of k_proj here, got {expected}")
 
-        raw = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
+        raw: dict[str, Any] = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
+        raw["mesh"] = self._mesh(inputs.k_cmp.size(-2))
         k_raw, v_raw = cache.extend_raw(step, inputs.k_cmp, inputs.v_cmp)
         k_cmp = self.compress_k(k_raw.to(inputs.q.dtype), **raw)
         k_cmp = rotate(k_cmp, for_heads(take_rows(tables, step.block_ends)))
@@ -336,51 +369,6 @@ class NSAAttention(nn.Module):
         window_slots = cache.extend_window(step, inputs.k_win, inputs.v_win)
         options = self._choice_options()
         return cache.attend(step, inputs.q, inputs.gates, window_slots, scale=self.scale, **options)
-
-    def _check_like_weight(self, hidden_states: Tensor) -> None:
-        weight = self.q_proj.weight
-        if hidden_states.device != weight.device:
-            raise TypeError(f"hidden_states must be on the layer's device {weight.device}, got {hidden_states.device}")
-        if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
-            raise TypeError(f"hidden_states must have the layer's dtype {weight.dtype}, got {hidden_states.dtype}")
-
-    def _check_tokens(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """hidden_states without the leading 1 that packed ones may have."""
-        shape = tuple(hidden_states.shape)
-        dense, packed = len(shape) == 3, len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
-        if not (dense if cu_seqlens is None else packed) or shape[-1] != self.hidden_size:
-            leading = "B, T" if cu_seqlens is None else "sum T"
-            expected = f"({leading}, hidden_size = {self.hidden_size})"
-            raise ValueError(f"hidden_states must be {expected}, got shape {shape}")
-        if type(self.q_proj) is nn.Linear:  # a quantized or adapted one has rules of its own
-            self._check_like_weight(hidden_states)
-        if cu_seqlens is None:
-            return hidden_states
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            got = tuple(cu_seqlens.shape)
-            raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 1, got shape {got}")
-        if cu_seqlens.dtype != torch.int32:
-            raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
-        return hidden_states.flatten(0, -2)
-
-    def _check_cache(self, cache: NSACache | NSALayerCache) -> NSALayerCache:
-        if isinstance(cache, NSACache):
-            if len(cache) != 1:
-                raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
-            cache = cache[0]
-        geometry = cache.sequences.geometry
-        for name in ("block_size", "block_stride", "window"):
-            expected, got = getattr(self, name), getattr(geometry, name)
-            if got != expected:
-                raise ValueError(f"cache must have {name} {expected}, got {got}")
-        heads = (self.num_kv_heads, self.head_dim, self.v_head_dim)
-        held = (*cache.k_slc.shape[1:], cache.v_slc.size(2))
-        if held != heads:
-            names = "(num_kv_heads, head_dim, v_head_dim)"
-            raise ValueError(f"cache must have {names} {heads}, got {held}")
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            raise RuntimeError("a cache records no gradients: use torch.no_grad()")
-        return cache
 
     def extra_repr(self) -> str:
         heads = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")

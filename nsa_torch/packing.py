@@ -1,8 +1,9 @@
 """Where the tokens and the compressed blocks of packed sequences lie, without a host sync.
 
 Packed sequences follow each other along one dimension; `cu_seqlens` (int32, B + 1) says where each
-starts and the last ends. Their compressed blocks follow each other without gaps, in a tensor of
-sum T // d rows: more than they need, but known without reading the lengths.
+starts and the last ends; on a GPU rows of no sequence may follow. Their compressed blocks follow
+each other without gaps, in a tensor of sum T // d rows: more than they need, but known without
+reading the lengths.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ def sequence_of(cu_rows: Tensor, rows: int) -> Tensor:
     """
     index = torch.arange(rows, device=cu_rows.device, dtype=cu_rows.dtype)
     return torch.searchsorted(cu_rows, index, right=True) - 1
+
+
+def padding_rows(cu_seqlens: Tensor, rows: int) -> Tensor | None:
+    """Which of `rows` packed rows follow the last sequence, (rows, 1) bool; None on the CPU, where that is refused."""
+    if cu_seqlens.device.type == "cpu":
+        return None
+    return mark_padding(cu_seqlens, rows)
+
+
+def mark_padding(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Which of `rows` packed rows follow the last sequence, (rows, 1) bool."""
+    return (torch.arange(rows, device=cu_seqlens.device) >= cu_seqlens[-1]).unsqueeze(-1)
 
 
 class PackedBlocks(NamedTuple):

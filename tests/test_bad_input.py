@@ -39,7 +39,7 @@ class Case(NamedTuple):
         return f"{self.op}-{self.argument}-{self.what}"
 
 
-def _value(value: Any) -> Change:
+def constant(value: Any) -> Change:
     return lambda _: value
 
 
@@ -64,15 +64,15 @@ def _floating(op: str, name: str, *dims: int, like: bool = True) -> Iterator[Cas
         yield Case(op, name, "float64", lambda x: x.double(), TypeError)
         yield Case(op, name, "meta", lambda x: x.to("meta"), TypeError)
     yield Case(op, name, "flat", lambda x: x.flatten(), ValueError)
-    yield Case(op, name, "text", _value("text"), TypeError)
+    yield Case(op, name, "text", constant("text"), TypeError)
     for dim in dims:
         yield Case(op, name, f"cut_{dim}", _cut(dim), ValueError)
 
 
 def _integers(op: str, name: str, *values: int) -> Iterator[Case]:
     for value in values:
-        yield Case(op, name, str(value), _value(value), ValueError)
-    yield Case(op, name, "text", _value("text"), TypeError)
+        yield Case(op, name, str(value), constant(value), ValueError)
+    yield Case(op, name, "text", constant("text"), TypeError)
 
 
 def _lengths(op: str, name: str, total: int) -> Iterator[Case]:
@@ -116,8 +116,8 @@ def _compress() -> Iterator[Case]:
     yield from _integers(op, "block_size", 0, -8, 7)
     yield from _integers(op, "block_stride", 0, -4, 3, 16)
     yield from _lengths(op, "cu_seqlens_k", 32)
-    yield Case(op, "max_seqlen_k", "too_small", _value(19), ValueError, packed=True)
-    yield Case(op, "max_seqlen_k", "text", _value("text"), TypeError, packed=True)
+    yield Case(op, "max_seqlen_k", "too_small", constant(19), ValueError, packed=True)
+    yield Case(op, "max_seqlen_k", "text", constant("text"), TypeError, packed=True)
 
 
 def _queries_keys_values(op: str, k: str, v: str) -> Iterator[Case]:
@@ -135,28 +135,30 @@ def _packing(op: str) -> Iterator[Case]:
     yield from _lengths(op, "cu_seqlens_q", 14)
     yield from _lengths(op, "cu_seqlens_k", 32)
     for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        yield Case(op, name, "missing", _value(None), ValueError, packed=True)
+        yield Case(op, name, "missing", constant(None), ValueError, packed=True)
         yield Case(op, name, "one_sequence_more", lambda x: torch.cat([x, x[-1:]]), ValueError, True)
     yield Case(op, "cu_seqlens_q", "more_than_keys", _set(1, 10), ValueError, packed=True)
     for name, longest in (("max_seqlen_q", 9), ("max_seqlen_k", 20)):
-        yield Case(op, name, "too_small", _value(longest - 1), ValueError, packed=True)
-        yield Case(op, name, "text", _value("text"), TypeError, packed=True)
+        yield Case(op, name, "too_small", constant(longest - 1), ValueError, packed=True)
+        yield Case(op, name, "text", constant("text"), TypeError, packed=True)
 
     def used(values: list[int], dtype: torch.dtype = torch.int32) -> Change:
-        return _value(torch.tensor(values, dtype=dtype))
+        return constant(torch.tensor(values, dtype=dtype))
 
     yield Case(op, "seqused_k", "dense", used([20, 20]), ValueError)
     yield Case(op, "seqused_k", "int64", used([9, 20, 3], torch.int64), TypeError, packed=True)
-    yield Case(op, "seqused_k", "list", _value([9, 20, 3]), TypeError, packed=True)
+    yield Case(op, "seqused_k", "list", constant([9, 20, 3]), TypeError, packed=True)
     yield Case(op, "seqused_k", "two", used([9, 20]), ValueError, packed=True)
     yield Case(op, "seqused_k", "negative", used([9, 20, -1]), ValueError, packed=True)
     yield Case(op, "seqused_k", "more_than_slot", used([9, 20, 4]), ValueError, packed=True)
 
 
 def _scale(op: str) -> Iterator[Case]:
-    yield Case(op, "scale", "nan", _value(torch.nan), ValueError)
-    yield Case(op, "scale", "inf", _value(torch.inf), ValueError)
-    yield Case(op, "scale", "text", _value("text"), TypeError)
+    yield Case(op, "scale", "nan", constant(torch.nan), ValueError)
+    yield Case(op, "scale", "inf", constant(torch.inf), ValueError)
+    yield Case(op, "scale", "text", constant("text"), TypeError)
+    for value in (1e38, -1e38, 1e300):
+        yield Case(op, "scale", str(value), constant(value), ValueError)
 
 
 def _block_sizes(op: str) -> Iterator[Case]:
@@ -206,7 +208,7 @@ def _all_cases() -> Iterator[Case]:
     for op in ("compressed_attention", "select_blocks"):
         yield from _block_sizes(op)
         yield from _integers(op, "seqlen_k", -1, 19, 24)
-        yield Case(op, "seqlen_k", "missing", _value(None), ValueError)
+        yield Case(op, "seqlen_k", "missing", constant(None), ValueError)
         yield Case(op, "k_cmp", "one_block_less", _cut(1), ValueError)
     yield from _floating("select_blocks", "lse", 0, 1, 2)
     yield from _choice("select_blocks")
@@ -218,7 +220,7 @@ def _all_cases() -> Iterator[Case]:
         yield from _floating(op, name, 0, 1, 2, 3)
     yield Case(op, "gates", "int64", lambda x: x.long(), TypeError)
     yield Case(op, "gates", "meta", lambda x: x.to("meta"), TypeError)
-    yield Case(op, "gates", "text", _value("text"), TypeError)
+    yield Case(op, "gates", "text", constant("text"), TypeError)
     for dim in range(4):
         yield Case(op, "gates", f"cut_{dim}", _cut(dim), ValueError)
     yield from _block_sizes(op)
@@ -237,17 +239,17 @@ VALUES += ("too_small", "below_minus_1", "past_the_keys", "far_past", "twice")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_refused(case: Case) -> None:
     """The message starts from the argument's name and says what it got."""
-    _assert_refused(case, "cpu")
+    assert_refused(case, "cpu")
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("case", [case for case in CASES if case.what not in VALUES], ids=str)
 def test_refused_on_cuda(case: Case) -> None:
-    _assert_refused(case, "cuda")
+    assert_refused(case, "cuda")
 
 
-def _assert_refused(case: Case, device: str) -> None:
-    call = _good_call(case.op, case.packed, device)
+def assert_refused(case: Case, device: str) -> None:
+    call = good_call(case.op, case.packed, device)
     changed = case.change(call.get(case.argument))
     if isinstance(changed, Tensor) and changed.device.type == "cpu":
         changed = changed.to(device)
@@ -263,9 +265,9 @@ def _assert_refused(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_the_good_call_is_good(op: str, packed: bool) -> None:
+def test_thegood_call_is_good(op: str, packed: bool) -> None:
     """The cases above differ from this call in one argument."""
-    getattr(nsa_torch, op)(**_good_call(op, packed))
+    getattr(nsa_torch, op)(**good_call(op, packed))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -276,7 +278,7 @@ def test_every_argument_has_a_case(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["compressed_attention", "select_blocks", "selected_attention"])
 def test_fewer_keys_than_queries(op: str) -> None:
-    call = _good_call(op, False)
+    call = good_call(op, False)
     call["q"] = call["q"].repeat(1, 2, 1, 1)
     with pytest.raises(ValueError, match=r"\bq\b.*\bgot\b"):
         getattr(nsa_torch, op)(**call)
@@ -285,10 +287,10 @@ def test_fewer_keys_than_queries(op: str) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_unknown_argument(op: str) -> None:
     with pytest.raises(TypeError, match="block_length"):
-        getattr(nsa_torch, op)(**_good_call(op, False), block_length=3)
+        getattr(nsa_torch, op)(**good_call(op, False), block_length=3)
 
 
-def _good_call(op: str, packed: bool, device: str = "cpu") -> dict[str, Any]:
+def good_call(op: str, packed: bool, device: str = "cpu") -> dict[str, Any]:
     exact = make_packed_inputs(op, SHAPE, LENGTHS) if packed else make_inputs(op, SHAPE)
     inputs: Inputs = exact.to(device, torch.float32)
     return inputs.tensors | inputs.options

@@ -260,8 +260,12 @@ def test_layers_must_agree_on_a_step():
     first(x, cache=cache[0])
     with pytest.raises(ValueError, match="hidden_states must have the tokens that the other layers"):
         second(x[:, :8], cache=cache[1])
-    with pytest.raises(RuntimeError, match=r"cache layers .1. have not seen the previous tokens"):
+    with pytest.warns(UserWarning, match=r"cache layers .1. have not finished the previous step, which is undone"):
         first(x, cache=cache[0])
+    other = torch.tensor([0, 8, 18], dtype=torch.int32)
+    with pytest.raises(ValueError, match="hidden_states must have the tokens that the other layers"):
+        second(x.flatten(0, 1), cu_seqlens=other, max_seqlen=9, cache=cache[1])
+    assert cache.lengths.tolist() == [0, 0] and cache.length_bound == 0
     cache.reset()
     assert_same(first(x, cache=cache[0]), first(x))
     with pytest.raises(ValueError, match=r"cache must be of one layer .give cache.i.., got 2"):

@@ -209,3 +209,30 @@ def test_exported_program_trains():
     program = torch.export.export(module, (x,))
     exported = program.module()
     assert_same(train(loss_of, exported, x), train(loss_of, module, x), 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:cache layers")
+def test_compiled_steps_are_rolled_back():
+    """After a step that failed halfway, and when asked for, with rings that have been written round."""
+    layers = [make() for _ in range(2)]
+    cache = layers[0].new_cache(2, 64, num_layers=2)
+
+    def model(x: Tensor, caches) -> Tensor:
+        return layers[1](x + layers[0](x, cache=caches[0]), cache=caches[1])
+
+    x = tokens(2, 40)
+    expected = model(x, [None] * 2)
+    function = compiled(model)
+    done = 0
+    for size in (20, 14, 1, 5):
+        part, end = x[:, done : done + size].contiguous(), done + size
+        if size == 14:
+            layers[0](tokens(2, 5, seed=done), cache=cache[0])  # an eager step that ends here
+        torch.testing.assert_close(function(part, cache), expected[:, done:end], rtol=1e-5, atol=1e-5)
+        assert cache.rollback() and cache.lengths.tolist() == [done, done] and cache.length_bound == done
+        function(tokens(2, size, seed=done), cache)
+        cache.rollback()
+        torch.testing.assert_close(function(part, cache), expected[:, done:end], rtol=1e-5, atol=1e-5)
+        done = end
+    assert cache.lengths.tolist() == [40, 40]

@@ -16,6 +16,10 @@ import nsa_torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CURRENT = [page for page in PAGES if "notes" not in page.parts]
+# A time, a rate, or a ratio of speeds.
+RATIO = r"\d[\d.,]* ?(?:x|times) (?:as fast|faster|its speed)"
+MEASURED = re.compile(rf"\d[\d.,]* ?(?:ms|us|µs|[TG]FLOP/s|[TG]B/s)\b|{RATIO}")
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 PUBLIC = [getattr(nsa_torch, name) for name in nsa_torch.__all__ if not name.startswith("_")]
 DOCUMENTED = [item for item in PUBLIC if inspect.isfunction(item) or inspect.isclass(item)]
@@ -85,6 +89,17 @@ def test_readme_examples_run() -> None:
     torch.testing.assert_close(decoded, names["y"].detach(), atol=1e-5, rtol=1e-4)
 
 
+def test_the_readme_is_read_in_two_minutes() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: str(page.relative_to(ROOT)))
+def test_measured_figures_stand_in_tables_that_are_made(page: Path) -> None:
+    """Of pages that say how things are now; notes are records of a day."""
+    prose = re.sub(r"<!-- table: .*?<!-- end of table -->", "", page.read_text(), flags=re.DOTALL)
+    assert MEASURED.findall(prose) == []
+
+
 def test_defaults_in_the_maths_are_those_of_the_code() -> None:
     table = re.findall(r"^\| [^|]+\| ([^|]+)\|[^|]+\| ([\d, ]+) \|$", (ROOT / "docs/math.md").read_text(), flags=re.M)
     stated = {
@@ -111,6 +126,14 @@ def test_defaults_in_the_maths_are_those_of_the_code() -> None:
 def test_files_that_commands_name_exist(page: Path) -> None:
     for name in re.findall(r"\b(?:tests|benchmarks|examples|tools|docs)/[\w/]+\.(?:py|md)\b", page.read_text()):
         assert (ROOT / name).exists(), name
+
+
+def test_pages_that_sources_name_exist() -> None:
+    folders = ("csrc", "nsa_torch", "benchmarks", "tools", "examples")
+    for source in (path for folder in folders for path in (ROOT / folder).rglob("*")):
+        if source.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
+            for name in re.findall(r"\bdocs/[\w/]+\.md\b", source.read_text()):
+                assert (ROOT / name).exists(), f"{source.relative_to(ROOT)}: {name}"
 
 
 def test_commands_in_the_documents_are_targets_of_the_makefile() -> None:

@@ -67,8 +67,8 @@ def reference_forward(module: NSAAttention, x: Tensor) -> Tensor:
     batch, length, _ = x.shape
     position = torch.arange(length)
     q = turn(module.q_proj(x).view(batch, length, heads, -1), position, theta)
-    k = module.k_proj(x).view(batch, length, 3, kv_heads, -1)
-    v = module.v_proj(x).view(batch, length, 3, kv_heads, -1)
+    k = module.k_proj(x).view(batch, length, kv_heads, 3, -1).transpose(2, 3)
+    v = module.v_proj(x).view(batch, length, kv_heads, 3, -1).transpose(2, 3)
     k_cmp = compress_by_reference(module.compress_k, k[:, :, 0])
     last = torch.arange(k_cmp.size(1)) * module.block_stride + module.block_size - 1
     out = reference.nsa_attention(
@@ -172,8 +172,8 @@ def dense_forward(module: NSAAttention, x: Tensor, branch: int) -> Tensor:
     batch, length, _ = x.shape
     position = torch.arange(length)
     q = turn(module.q_proj(x).unflatten(-1, (HEADS, DK)), position, module.rope_theta)
-    k = module.k_proj(x).view(batch, length, 3, KV_HEADS, DK)[:, :, branch]
-    v = module.v_proj(x).view(batch, length, 3, KV_HEADS, DV)[:, :, branch]
+    k = module.k_proj(x).view(batch, length, KV_HEADS, 3, DK)[:, :, :, branch]
+    v = module.v_proj(x).view(batch, length, KV_HEADS, 3, DV)[:, :, :, branch]
     out, _ = reference.dense_attention(q, turn(k, position, module.rope_theta), v)
     return module.o_proj(out.flatten(2))
 

@@ -99,7 +99,7 @@ def test_wheel_has_the_library_the_header_and_the_cmake_package(wheel: Path) -> 
         "nsa_torch/py.typed",
         "nsa_torch/include/nsa.h",
         "nsa_torch/share/cmake/nsa_torch/nsa_torchConfig.cmake",
-        *(f"nsa_torch/{path.name}" for path in (ROOT / "nsa_torch").glob("*.py")),
+        *(str(path.relative_to(ROOT)) for path in (ROOT / "nsa_torch").rglob("*.py")),
     }
     assert expected <= names
     assert len([name for name in names if re.fullmatch(r"nsa_torch/_C\..*so", name)]) == 1
@@ -169,6 +169,7 @@ def test_nsa_cuda(value: str, sources: Path) -> None:
         with_cuda = value == "1" or (value == "" and toolkit)
         assert (f"with CUDA {torch.version.cuda}" if with_cuda else "without CUDA") in result.stdout
         assert len(re.findall("building for torch", result.stdout)) == 1
+        assert ("compiling for compute capabilities" in result.stdout) == with_cuda
 
 
 def test_build_requirements_are_stated_alike() -> None:

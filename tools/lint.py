@@ -143,8 +143,8 @@ def docs(fix: bool) -> bool:
 
 
 def tables(fix: bool) -> bool:
-    """The README's tables say what was measured."""
-    return run(sys.executable, "benchmarks/table.py", "--write" if fix else "--check", "README.md")
+    """Tables of figures say what was measured."""
+    return run(sys.executable, "benchmarks/table.py", "--write" if fix else "--check")
 
 
 def text_findings(path: Path) -> Iterator[str]:

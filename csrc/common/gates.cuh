@@ -1,8 +1,8 @@
 // Gates of the branches: how they are read, and 16 bytes of the sum that they weigh.
 #pragma once
 
-#include "common/matrix.cuh"
 #include "common/params.h"
+#include "common/sm80/mma.cuh"
 
 namespace nsa {
 

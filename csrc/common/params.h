@@ -81,8 +81,9 @@ struct Divisor {
   }
 };
 
-// The sequences of a call: dense ones all have the same lengths; packed ones lie between cumulative lengths.
-struct Sequences {
+// How the sequences of a call lie in its tensors: dense ones all have the same lengths; packed ones lie between
+// cumulative lengths.
+struct SequenceLayout {
   int32_t batch;
   int32_t heads_kv;
   int32_t group;  // G: query heads that share a KV head
@@ -96,6 +97,12 @@ struct Sequences {
 
   NSA_HOST_DEVICE bool packed() const { return cumulative_k != nullptr; }
 };
+
+// Slots for the tiles of all sequences (common/sequences.cuh): what a grid must cover. `total` counts things, of one
+// sequence when dense.
+inline int64_t count_slots(const SequenceLayout& s, int64_t total, int64_t per_tile) {
+  return s.packed() ? total / per_tile + s.batch : s.batch * ceil_div(total, per_tile);
+}
 
 // One of them. `batch` is 0 for a packed one, whose tokens start at q_begin and k_begin.
 struct SequencePlace {

@@ -10,7 +10,7 @@ struct Row {
   int32_t head;   // among all query heads
 };
 
-__device__ inline Row row_at(const Sequences& s, int32_t head_kv, int32_t row) {
+__device__ inline Row row_at(const SequenceLayout& s, int32_t head_kv, int32_t row) {
   const int32_t query = static_cast<int32_t>(s.by_group.divide(static_cast<uint32_t>(row)));
   return {query, head_kv * s.group + row - query * s.group};
 }

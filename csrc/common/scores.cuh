@@ -1,7 +1,7 @@
-// The two products that every attention kernel is made of, for the fragments of common/tile.cuh.
+// The two products that every attention kernel is made of, for the fragments of common/sm80/tile.cuh.
 #pragma once
 
-#include "common/tile.cuh"
+#include "common/sm80/tile.cuh"
 
 namespace nsa {
 

@@ -9,18 +9,13 @@
 
 namespace nsa {
 
-// Slots for all sequences: what a grid must cover. `total` counts things, of one sequence when dense.
-inline int64_t count_slots(const Sequences& s, int64_t total, int64_t per_tile) {
-  return s.packed() ? total / per_tile + s.batch : s.batch * ceil_div(total, per_tile);
-}
-
 struct Tile {
   int32_t sequence;
   int32_t index;  // within the sequence; may lie past its end
 };
 
 // `scale`: things per entry of `cumulative` (the group, when rows are cut).
-__device__ inline Tile find_tile(const Sequences& s, const int32_t* cumulative, int64_t scale, int64_t length,
+__device__ inline Tile find_tile(const SequenceLayout& s, const int32_t* cumulative, int64_t scale, int64_t length,
                                  int64_t per_tile, int64_t slot) {
   if (cumulative == nullptr) {
     const int64_t tiles = ceil_div(length, per_tile);
@@ -41,7 +36,7 @@ __device__ inline Tile find_tile(const Sequences& s, const int32_t* cumulative, 
 }
 
 // Which sequence query number `token` of the whole batch belongs to, and its place there.
-__device__ inline Tile find_query(const Sequences& s, int64_t token) {
+__device__ inline Tile find_query(const SequenceLayout& s, int64_t token) {
   if (s.cumulative_q == nullptr) {
     return {static_cast<int32_t>(token / s.length_q), static_cast<int32_t>(token % s.length_q)};
   }
@@ -58,7 +53,7 @@ __device__ inline Tile find_query(const Sequences& s, int64_t token) {
   return {low, static_cast<int32_t>(token - s.cumulative_q[low])};
 }
 
-__device__ inline SequencePlace place_of(const Sequences& s, int32_t sequence) {
+__device__ inline SequencePlace place_of(const SequenceLayout& s, int32_t sequence) {
   SequencePlace place{};
   if (!s.packed()) {
     place.batch = sequence;

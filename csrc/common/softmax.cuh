@@ -1,9 +1,9 @@
-// The running softmax of a warp's rows, held as accumulators (common/tile.cuh): two rows per lane and 16 x 8 tile, four
-// lanes per row.
+// The running softmax of a warp's rows, held as accumulators (common/sm80/tile.cuh): two rows per lane and 16 x 8 tile,
+// four lanes per row.
 #pragma once
 
 #include "common/rows.cuh"
-#include "common/tile.cuh"
+#include "common/sm80/tile.cuh"
 
 namespace nsa {
 

@@ -3,9 +3,9 @@
 #include <torch/library.h>
 
 #include "common/geometry.h"
-#include "compression/phi.h"
+#include "compression/cpu/phi.h"
 #if defined(NSA_CUDA_VERSION)
-#include "compression/cuda.h"
+#include "compression/cuda/phi.h"
 #endif
 #include "host/backend.h"
 #include "host/checks.h"
@@ -47,6 +47,7 @@ c10::SymInt check_compress(const at::Tensor& x, const PhiWeights& weights, int64
                     x.sym_sizes());
   TORCH_CHECK_VALUE(x.sym_size(-1) >= 1 && x.sym_size(-2) >= 1,
                     "x must have at least one head and one channel, got shape ", x.sym_sizes());
+  check_maximum("max_seqlen_k", packing.max_seqlen_k);
   if (packing.packed()) {
     check_cumulative_vector("cu_seqlens_k", *packing.cu_seqlens_k, "x", x);
   }

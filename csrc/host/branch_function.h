@@ -11,6 +11,7 @@ namespace nsa {
 
 inline void save_options(torch::autograd::AutogradContext* ctx, const AttentionOptions& options) {
   auto& saved = ctx->saved_data;
+  saved["branch"] = static_cast<int64_t>(options.branch);
   saved["seqlen_k"] = options.seqlen_k;
   saved["block_size"] = options.block_size;
   saved["block_stride"] = options.block_stride;
@@ -29,6 +30,7 @@ inline std::vector<OptionalTensor> option_tensors(const AttentionOptions& option
 inline AttentionOptions load_options(torch::autograd::AutogradContext* ctx, const OptionalTensor* tensors) {
   auto& saved = ctx->saved_data;
   return {
+      .branch = static_cast<Branch>(saved["branch"].toInt()),
       .seqlen_k = load_optional_int(ctx, "seqlen_k"),
       .block_size = saved["block_size"].toInt(),
       .block_stride = saved["block_stride"].toInt(),

@@ -56,6 +56,8 @@ void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef
 
 void check_scale(const std::optional<double>& scale) {
   TORCH_CHECK_VALUE(!scale.has_value() || std::isfinite(*scale), "scale must be finite, got ", *scale);
+  TORCH_CHECK_VALUE(!scale.has_value() || std::abs(*scale) <= kLargestScale, "scale must lie between -", kLargestScale,
+                    " and ", kLargestScale, ", got ", *scale);
 }
 
 void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name,
@@ -66,32 +68,44 @@ void check_cumulative_vector(const char* name, const at::Tensor& lengths, const 
                     ", ", like.sym_size(0), ", got no sequence");
 }
 
-void check_at_least(const char* name, int64_t value, int64_t least) {
+void check_size(const char* name, int64_t value, int64_t least) {
   TORCH_CHECK_VALUE(value >= least, name, " must be at least ", least, ", got ", value);
+  TORCH_CHECK_VALUE(value <= kLargestSize, name, " must be at most ", kLargestSize, ", got ", value);
+}
+
+void check_window_length(const c10::SymInt& window) {
+  TORCH_CHECK_VALUE(window >= 1, "window must be at least 1, the query's own key, got ", window);
+}
+
+void check_maximum(const char* name, const std::optional<c10::SymInt>& maximum) {
+  const std::optional<int64_t> known = maximum.has_value() ? maximum->maybe_as_int() : std::nullopt;
+  TORCH_CHECK_VALUE(!known.has_value() || *known >= 0, name, " must be at least 0, got ", *known);
 }
 
 void check_block_sizes(int64_t block_size, int64_t block_stride, std::optional<int64_t> select_size) {
-  check_at_least("block_size", block_size, 1);
-  check_at_least("block_stride", block_stride, 1);
+  check_size("block_size", block_size, 1);
+  check_size("block_stride", block_stride, 1);
   TORCH_CHECK_VALUE(block_size % block_stride == 0, "block_stride must divide block_size, got block_stride ",
                     block_stride, " and block_size ", block_size);
   if (select_size.has_value()) {
-    check_at_least("select_size", *select_size, 1);
+    check_size("select_size", *select_size, 1);
     TORCH_CHECK_VALUE(*select_size % block_stride == 0, "block_stride must divide select_size, got block_stride ",
                       block_stride, " and select_size ", *select_size);
   }
 }
 
 void check_block_budget(int64_t num_selected, int64_t num_initial, int64_t num_local) {
-  check_at_least("num_selected", num_selected, 1);
-  check_at_least("num_initial", num_initial, 0);
-  check_at_least("num_local", num_local, 0);
+  check_size("num_selected", num_selected, 1);
+  check_size("num_initial", num_initial, 0);
+  check_size("num_local", num_local, 0);
   TORCH_CHECK_VALUE(num_selected >= num_initial + num_local,
                     "num_selected must be at least num_initial + num_local, the forced blocks, got num_selected ",
                     num_selected, ", num_initial ", num_initial, ", num_local ", num_local);
 }
 
 void check_packing(const Packing& packing, const char* like_name, const at::Tensor& like) {
+  check_maximum("max_seqlen_q", packing.max_seqlen_q);
+  check_maximum("max_seqlen_k", packing.max_seqlen_k);
   TORCH_CHECK_VALUE(packing.cu_seqlens_q.has_value() == packing.cu_seqlens_k.has_value(),
                     "cu_seqlens_q and cu_seqlens_k must be given together, got only cu_seqlens_",
                     packing.cu_seqlens_q.has_value() ? "q" : "k");

@@ -12,6 +12,11 @@
 
 namespace nsa {
 
+// The most that a number of keys, blocks or heads may be: sums and products of two of them are far from overflow, and
+// the CUDA kernels count in 32 bits.
+constexpr int64_t kLargestSize = 0x7fffffff;
+constexpr double kLargestScale = 1e30;
+
 // q, k and v of one branch; the names are those the caller used, for the messages.
 struct AttentionNames {
   const char* q = "q";
@@ -29,15 +34,21 @@ void check_like(const char* name, const at::Tensor& tensor, const char* other_na
 // `tensor` has exactly this shape; `meaning` spells it, such as "(B, Tq, Hq, 3)".
 void check_shape(const char* name, const at::Tensor& tensor, c10::SymIntArrayRef shape, const char* meaning);
 
-// A finite softmax scale, or none.
+// A softmax scale whose scores float32 can hold, or none.
 void check_scale(const std::optional<double>& scale);
 
 // An int32 vector of B + 1 cumulative lengths on `like`'s device.
 void check_cumulative_vector(const char* name, const at::Tensor& lengths, const char* like_name,
                              const at::Tensor& like);
 
-// At least `least`.
-void check_at_least(const char* name, int64_t value, int64_t least);
+// Within `least` and kLargestSize.
+void check_size(const char* name, int64_t value, int64_t least);
+
+// A window of at least 1. Any length is: one that reaches past the first key sees all of them.
+void check_window_length(const c10::SymInt& window);
+
+// An upper bound of lengths, where one is given, at least 0; of a symbol nothing is asked.
+void check_maximum(const char* name, const std::optional<c10::SymInt>& maximum);
 
 // block_stride divides block_size, and select_size when it is given.
 void check_block_sizes(int64_t block_size, int64_t block_stride, std::optional<int64_t> select_size = std::nullopt);

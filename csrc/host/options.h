@@ -21,7 +21,10 @@ using OptionalDouble = std::optional<double>;
 using OutAndLse = std::tuple<at::Tensor, at::Tensor>;
 using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
 
+enum class Branch { kCompressed, kSelected, kWindow };
+
 struct AttentionOptions {
+  Branch branch = Branch::kCompressed;
   OptionalInt seqlen_k;      // compressed: uncompressed keys of a dense call
   int64_t block_size = 0;    // compressed
   int64_t block_stride = 0;  // compressed
@@ -37,10 +40,10 @@ inline double softmax_scale(const OptionalDouble& scale, int64_t head_dim) {
 }
 
 // The sequences of an op on compressed keys, whose tensors do not tell how many uncompressed keys there were.
-inline std::vector<Sequence> list_compressed_sequences(const at::Tensor& q, const at::Tensor& k_cmp,
-                                                       const AttentionOptions& options) {
-  return list_compressed_sequences(options.packing, q.size(0), q.size(-3), k_cmp.size(-3), options.seqlen_k,
-                                   options.block_size, options.block_stride);
+inline std::vector<SequencePlace> place_compressed_sequences(const at::Tensor& q, const at::Tensor& k_cmp,
+                                                             const AttentionOptions& options) {
+  return place_compressed_sequences(options.packing, q.size(0), q.size(-3), k_cmp.size(-3), options.seqlen_k,
+                                    options.block_size, options.block_stride);
 }
 
 }  // namespace nsa

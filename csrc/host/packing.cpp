@@ -28,8 +28,24 @@ void check_total(const char* name, const at::Tensor& lengths, int64_t total) {
   TORCH_CHECK_VALUE(last == total, name, " must end with the number of tokens, ", total, ", got ", last);
 }
 
+// The last query sees the last key.
+SequencePlace place(int64_t batch, int64_t q_begin, int64_t q_length, int64_t k_begin, int64_t k_length,
+                    int64_t cmp_begin) {
+  constexpr int64_t kMost = 0x7fffffff;
+  TORCH_CHECK_VALUE(q_length <= kMost && k_length <= kMost, "q must have fewer than 2^31 tokens a sequence, got ",
+                    q_length, " and ", k_length, " keys");
+  return {.batch = batch,
+          .q_begin = q_begin,
+          .q_length = static_cast<int32_t>(q_length),
+          .k_begin = k_begin,
+          .k_length = static_cast<int32_t>(k_length),
+          .cmp_begin = cmp_begin,
+          .offset = static_cast<int32_t>(k_length - q_length)};
+}
+
 // Packed sequences, with room for the blocks of every slot.
-std::vector<Sequence> list_packed(const Packing& packing, int64_t tokens_q, int64_t block_size, int64_t block_stride) {
+std::vector<SequencePlace> list_packed(const Packing& packing, int64_t tokens_q, int64_t block_size,
+                                       int64_t block_stride) {
   const at::Tensor cu_q = packing.cu_seqlens_q->contiguous();
   const at::Tensor cu_k = packing.cu_seqlens_k->contiguous();
   check_cumulative("cu_seqlens_q", cu_q, packing.max_seqlen_q, "max_seqlen_q");
@@ -39,7 +55,7 @@ std::vector<Sequence> list_packed(const Packing& packing, int64_t tokens_q, int6
   const int32_t* k = cu_k.const_data_ptr<int32_t>();
   const at::Tensor seqused = packing.seqused_k.has_value() ? packing.seqused_k->contiguous() : at::Tensor();
   const int32_t* used = seqused.defined() ? seqused.const_data_ptr<int32_t>() : nullptr;
-  std::vector<Sequence> sequences;
+  std::vector<SequencePlace> sequences;
   int64_t cmp_begin = 0;
   for (int64_t b = 0; b < cu_k.numel() - 1; ++b) {
     const int64_t slot = k[b + 1] - k[b];
@@ -49,16 +65,16 @@ std::vector<Sequence> list_packed(const Packing& packing, int64_t tokens_q, int6
                       " keys, got ", k_length, " for sequence ", b);
     TORCH_CHECK_VALUE(q_length <= k_length, "cu_seqlens_q must not give a sequence more queries than keys, got ",
                       q_length, " queries and ", k_length, " keys for sequence ", b);
-    sequences.push_back({0, q[b], q_length, k[b], k_length, cmp_begin});
+    sequences.push_back(place(0, q[b], q_length, k[b], k_length, cmp_begin));
     cmp_begin += num_compressed_blocks(slot, block_size, block_stride);
   }
   return sequences;
 }
 
-std::vector<Sequence> list_dense(int64_t batch, int64_t q_length, int64_t k_length) {
-  std::vector<Sequence> sequences;
+std::vector<SequencePlace> list_dense(int64_t batch, int64_t q_length, int64_t k_length) {
+  std::vector<SequencePlace> sequences;
   for (int64_t b = 0; b < batch; ++b) {
-    sequences.push_back({b, 0, q_length, 0, k_length, 0});
+    sequences.push_back(place(b, 0, q_length, 0, k_length, 0));
   }
   return sequences;
 }
@@ -71,24 +87,24 @@ void check_cumulative_lengths(const char* name, const at::Tensor& lengths, int64
   check_total(name, lengths.contiguous(), tokens);
 }
 
-std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k) {
+std::vector<SequencePlace> place_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k) {
   if (!packing.packed()) {
     return list_dense(batch, tokens_q, tokens_k);
   }
-  std::vector<Sequence> sequences = list_packed(packing, tokens_q, 1, 1);
+  std::vector<SequencePlace> sequences = list_packed(packing, tokens_q, 1, 1);
   check_total("cu_seqlens_k", packing.cu_seqlens_k->contiguous(), tokens_k);
   return sequences;
 }
 
-std::vector<Sequence> list_compressed_sequences(const Packing& packing, int64_t batch, int64_t tokens_q,
-                                                int64_t tokens_cmp, const std::optional<c10::SymInt>& seqlen_k,
-                                                int64_t block_size, int64_t block_stride) {
+std::vector<SequencePlace> place_compressed_sequences(const Packing& packing, int64_t batch, int64_t tokens_q,
+                                                      int64_t tokens_cmp, const std::optional<c10::SymInt>& seqlen_k,
+                                                      int64_t block_size, int64_t block_stride) {
   if (!packing.packed()) {
     return list_dense(batch, tokens_q, seqlen_k->guard_int(__FILE__, __LINE__));
   }
-  std::vector<Sequence> sequences = list_packed(packing, tokens_q, block_size, block_stride);
+  std::vector<SequencePlace> sequences = list_packed(packing, tokens_q, block_size, block_stride);
   if (!sequences.empty()) {
-    const Sequence& last = sequences.back();
+    const SequencePlace& last = sequences.back();
     const int64_t needed = last.cmp_begin + num_compressed_blocks(last.k_length, block_size, block_stride);
     TORCH_CHECK_VALUE(needed <= tokens_cmp, "k_cmp must hold the ", needed, " blocks of cu_seqlens_k, got ",
                       tokens_cmp);

@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "common/params.h"
+
 namespace nsa {
 
 struct Packing {
@@ -20,30 +22,17 @@ struct Packing {
   bool packed() const { return cu_seqlens_k.has_value(); }
 };
 
-// One sequence of a call. `batch` is 0 for a packed one, whose tokens start at the offsets.
-struct Sequence {
-  int64_t batch;
-  int64_t q_begin;
-  int64_t q_length;
-  int64_t k_begin;
-  int64_t k_length;   // in use
-  int64_t cmp_begin;  // first compressed block
-
-  // The last query sees the last key.
-  int64_t position(int64_t query) const { return k_length - q_length + query; }
-};
-
 // ValueError unless `lengths` rise from 0 to `tokens` by at most `maximum` at a time.
 void check_cumulative_lengths(const char* name, const at::Tensor& lengths, int64_t tokens, const char* maximum_name,
                               const std::optional<c10::SymInt>& maximum);
 
-// The sequences of a call on the CPU, read from the lengths. ValueError when the lengths contradict the tensors, which
-// hold `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
-std::vector<Sequence> list_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k);
+// Where the sequences of a call on the CPU lie, read from the lengths. ValueError when the lengths contradict the
+// tensors, which hold `tokens_q` queries and `tokens_k` keys (of one batch entry when dense).
+std::vector<SequencePlace> place_sequences(const Packing& packing, int64_t batch, int64_t tokens_q, int64_t tokens_k);
 
 // The same for an op whose keys are compressed: `tokens_cmp` compressed ones, of `seqlen_k` keys when dense.
-std::vector<Sequence> list_compressed_sequences(const Packing& packing, int64_t batch, int64_t tokens_q,
-                                                int64_t tokens_cmp, const std::optional<c10::SymInt>& seqlen_k,
-                                                int64_t block_size, int64_t block_stride);
+std::vector<SequencePlace> place_compressed_sequences(const Packing& packing, int64_t batch, int64_t tokens_q,
+                                                      int64_t tokens_cmp, const std::optional<c10::SymInt>& seqlen_k,
+                                                      int64_t block_size, int64_t block_stride);
 
 }  // namespace nsa

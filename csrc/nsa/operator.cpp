@@ -6,14 +6,14 @@
 #include <ATen/TensorOperators.h>
 #include <torch/library.h>
 
-#include "attention/branches.h"
 #include "host/autograd.h"
 #include "host/checks.h"
-#include "selected/branch.h"
+#include "range/branches.h"
+#include "selected/branches.h"
 #if defined(NSA_CUDA_VERSION)
-#include "attention/cuda.h"
-#include "nsa/cuda.h"
-#include "selected/cuda.h"
+#include "nsa/cuda/call.h"
+#include "range/cuda/call.h"
+#include "selected/cuda/call.h"
 #endif
 
 namespace nsa {
@@ -24,7 +24,7 @@ void check_nsa(const NsaInputs& in, const AttentionOptions& options) {
   constexpr AttentionNames kSelected{"q", "k_slc", "v_slc"};
   check_scale(options.scale);
   check_block_sizes(options.block_size, options.block_stride, options.select_size);
-  TORCH_CHECK_VALUE(options.window >= 1, "window must be at least 1, the query's own key, got ", options.window);
+  check_window_length(options.window);
   check_queries_keys(in.q, in.k_slc, options.packing, kSelected);
   check_values(in.q, in.k_slc, in.v_slc, kSelected);
   check_query_length(in.q, in.k_slc.sym_size(-3), "q", "k_slc", options.packing);
@@ -135,13 +135,14 @@ NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, cons
                            const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
   const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);
   AttentionOptions of_window = options;
-  of_window.block_size = of_window.block_stride = 0;
+  of_window.branch = Branch::kWindow;
   auto [dq, dk_cmp, dv_cmp] =
       cuda::range_attention_backward(grad_out, in.q, in.k_cmp, in.v_cmp, gates.rows[0], options);
   auto [dq_slc, dk_slc, dv_slc] =
       cuda::selected_attention_backward(grad_out, in.q, in.k_slc, in.v_slc, gates.rows[1], options, dq);
   auto [dq_win, dk_win, dv_win] =
       cuda::range_attention_backward(grad_out, in.q, in.k_win, in.v_win, gates.rows[2], of_window, dq);
+  cuda::fill_unused_rows(options.packing, {{dq}, {gates.grad_gates}});
   return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, gates.grad_gates};
 }
 #endif

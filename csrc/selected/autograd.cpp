@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "host/branch_function.h"
-#include "selected/branch.h"
+#include "selected/branches.h"
 
 namespace nsa {
 namespace {

@@ -5,10 +5,10 @@
 #include "host/checks.h"
 #include "host/options.h"
 #include "host/results.h"
-#include "selected/cpu.h"
+#include "selected/cpu/kernels.h"
 #if defined(NSA_CUDA_VERSION)
 #include "host/cuda/params.h"
-#include "selected/cuda.h"
+#include "selected/cuda/call.h"
 #endif
 
 namespace nsa {
@@ -17,16 +17,16 @@ namespace {
 void check_selected(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& block_indices,
                     int64_t select_size, const OptionalDouble& scale, const Packing& packing) {
   check_scale(scale);
-  check_at_least("select_size", select_size, 1);
+  check_size("select_size", select_size, 1);
   check_queries_keys(q, k, packing, {});
   check_values(q, k, v, {});
   check_query_length(q, k.sym_size(-3), "q", "k", packing);
   check_block_indices(block_indices, q, k);
 }
 
-std::vector<Sequence> selected_sequences(const at::Tensor& q, const at::Tensor& k, const at::Tensor& block_indices,
-                                         int64_t select_size, const Packing& packing) {
-  std::vector<Sequence> sequences = list_sequences(packing, q.size(0), q.size(-3), k.size(-3));
+std::vector<SequencePlace> selected_sequences(const at::Tensor& q, const at::Tensor& k, const at::Tensor& block_indices,
+                                              int64_t select_size, const Packing& packing) {
+  std::vector<SequencePlace> sequences = place_sequences(packing, q.size(0), q.size(-3), k.size(-3));
   cpu::check_block_lists(block_indices, sequences, select_size);
   return sequences;
 }

@@ -6,7 +6,7 @@
 namespace nsa {
 
 struct SelectedForwardParams {
-  Sequences sequences;
+  SequenceLayout sequences;
   float scale;
   int32_t select_size;           // l'
   int32_t num_selected;          // n
@@ -63,7 +63,7 @@ struct ChosenBy {
 
 // How the lists are turned round: pairs (block, query) are sorted by block, which keeps queries in order.
 struct InvertListsParams {
-  Sequences sequences;
+  SequenceLayout sequences;
   int32_t select_size;
   int32_t num_selected;
   const int32_t* block_indices;
@@ -105,18 +105,17 @@ struct HandedScores {
 };
 
 struct SelectedBackwardParams {
-  Sequences sequences;
+  SequenceLayout sequences;
   float scale;
   int32_t select_size;
   int32_t num_selected;
   const int32_t* block_indices;
   ChosenBy chosen_by;
   TensorView q, k, v, grad_out;
-  RowView lse, delta, gate, grad_lse;  // as in attention/params.h
+  RowView lse, delta, gate, grad_lse;  // as in range/params.h
   TensorView grad_q, grad_k, grad_v;
   bool add_to_grad_q;
-  float* partials;     // (partials[blocks], keys per block, Dk + Dv); of pieces: a sum for each block of a launch
-  int32_t keys_heads;  // KV heads of a launch of the gradients of k and v by pieces
+  float* partials;  // (partials[blocks], keys per block, Dk + Dv); of pieces: a sum for each block of a launch
   HandedScores handed;
 };
 

@@ -12,7 +12,7 @@ inline int64_t bound_key_pieces(const KeyPieces& pieces, int64_t pairs, int64_t 
 }
 
 // All but the pointers. `row_bytes`: of q and grad_out, a query head. `heads`: KV heads of a launch.
-inline KeyPieces plan_key_pieces(const Sequences& s, int32_t num_selected, int64_t pairs, int64_t blocks,
+inline KeyPieces plan_key_pieces(const SequenceLayout& s, int32_t num_selected, int64_t pairs, int64_t blocks,
                                  int64_t row_bytes, int64_t heads, int64_t multiprocessors) {
   constexpr int64_t kChunkBytes = int64_t{1} << 25;  // rows of a chunk, of which L2 keeps most
   constexpr int64_t kLeastRows = 3072;               // of a piece, on average: pieces cost time
@@ -38,12 +38,12 @@ inline KeyPieces plan_key_pieces(const Sequences& s, int32_t num_selected, int64
 }
 
 // What the pointers take, in int32: pieces, counts, progress.
-inline int64_t key_pieces_ints(const KeyPieces& pieces, const Sequences& s, int64_t blocks) {
+inline int64_t key_pieces_ints(const KeyPieces& pieces, const SequenceLayout& s, int64_t blocks) {
   constexpr int64_t kOfPiece = sizeof(KeyPiece) / sizeof(int32_t);
   return s.heads_kv * pieces.most_pieces * kOfPiece + s.heads_kv + (blocks + s.heads_kv);
 }
 // `storage` begins at a multiple of 16 bytes.
-inline void place_key_pieces(KeyPieces& pieces, const Sequences& s, int32_t* storage) {
+inline void place_key_pieces(KeyPieces& pieces, const SequenceLayout& s, int32_t* storage) {
   pieces.pieces = reinterpret_cast<KeyPiece*>(storage);
   pieces.counts = reinterpret_cast<int32_t*>(pieces.pieces + s.heads_kv * pieces.most_pieces);
   pieces.progress = pieces.counts + s.heads_kv;

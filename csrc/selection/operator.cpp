@@ -6,9 +6,9 @@
 #include "host/backend.h"
 #include "host/checks.h"
 #include "host/options.h"
-#include "selection/cpu.h"
+#include "selection/cpu/select.h"
 #if defined(NSA_CUDA_VERSION)
-#include "selection/cuda.h"
+#include "selection/cuda/call.h"
 #endif
 
 namespace nsa {
@@ -48,7 +48,7 @@ at::Tensor select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at:
   if constexpr (backend == Backend::kCpu) {
     cpu::select_blocks(q, k_cmp, lse, softmax_scale(scale, q.size(-1)),
                        {{block_size, block_stride}, select_size, num_selected, {num_initial, num_local}},
-                       list_compressed_sequences(q, k_cmp, options), block_indices);
+                       place_compressed_sequences(q, k_cmp, options), block_indices);
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {

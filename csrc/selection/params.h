@@ -11,7 +11,7 @@ constexpr int32_t kMostPieces = 64;    // l / d and l' / d
 constexpr int32_t kMostHeads = 256;    // of a group; float32: any number
 
 struct SelectBlocksParams {
-  Sequences sequences;
+  SequenceLayout sequences;
   float scale;
   int32_t block_size;    // l
   int32_t block_stride;  // d

@@ -206,7 +206,7 @@ struct SelectTile {
 
 // The latest queries see the most keys: they go first.
 __device__ inline SelectTile find_select_tile(const SelectBlocksParams& params, int32_t queries) {
-  const Sequences& s = params.sequences;
+  const SequenceLayout& s = params.sequences;
   const unsigned heads = static_cast<unsigned>(s.heads_kv);
   const int64_t slot = gridDim.x / heads - 1 - blockIdx.x / heads;
   const Tile tile = find_tile(s, s.cumulative_q, 1, s.length_q, queries, slot);
@@ -215,7 +215,7 @@ __device__ inline SelectTile find_select_tile(const SelectBlocksParams& params, 
 
 __device__ inline int32_t* list_of(const SelectBlocksParams& params, const SequencePlace& place, int32_t query,
                                    int32_t head_kv) {
-  const Sequences& s = params.sequences;
+  const SequenceLayout& s = params.sequences;
   const int64_t token = place.batch * s.length_q + place.q_begin + query;
   return params.block_indices + (token * s.heads_kv + head_kv) * params.num_selected;
 }

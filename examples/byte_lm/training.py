@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nsa_torch.checkpoints import VERSION
+
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import DTYPES, Config
 from .data import Corpus, WindowSampler, validation_windows
@@ -70,7 +72,7 @@ class Trainer:
         self.corpus = corpus
         self.checkpoint = checkpoint
         self.device = torch.device(config.device)
-        self.settings = config.settings() | {"text": corpus.fingerprint}
+        self.settings = config.settings() | {"text": corpus.fingerprint, "layer_version": VERSION}
         torch.manual_seed(config.seed)
         self.model = ByteTransformer(config).to(self.device)
         self.optimizers = make_optimizers(self.model, config)

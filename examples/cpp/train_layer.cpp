@@ -56,8 +56,8 @@ struct SparseAttentionImpl : torch::nn::Module {
   torch::Tensor forward(const torch::Tensor& x) {
     const int64_t batch = x.size(0), length = x.size(1);
     const auto q = q_proj(x).view({batch, length, num_heads, head_dim});
-    const auto k = k_proj(x).view({batch, length, 3, num_kv_heads, head_dim}).unbind(2);
-    const auto v = v_proj(x).view({batch, length, 3, num_kv_heads, head_dim}).unbind(2);
+    const auto k = k_proj(x).view({batch, length, num_kv_heads, 3, head_dim}).unbind(3);
+    const auto v = v_proj(x).view({batch, length, num_kv_heads, 3, head_dim}).unbind(3);
     const auto gates = gate_proj(x).view({batch, length, num_heads, 3}).sigmoid();
     const auto k_cmp = nsa::compress(k[0], compress_k->weights, options);
     const auto v_cmp = nsa::compress(v[0], compress_v->weights, options);

@@ -19,7 +19,7 @@ namespace nsa::cpu {
 
 // The queries [first, first + count) of one sequence and KV head; `split` numbers its sums.
 struct BackwardTask {
-  const Sequence* sequence;
+  const SequencePlace* sequence;
   int64_t kv_head;
   int64_t first;
   int64_t count;
@@ -29,15 +29,15 @@ struct BackwardTask {
 // More copies of dk and dv than this cost more memory than the threads are worth.
 constexpr int64_t kMaxSplits = 16;
 
-inline int64_t num_splits(const std::vector<Sequence>& sequences, int64_t kv_heads) {
+inline int64_t num_splits(const std::vector<SequencePlace>& sequences, int64_t kv_heads) {
   const int64_t tasks = std::max<int64_t>(static_cast<int64_t>(sequences.size()) * kv_heads, 1);
   return std::clamp<int64_t>((at::get_num_threads() + tasks - 1) / tasks, 1, kMaxSplits);
 }
 
-inline std::vector<BackwardTask> list_backward_tasks(const std::vector<Sequence>& sequences, int64_t kv_heads,
+inline std::vector<BackwardTask> list_backward_tasks(const std::vector<SequencePlace>& sequences, int64_t kv_heads,
                                                      int64_t splits) {
   std::vector<BackwardTask> tasks;
-  for (const Sequence& sequence : sequences) {
+  for (const SequencePlace& sequence : sequences) {
     for (int64_t h = 0; h < kv_heads; ++h) {
       for (int64_t s = 0; s < splits; ++s) {
         const int64_t first = sequence.q_length * s / splits;

@@ -34,14 +34,14 @@ class Buffer {
 
 // The queries [first, first + tokens) of a sequence, for the heads [head, head + group).
 struct TileSpan {
-  const Sequence* sequence;
+  const SequencePlace* sequence;
   int64_t first;
   int64_t tokens;
   int64_t head;
   int64_t group;
 
   int64_t rows() const { return tokens * group; }
-  int64_t position(int64_t token) const { return sequence->position(first + token); }
+  int64_t position(int64_t token) const { return sequence->offset + first + token; }
 
   template <typename T>
   T* row(const Rows<T>& tensor, int64_t row) const {
@@ -172,13 +172,13 @@ struct BackwardTile {
 };
 
 // The tiles of a call: every sequence and KV head, `tokens` queries each.
-inline std::vector<TileSpan> list_tiles(const std::vector<Sequence>& sequences, int64_t kv_heads, int64_t group,
+inline std::vector<TileSpan> list_tiles(const std::vector<SequencePlace>& sequences, int64_t kv_heads, int64_t group,
                                         int64_t tokens) {
   std::vector<TileSpan> tiles;
-  for (const Sequence& sequence : sequences) {
+  for (const SequencePlace& sequence : sequences) {
     for (int64_t h = 0; h < kv_heads; ++h) {
       for (int64_t first = 0; first < sequence.q_length; first += tokens) {
-        tiles.push_back({&sequence, first, std::min(tokens, sequence.q_length - first), h * group, group});
+        tiles.push_back({&sequence, first, std::min<int64_t>(tokens, sequence.q_length - first), h * group, group});
       }
     }
   }

@@ -5,6 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <initializer_list>
+
 #include "common/params.h"
 #include "host/options.h"
 
@@ -33,7 +35,6 @@ void copy_back(const at::Tensor& written, const at::Tensor& result);
 TensorView view_of(const at::Tensor& tensor);
 // (B, H, T), or packed (H, sum T), float32, contiguous; of no tensor: null.
 RowView rows_of(const at::Tensor& tensor);
-RowView no_rows();
 
 // Scores that are masked are -inf, and 0 times that is NaN: a scale of 0 becomes one so small that the result is the
 // same.
@@ -42,31 +43,24 @@ inline float forward_scale(const AttentionOptions& options, const at::Tensor& q)
   return scale == 0.f ? 1e-30f : scale;
 }
 
-// Sequences, and the tensors that their pointers point into.
-struct CallSequences {
-  Sequences sequences;
+// A layout, and the tensors that its pointers point into.
+struct SequenceTables {
+  SequenceLayout layout;
   at::Tensor cumulative_q, cumulative_k, used_k, cumulative_cmp;
 };
 
 // `length_k`: uncompressed keys of a dense sequence, of all packed ones. For ops on compressed keys, with block sizes.
-CallSequences list_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
-                             bool compressed, int64_t block_size, int64_t block_stride);
+SequenceTables lay_out_sequences(const at::Tensor& q, const at::Tensor& k, int64_t length_k, const Packing& packing,
+                                 bool compressed, int64_t block_size, int64_t block_stride);
 
-// What a backward over a range or over listed blocks is told of its rows: (B, H, T) or packed (H, sum T), float32.
-struct BackwardRows {
-  at::Tensor lse;
-  at::Tensor delta;     // <grad_out, out>, less the gradient of lse where there is no gate
-  at::Tensor gate;      // the factor of grad_out, or undefined: 1
-  at::Tensor grad_lse;  // what delta holds of it, or undefined: 0
+// A result of a packed call, and what its rows hold that belong to no sequence: 0 in every tensor of numbers, -1 in a
+// list of blocks, -inf in lse. Tokens are dimension -3 of a tensor of three dimensions, the last of lse (Hq, sum Tq).
+struct Unused {
+  at::Tensor tensor;
+  enum class Value { kZero, kNoBlock, kNothingSeen } value = Value::kZero;
 };
 
-// Those of an op of one branch, which has no gate (in nsa/cuda.cpp, with those that have).
-BackwardRows backward_rows(const at::Tensor& grad_out, const at::Tensor& out, const at::Tensor& lse,
-                           const OptionalTensor& grad_lse);
-
-// Gradients of keys and values: zeros when packed, where keys of no sequence and keys not in use are not visited.
-at::Tensor empty_key_gradient(const at::Tensor& like, bool packed);
-
-int multiprocessors();
+// Fills those rows: the last entry of cu_seqlens_q may lie before the tokens' end. Nothing to do for a dense call.
+void fill_unused_rows(const Packing& packing, std::initializer_list<Unused> results);
 
 }  // namespace nsa::cuda

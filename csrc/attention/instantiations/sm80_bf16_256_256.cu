@@ -1,8 +1,0 @@
-// The kernels of this folder for bf16 heads of at most 256 (keys) and 256 (values).
-#include "attention/launch_sm80.cuh"
-
-namespace nsa {
-template void launch_range_forward_sm80<BFloat16, 256, 256>(const RangeForwardParams&, cudaStream_t);
-template void launch_range_backward_query_sm80<BFloat16, 256, 256>(const RangeBackwardParams&, cudaStream_t);
-template void launch_range_backward_keys_sm80<BFloat16, 256, 256>(const RangeBackwardParams&, cudaStream_t);
-}  // namespace nsa

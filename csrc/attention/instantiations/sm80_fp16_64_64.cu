@@ -1,8 +1,0 @@
-// The kernels of this folder for fp16 heads of at most 64 (keys) and 64 (values).
-#include "attention/launch_sm80.cuh"
-
-namespace nsa {
-template void launch_range_forward_sm80<Half, 64, 64>(const RangeForwardParams&, cudaStream_t);
-template void launch_range_backward_query_sm80<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
-template void launch_range_backward_keys_sm80<Half, 64, 64>(const RangeBackwardParams&, cudaStream_t);
-}  // namespace nsa

@@ -1,0 +1,27 @@
+// What this library was built with, and what a GPU misses in it. No torch.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace nsa {
+
+struct BuildInfo {
+  std::string torch;
+  std::string cuda;  // "" when built without
+  std::string compiler;
+  bool openmp;
+  std::vector<std::string> architectures;  // compute capabilities, such as "8.0+PTX" and "9.0a"; none without CUDA
+  std::vector<std::string> kernels;        // sets of kernels: "cpu", "sm80" (portable), "sm90a" (Hopper)
+};
+
+BuildInfo build_info();
+
+// Whether the build has a set of kernels.
+bool holds_kernels(const std::string& set);
+
+// What to tell the user of a GPU of this compute capability if a build for `architectures` lacks kernels that were made
+// for it; "" where it lacks none.
+std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor);
+
+}  // namespace nsa

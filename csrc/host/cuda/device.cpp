@@ -1,0 +1,63 @@
+#include "host/cuda/device.h"
+
+#include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cstdlib>
+#include <mutex>
+#include <string>
+
+#include "common/sm90/tensor_map.h"
+#include "host/build_info.h"
+
+namespace nsa::cuda {
+namespace {
+
+// Whether to leave out kernels made for one GPU, for comparisons.
+bool portable_kernels_only() {
+  const char* wanted = std::getenv("NSA_TORCH_KERNELS");
+  return wanted != nullptr && std::string(wanted) == "portable";
+}
+
+const char* why_no_sm90(const cudaDeviceProp& properties) {
+  if (properties.major != 9 || properties.minor != 0) {
+    return "the GPU is not of compute capability 9.0";
+  }
+  if (portable_kernels_only()) {
+    return "NSA_TORCH_KERNELS=portable";
+  }
+  if (!holds_kernels("sm90a")) {
+    TORCH_WARN(missing_kernels(build_info().architectures, properties.major, properties.minor));
+    return "the build has no kernels for compute capability 9.0a";
+  }
+  if (tensor_map_encoder() == nullptr) {
+    return "the driver makes no tensor maps";
+  }
+  return nullptr;
+}
+
+Device describe(c10::DeviceIndex index) {
+  const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(index);
+  return {.major = properties.major,
+          .minor = properties.minor,
+          .multiprocessors = properties.multiProcessorCount,
+          .shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
+          .no_sm90 = why_no_sm90(properties)};
+}
+
+}  // namespace
+
+const Device& current_device() {
+  constexpr size_t kMostDevices = 64;
+  static std::array<Device, kMostDevices> devices;
+  static std::array<std::once_flag, kMostDevices> described;
+  const c10::DeviceIndex index = c10::cuda::current_device();
+  const auto at = static_cast<size_t>(index);
+  TORCH_CHECK(at < kMostDevices, "nsa_torch: there are plans for the first ", kMostDevices, " devices only");
+  std::call_once(described[at], [&] { devices[at] = describe(index); });
+  return devices[at];
+}
+
+}  // namespace nsa::cuda

@@ -1,0 +1,75 @@
+#include "plans/which_kernel.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "common/dispatch.h"
+#include "host/build_info.h"
+#include "plans/reports.h"
+
+namespace nsa {
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) {
+    throw std::invalid_argument(message);
+  }
+}
+
+void require_one_of(const std::string& name, const std::string& value, const std::vector<std::string>& allowed) {
+  std::string names;
+  for (const std::string& each : allowed) {
+    names += (names.empty() ? "" : ", ") + each;
+  }
+  require(std::find(allowed.begin(), allowed.end(), value) != allowed.end(),
+          name + " must be one of " + names + ", got " + value);
+}
+
+void require_between(const std::string& name, int64_t value, int64_t least, int64_t most) {
+  require(value >= least && value <= most, name + " must lie between " + std::to_string(least) + " and " +
+                                               std::to_string(most) + ", got " + std::to_string(value));
+}
+
+void check(const KernelQuery& query) {
+  constexpr int64_t kMost = 0x7fffffff;
+  require_one_of("op", query.op, ops_with_kernels());
+  require_one_of("device", query.device, {"cpu", "cuda"});
+  require_one_of("dtype", query.dtype, {"float16", "bfloat16", "float32", "float64"});
+  require(query.num_kv_heads >= 1 && query.num_heads >= 1 && query.num_heads % query.num_kv_heads == 0,
+          "num_heads must be a multiple of num_kv_heads, got " + std::to_string(query.num_heads) + " and " +
+              std::to_string(query.num_kv_heads));
+  require_between("num_heads", query.num_heads, 1, 1 << 20);
+  const int64_t most_width = query.device == "cuda" ? kLargestHeadDim : kMost;
+  require_between("head_dim", query.head_dim, 1, most_width);
+  require_between("v_head_dim", query.v_head_dim, 1, most_width);
+  require_between("batch", query.batch, 1, 1 << 20);
+  require_between("num_keys", query.num_keys, 0, kMost);
+  require_between("num_queries", query.num_queries, 0, kMost);
+  for (const auto& [name, value] : {std::pair{"block_size", query.block_size},
+                                    {"block_stride", query.block_stride},
+                                    {"select_size", query.select_size},
+                                    {"num_selected", query.num_selected},
+                                    {"window", query.window}}) {
+    require_between(name, value, 1, kMost);
+  }
+  require(query.device == "cpu" || query.dtype != "float64",
+          "dtype must be float16, bfloat16 or float32 on cuda, got float64");
+  require(query.device == "cpu" || query.capability.first >= 8, "capability must be (8, 0) or newer, got (" +
+                                                                    std::to_string(query.capability.first) + ", " +
+                                                                    std::to_string(query.capability.second) + ")");
+  require(!query.backward || query.op != "select_blocks", "backward must be False for select_blocks, got True");
+}
+
+}  // namespace
+
+std::vector<std::string> ops_with_kernels() {
+  return {"compress",           "rotate",           "compressed_attention", "select_blocks",
+          "selected_attention", "window_attention", "nsa_attention"};
+}
+
+KernelReport which_kernel(const KernelQuery& query) {
+  check(query);
+  return query.device == "cpu" ? cpu_report(query) : cuda_report(query);
+}
+
+}  // namespace nsa

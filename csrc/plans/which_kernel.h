@@ -1,0 +1,45 @@
+// Which kernels a call runs, and why: every branch's plan, asked without tensors. No torch.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace nsa {
+
+struct KernelQuery {
+  std::string op;  // a name of library.cpp, such as "selected_attention"
+  std::string device = "cpu";
+  std::string dtype = "float32";
+  bool backward = false;
+  std::pair<int, int> capability{8, 0};  // of a GPU
+  int64_t batch = 1;
+  int64_t num_heads = 1;
+  int64_t num_kv_heads = 1;
+  int64_t head_dim = 128;
+  int64_t v_head_dim = 128;
+  int64_t num_queries = 1;
+  int64_t num_keys = 1;
+  int64_t block_size = 32;
+  int64_t block_stride = 16;
+  int64_t select_size = 64;
+  int64_t num_selected = 16;
+  int64_t window = 512;
+};
+
+struct KernelReport {
+  std::vector<std::string> kernels;  // by the names that a profile shows, in the order of launch
+  std::string reason;
+  int32_t splits = 1;           // that the rows of a tile of keys are cut into, backward
+  int64_t workspace_bytes = 0;  // beside the results
+};
+
+// Throws std::invalid_argument naming the field and what is allowed.
+KernelReport which_kernel(const KernelQuery& query);
+
+// The ops that which_kernel knows.
+std::vector<std::string> ops_with_kernels();
+
+}  // namespace nsa

@@ -1,0 +1,5 @@
+#include "range/sm90/launch_backward_query.cuh"
+
+namespace nsa {
+template void launch_range_backward_query_sm90<Half, 128, 128>(const RangeBackwardParams&, cudaStream_t);
+}  // namespace nsa

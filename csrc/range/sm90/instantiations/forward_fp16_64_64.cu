@@ -1,0 +1,5 @@
+#include "range/sm90/launch_forward.cuh"
+
+namespace nsa {
+template void launch_range_forward_sm90<Half, 64, 64>(const RangeForwardParams&, cudaStream_t);
+}  // namespace nsa

@@ -1,8 +1,0 @@
-// The kernels of this folder for bf16 heads of at most 192 (keys) and 128 (values).
-#include "selected/launch_sm80.cuh"
-
-namespace nsa {
-template void launch_selected_forward_sm80<BFloat16, 192, 128>(const SelectedForwardParams&, cudaStream_t);
-template void launch_selected_backward_query_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-template void launch_selected_backward_keys_sm80<BFloat16, 192, 128>(const SelectedBackwardParams&, cudaStream_t);
-}  // namespace nsa

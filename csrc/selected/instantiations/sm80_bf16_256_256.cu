@@ -1,8 +1,0 @@
-// The kernels of this folder for bf16 heads of at most 256 (keys) and 256 (values).
-#include "selected/launch_sm80.cuh"
-
-namespace nsa {
-template void launch_selected_forward_sm80<BFloat16, 256, 256>(const SelectedForwardParams&, cudaStream_t);
-template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
-template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
-}  // namespace nsa

@@ -1,8 +1,0 @@
-// The kernels of this folder for fp16 heads of at most 64 (keys) and 64 (values).
-#include "selected/launch_sm80.cuh"
-
-namespace nsa {
-template void launch_selected_forward_sm80<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
-template void launch_selected_backward_query_sm80<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-template void launch_selected_backward_keys_sm80<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-}  // namespace nsa

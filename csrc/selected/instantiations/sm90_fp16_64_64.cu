@@ -1,6 +1,0 @@
-// The kernel of this folder for Hopper, for fp16 heads of at most 64 (keys) and 64 (values).
-#include "selected/launch_sm90.cuh"
-
-namespace nsa {
-template bool try_selected_forward_sm90<Half, 64, 64>(const SelectedForwardParams&, cudaStream_t);
-}  // namespace nsa

@@ -1,6 +1,0 @@
-// The gradient of q for Hopper, for fp16 heads of at most 64 (keys) and 64 (values).
-#include "selected/launch_query_sm90.cuh"
-
-namespace nsa {
-template bool try_selected_backward_query_sm90<Half, 64, 64>(const SelectedBackwardParams&, cudaStream_t);
-}  // namespace nsa

@@ -1,0 +1,6 @@
+#include "selected/sm90/launch_forward.cuh"
+
+namespace nsa {
+template void launch_selected_forward_sm90<BFloat16, 192, 128>(const SelectedForwardParams&, const SelectedForwardPlan&,
+                                                               cudaStream_t);
+}  // namespace nsa

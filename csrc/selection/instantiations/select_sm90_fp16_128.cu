@@ -1,6 +1,0 @@
-// The kernels of this folder for Hopper, for fp16 heads of at most 128.
-#include "selection/launch_sm90.cuh"
-
-namespace nsa {
-template bool try_select_blocks_sm90<Half, 128>(const SelectBlocksParams&, cudaStream_t);
-}  // namespace nsa

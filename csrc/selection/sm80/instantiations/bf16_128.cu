@@ -1,0 +1,5 @@
+#include "selection/sm80/launch.cuh"
+
+namespace nsa {
+template void launch_select_blocks_sm80<BFloat16, 128>(const SelectBlocksParams&, cudaStream_t);
+}  // namespace nsa

@@ -1,0 +1,5 @@
+#include "selection/sm90/launch.cuh"
+
+namespace nsa {
+template void launch_select_blocks_sm90<BFloat16, 64>(const SelectBlocksParams&, const SelectBlocksPlan&, cudaStream_t);
+}  // namespace nsa

@@ -1,0 +1,100 @@
+"""Tensor parallelism of NSAAttention: each rank has some of the heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+from .block_compression import BlockCompression
+
+if TYPE_CHECKING:
+    from .module import NSAAttention
+
+
+def tensor_parallel_plan(layer: NSAAttention) -> dict[str, ParallelStyle]:
+    """The plan for `torch.distributed.tensor.parallel.parallelize_module` that cuts a layer into its heads.
+
+    Every rank gets num_kv_heads / ranks KV heads and their query heads: their columns of q_proj, k_proj, v_proj and
+    gate_proj, and the rows of o_proj that read them. Weights of the compression are cut, too, where each head has its
+    own; shared ones stay whole on every rank, and their gradients are summed over the ranks in the backward. Inputs
+    and outputs of the layer are whole on every rank. `new_cache` and `choices` are of the rank's heads.
+
+        parallelize_module(layer, mesh, tensor_parallel_plan(layer))
+
+    For a model, prefix the names: {f"layers.{i}.attn.{name}": style for name, style in plan.items()}. A plan of your
+    own may leave compress_k and compress_v out: they stay ordinary parameters, whose gradients are summed, too.
+
+    Raises:
+        ValueError: by parallelize_module, before anything is cut, when the ranks do not divide num_kv_heads.
+    """
+    # The compression comes first: it refuses what cannot be cut.
+    plan: dict[str, ParallelStyle] = {
+        name: CompressionParallel(layer.num_kv_heads) for name in ("compress_k", "compress_v")
+    }
+    plan |= {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "gate_proj")}
+    return plan | {"o_proj": RowwiseParallel()}
+
+
+class CompressionParallel(ParallelStyle):
+    """BlockCompression of a rank's KV heads: its own weights, or those that all heads share.
+
+    Args:
+        num_kv_heads: of the whole layer.
+
+    Raises:
+        ValueError: when applied to more ranks than divide num_kv_heads.
+    """
+
+    def __init__(self, num_kv_heads: int):
+        super().__init__()
+        self.num_kv_heads = num_kv_heads
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, BlockCompression):
+            raise TypeError(f"CompressionParallel must be applied to a BlockCompression, got {type(module).__name__}")
+        ranks = device_mesh.size()
+        if self.num_kv_heads % ranks:
+            raise ValueError(
+                f"the ranks of tensor parallelism must divide num_kv_heads, {self.num_kv_heads}, got {ranks}"
+            )
+        placement = Shard(0) if module.per_head else Replicate()
+        for name, weight in list(module.named_parameters()):
+            cut = distribute_tensor(weight, device_mesh, [placement], src_data_rank=self.src_data_rank)
+            module.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
+        module.tensor_parallel = device_mesh
+        return module
+
+
+class _SumOfGradients(torch.autograd.Function):
+    """The tensor as it is, the same on all ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.mesh.get_group())
+        return total, None
+
+
+def local_weight(weight: Tensor | None, mesh: DeviceMesh, per_head: bool) -> Tensor | None:
+    """What this rank's heads need of a weight of BlockCompression, be it whole or cut by CompressionParallel."""
+    if weight is None:
+        return None
+    cut = False
+    if isinstance(weight, DTensor):
+        cut = any(placement.is_shard() for placement in weight.placements)
+        weight = weight.to_local()
+    if cut:
+        return weight
+    shared: Tensor = _SumOfGradients.apply(weight, mesh)
+    return shared.chunk(mesh.size())[mesh.get_local_rank()] if per_head else shared

@@ -1,0 +1,114 @@
+"""NSAAttention as the self-attention of a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ... import ops
+from ...cache import NSALayerCache
+from ...cache_copy import look
+from ...heads import NSAInputs
+from ...module import NSAAttention
+from ...rope import Tables, check_tables, for_heads, rotate
+from .batches import Packing
+from .cache import NSAModelCache
+from .options import head_dim
+
+
+class NSASelfAttention(NSAAttention):
+    """`NSAAttention` behind the call of transformers' LlamaAttention; the model's rotary embedding serves it.
+
+    config: a configuration of `families`, which says where biases are and whether heads are normed.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
+        qkv_bias, o_bias = config.projection_biases()
+        super().__init__(config.hidden_size, *heads, rope_theta=None, bias=qkv_bias, **config.nsa_options())
+        if o_bias != qkv_bias:
+            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=o_bias)
+        norm = config.head_norm()
+        self.q_norm: nn.Module | None = None if norm is None else norm()
+        self.k_norm: nn.Module | None = None if norm is None else norm()
+        self.layer_idx = layer_idx
+
+    def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:
+        if self.q_norm is None or self.k_norm is None:
+            return super()._project(x, tables)
+        inputs, tables = super()._project(x, None), for_heads(tables)
+        q, k_slc, k_win = self.q_norm(inputs.q), self.k_norm(inputs.k_slc), self.k_norm(inputs.k_win)
+        q, k_slc, k_win = (rotate(heads, tables) for heads in (q, k_slc, k_win))
+        return inputs._replace(q=q, k_slc=k_slc, k_win=k_win, k_cmp=self.k_norm(inputs.k_cmp))
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: NSAModelCache | None = None,
+        cache: NSAModelCache | None = None,
+        packing: Packing | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """hidden_states (B, T, hidden), position_embeddings cos and sin (B or 1, T, Dk) -> (B, T, hidden), None."""
+        cache = past_key_values if cache is None else cache
+        layer = None if cache is None else cache.layer(self.layer_idx, hidden_states)
+        if packing is None:
+            options: dict[str, Any] = {"position_embeddings": position_embeddings, "cache": layer}
+            return super().forward(hidden_states, **options, cu_seqlens=cu_seq_lens_q, max_seqlen=max_length_q), None
+        cos, sin = position_embeddings
+        packed = packing.take(hidden_states), (packing.take(cos), packing.take(sin))
+        if packing.ends_padded and not torch.is_grad_enabled():
+            if layer is None:
+                return self._attend_padded(*packed, packing), None
+            out = packing.put_back(self._attend_chunk(*packed, packing, layer))
+            last, appended = (hidden_states[:, -1], (cos[:, -1], sin[:, -1])), packed[0].size(0) > 0
+            return packing.put_last(out, self._attend_last_padding(*last, layer, appended)), None
+        return packing.put_back(self._attend_chunk(*packed, packing, layer)), None
+
+    def _attend_chunk(self, x: Tensor, tables: Tables, packing: Packing, layer: NSALayerCache | None) -> Tensor:
+        """Packed tokens x (N, hidden) -> (N, hidden)."""
+        options: dict[str, Any] = {"cu_seqlens": packing.cu_seqlens, "max_seqlen": packing.shape[1], "cache": layer}
+        return super().forward(x, position_embeddings=tables, **options)
+
+    def _attend_padded(self, x: Tensor, tables: Tables, packing: Packing) -> Tensor:
+        """As `_attend_chunk` of a padded batch without a cache; the last column's padding sees its row's real tokens.
+
+        x (B T, hidden), as `Packing.of_padded` sorts it -> (B, T, hidden). The last token of a row is its last column's
+        padding, if there is any.
+        """
+        batch, length = packing.shape
+        inputs, packed = self._inputs(x, tables, packing.cu_seqlens, length)
+        options: dict[str, Any] = self._block_options() | self._choice_options() | {"window": self.window}
+        options |= {"scale": self.scale} | packed
+        q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
+        keys = (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win)
+        out = ops.nsa_attention(q, *keys, gates, **options)
+        # One query for the first of a row's two sequences, or for its padding if that is all it has.
+        real = packing.cu_seqlens.diff()[::2] > 0
+        rows = torch.arange(batch, device=x.device, dtype=torch.int32)
+        ends = torch.stack((rows + real, rows + 1), dim=1).flatten().to(torch.int32)
+        options |= {"cu_seqlens_q": F.pad(ends, (1, 0)), "max_seqlen_q": 1}
+        last = ops.nsa_attention(q[length - 1 :: length], *keys, gates[length - 1 :: length], **options)
+        last = last.masked_fill(~real[:, None, None], 0)
+        out, last = (self.o_proj(attended.flatten(-2)) for attended in (out, last))
+        return packing.put_last(packing.put_back(out), last)
+
+    def _attend_last_padding(self, x: Tensor, tables: Tables, layer: NSALayerCache, appended: bool) -> Tensor:
+        """Attend from tokens x (B, hidden) that are not appended to all that the cache holds: (B, hidden).
+
+        appended: whether the layer has got tokens in this step.
+        """
+        cos, sin = (table.expand(x.size(0), -1) for table in tables)
+        inputs = self._project(x, check_tables((cos, sin), (x.size(0), self.head_dim)))
+        state = layer.sequences
+        lengths = state.step.lengths if appended and state.step is not None else state.lengths
+        step, window = look(layer, lengths)
+        options = self._choice_options() | {"scale": self.scale}
+        out = layer.attend(step, inputs.q, inputs.gates, window, **options)
+        return self.o_proj(out.masked_fill((lengths == 0)[:, None, None], 0).flatten(-2))

@@ -1,0 +1,114 @@
+"""What the causal language models of all families share: `generate` with an NSAModelCache."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .cache import NSAModelCache, adopt
+from .modeling import CACHE, NSAPreTrained
+
+
+class NSAForCausalLM(NSAPreTrained):
+    """Before a family's causal language model among the bases, whose `base_class` is the family's NSAModel."""
+
+    base_class: type[Any]
+    config: Any
+
+    def __init__(self, config: Any):
+        PreTrainedModel.__init__(self, config)  # the family's own would build the dense model
+        self.model = self.base_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+    @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
+        """As the family's model. A call that fails leaves the cache as it was."""
+        given = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = None if given is None else adopt(given, self.config, CACHE)
+        state = None if cache is None else cache.state()
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        except BaseException:
+            if cache is not None and state is not None and cache.columns != state.columns:
+                cache.restore(state)
+            raise
+
+    def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get(CACHE) is not None:
+            adopt(kwargs[CACHE], self.config, CACHE).starts_assisted = True
+        return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
+
+    def _beam_search(
+        self, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, generation_config: Any, **kwargs: Any
+    ) -> Any:
+        given = kwargs.get(CACHE)
+        returned = generation_config.return_dict_in_generate or hasattr(given, "_is_user_defined")
+        cache = adopt(given, self.config, CACHE) if given is not None and returned else None
+        if cache is not None:
+            cache.searching = True
+        try:
+            searched = super()._beam_search(  # type: ignore[misc]
+                input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
+            )
+        except BaseException:
+            if cache is not None:
+                cache.stop_search()
+            raise
+        if cache is not None:
+            sequences = searched if isinstance(searched, Tensor) else searched.sequences
+            cache.keep_sequences(sequences, input_ids.size(0) // generation_config.num_beams)
+        return searched
+
+    @functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the family's model."""
+        cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
+        if cache is not None:
+            cache = adopt(cache, self.config, CACHE)
+            cache.fed = input_ids if cache.searching else None
+            if cache.starts_assisted:
+                # Assisted decoding would feed all of its input, also what a given cache holds already.
+                cache.starts_assisted = False
+                if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > cache.columns > 0:
+                    kwargs["next_sequence_length"] = input_ids.size(1) - cache.columns
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
+        first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") is None
+        if cache is not None and cache.columns > 0 and not first:
+            inputs.pop("attention_mask", None)  # tokens that `generate` chose are real, and what is cached is known
+        return inputs
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], mode: Any, batch_size: int, max_cache_length: int
+    ) -> None:
+        """Make a cache for `generate`, unless one was given. "static" makes one of fixed length.
+
+        A given one of the batch's rows gets as many as there are beams, or sequences to return, for each.
+        """
+        cache, implementation = model_kwargs.get(CACHE), generation_config.cache_implementation
+        if implementation not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation must be None, 'dynamic' or 'static', got {implementation!r}")
+        if cache is not None:
+            held = adopt(cache, self.config, CACHE)
+            if implementation is not None:
+                raise ValueError(f"cache_implementation must be None with {CACHE}, got {implementation!r}")
+            cache._is_user_defined = True
+            repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            if repeats > 1 and held.batch_size == batch_size:
+                held.batch_repeat_interleave(repeats)
+            return
+        if not generation_config.use_cache:
+            return
+        options: dict[str, Any] = {"expected_length": max_cache_length}
+        if implementation == "static":
+            options = {"max_length": max(max_cache_length, generation_config.max_cache_len or 0)}
+        if not generation_config.return_dict_in_generate:
+            options["max_crop"] = 0  # nobody gets it
+        cache = model_kwargs[CACHE] = NSAModelCache(self.config, **options)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()

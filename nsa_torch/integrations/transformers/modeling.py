@@ -1,0 +1,155 @@
+"""What the base models of all families share: sequences of a batch, the cache of a call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaModel
+
+from ...block_compression import BlockCompression
+from ...checkpoints import VERSION, convert_rows_0_1
+from .attention import NSASelfAttention
+from .batches import Packing, check_mask, check_tensors
+from .cache import NSAModelCache, adopt
+
+ATTENTION = "nsa"
+
+# The argument that carries the cache: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
+
+
+class NSAPreTrained:
+    """Before a family's PreTrainedModel among the bases."""
+
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = False
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does it. Models that nsa_torch 0.1 saved are converted."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.config.nsa_version == 1:
+            for layer in model.modules():
+                if isinstance(layer, NSASelfAttention):
+                    for weight in (*layer.k_proj.parameters(), *layer.v_proj.parameters()):
+                        weight.data = convert_rows_0_1(weight.data, layer.num_kv_heads)
+            model.config.nsa_version = VERSION
+        return loaded
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation not in (None, ATTENTION):
+            raise ValueError(f"attn_implementation must be {ATTENTION!r}, got {attn_implementation!r}")
+        return ATTENTION
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, BlockCompression):
+            if not any(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters()):
+                module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class NSAModel(NSAPreTrained):
+    """Before a family's base model among the bases: every layer's self_attn becomes NSASelfAttention."""
+
+    config: Any
+    layers: nn.ModuleList
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = NSASelfAttention(config, index)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the family's model; a cache is made when asked for, or by the configuration, and gradients are off.
+
+        A call that fails leaves the cache as it was.
+
+        Raises:
+            ValueError: an attention_mask that is not (B, columns of the cache and of the input), or that changes what
+                is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding.
+            TypeError: an input that is not a tensor, or a cache that `cache.adopt` refuses.
+        """
+        tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        tensors |= {"inputs_embeds": inputs_embeds, "cu_seq_lens_q": cu_seq_lens_q}
+        check_tensors(**tensors)
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        given = past_key_values if cache is None else cache
+        cache = self._cache_for_call(given, use_cache, cu_seq_lens_q)
+        batch, length = tokens.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = None
+        if attention_mask is not None:
+            mask = check_mask(attention_mask, batch, past, length).to(tokens.device)
+        packing = self._packing(batch, length, mask, position_ids, cu_seq_lens_q, cache)
+        kwargs |= tensors | {"attention_mask": None, CACHE: cache, "use_cache": cache is not None, "packing": packing}
+        state = None if cache is None else cache.state()
+        try:
+            out = super().forward(**kwargs)  # type: ignore[misc]
+        except BaseException:
+            if cache is not None and state is not None:
+                cache.restore(state)
+            raise
+        if cache is not None:
+            cache.append(length, mask)
+            out[CACHE] = cache if given is None else given
+        return out
+
+    def _cache_for_call(self, cache: Cache | None, use_cache: bool | None, cu_seq_lens_q: Tensor | None) -> Any:
+        """The cache that was given, or a new one if it is wanted."""
+        if cache is None:
+            use_cache = self.config.use_cache if use_cache is None else use_cache
+            packed = cu_seq_lens_q is not None
+            return NSAModelCache(self.config) if use_cache and not packed and not torch.is_grad_enabled() else None
+        cache = adopt(cache, self.config, CACHE)
+        if cu_seq_lens_q is not None:
+            raise ValueError(f"cu_seq_lens_q must be None with {CACHE}: a cache continues one sequence a row")
+        return cache
+
+    def _packing(
+        self,
+        batch: int,
+        length: int,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+        cache: NSAModelCache | None,
+    ) -> Packing | None:
+        """How the rows of the batch are sequences: None if each is one."""
+        if mask is not None:
+            if cu_seq_lens_q is not None:
+                raise ValueError("attention_mask must be None with cu_seq_lens_q")
+            if cache is None:
+                return Packing.of_padded(mask)
+            cache.check_mask(mask)
+            return Packing.of_chunk(mask[:, -length:])
+        if position_ids is None or cu_seq_lens_q is not None or length == 1:
+            return None
+        if cache is None:
+            return Packing.of_documents(position_ids, batch)
+        if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 1).any()):
+            raise ValueError(
+                f"position_ids must rise within a row with {CACHE}, which holds one sequence a row: for several "
+                f"documents a row, use_cache=False"
+            )
+        return None

@@ -1,0 +1,49 @@
+"""The options of NSAAttention in a model's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ...checkpoints import VERSION
+
+
+@dataclass(kw_only=True, repr=False, eq=False)
+class NSAOptions:
+    """What configurations have besides their family's: the options of `nsa_torch.NSAAttention`, with their names."""
+
+    block_size: int = 32
+    block_stride: int = 16
+    select_size: int = 64
+    num_selected: int = 16
+    num_initial: int = 1
+    num_local: int = 2
+    window: int = 512
+    compression: str = "mlp"
+    # Order of the rows of k_proj and v_proj in a saved model, see nsa_torch.checkpoints.
+    nsa_version: int = VERSION
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if dropout := getattr(self, "attention_dropout", 0):
+            raise ValueError(f"attention_dropout must be 0 with NSA, got {dropout}")
+
+    def nsa_options(self) -> dict[str, Any]:
+        """The options by name."""
+        names = (field.name for field in fields(NSAOptions) if field.name != "nsa_version")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers does it. What was saved by nsa_torch 0.1 does not tell its version."""
+        return super().from_dict({"nsa_version": 1} | config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers does it. What is in memory has today's order of rows."""
+        return super().to_dict() | {"nsa_version": VERSION}  # type: ignore[misc]
+
+
+def head_dim(config: Any) -> int:
+    """Dk of a configuration that may not name it."""
+    named: int | None = getattr(config, "head_dim", None)
+    return config.hidden_size // config.num_attention_heads if named is None else named

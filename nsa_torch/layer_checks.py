@@ -1,0 +1,68 @@
+"""Checks of what is given to NSAAttention.forward, before any work starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .cache import NSACache, NSALayerCache
+from .packing import padding_rows
+
+if TYPE_CHECKING:
+    from .module import NSAAttention
+
+
+def check_like_weight(layer: NSAAttention, hidden_states: Tensor) -> None:
+    weight = layer.q_proj.weight
+    if hidden_states.device != weight.device:
+        raise TypeError(f"hidden_states must be on the layer's device {weight.device}, got {hidden_states.device}")
+    if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+        raise TypeError(f"hidden_states must have the layer's dtype {weight.dtype}, got {hidden_states.dtype}")
+
+
+def take_tokens(layer: NSAAttention, hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """hidden_states without the leading 1 that packed ones may have, and which of them are padding.
+
+    Padding is zeros then, since NaN in it would reach the gradients of the projections' weights.
+    """
+    shape = tuple(hidden_states.shape)
+    dense, packed = len(shape) == 3, len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
+    if not (dense if cu_seqlens is None else packed) or shape[-1] != layer.hidden_size:
+        leading = "B, T" if cu_seqlens is None else "sum T"
+        expected = f"({leading}, hidden_size = {layer.hidden_size})"
+        raise ValueError(f"hidden_states must be {expected}, got shape {shape}")
+    if type(layer.q_proj) is nn.Linear:  # a quantized or adapted one has rules of its own
+        check_like_weight(layer, hidden_states)
+    if cu_seqlens is None:
+        return hidden_states, None
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        got = tuple(cu_seqlens.shape)
+        raise ValueError(f"cu_seqlens must be (B + 1,) with B >= 1, got shape {got}")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
+    x = hidden_states.flatten(0, -2)
+    padding = padding_rows(cu_seqlens, x.size(0))
+    return (x if padding is None else x.masked_fill(padding, 0)), padding
+
+
+def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache) -> NSALayerCache:
+    """The cache of the layer, which fits it."""
+    if isinstance(cache, NSACache):
+        if len(cache) != 1:
+            raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
+        cache = cache[0]
+    geometry = cache.sequences.geometry
+    for name in ("block_size", "block_stride", "window"):
+        expected, got = getattr(layer, name), getattr(geometry, name)
+        if got != expected:
+            raise ValueError(f"cache must have {name} {expected}, got {got}")
+    heads = (layer.num_kv_heads // layer.ranks, layer.head_dim, layer.v_head_dim)
+    held = (*cache.k_slc.shape[1:], cache.v_slc.size(2))
+    if held != heads:
+        names = "(num_kv_heads, head_dim, v_head_dim)"
+        raise ValueError(f"cache must have {names} {heads}, got {held}")
+    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+        raise RuntimeError("a cache records no gradients: use torch.no_grad()")
+    return cache

@@ -1,0 +1,64 @@
+"""Small random models of the Hugging Face integration, and batches for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nsa_torch.integrations.transformers import NSALlamaConfig, NSALlamaForCausalLM, use_nsa
+
+# Large weights, so that attention and the choice of blocks matter in a model that has not been trained.
+LLAMA: dict[str, Any] = {
+    "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+# What a family needs besides: Qwen3's heads do not follow from its hidden size.
+EXTRA = {"Llama": {"attention_bias": True}, "Qwen3": {"head_dim": 16}}
+NSA = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
+
+# Llama's norms round to float32 in a float64 model too.
+close = {"rtol": 0.0, "atol": 2e-5}
+
+
+def make_model(dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> NSALlamaForCausalLM:
+    torch.manual_seed(seed)
+    return NSALlamaForCausalLM(NSALlamaConfig(**(LLAMA | NSA | options))).to(dtype).eval()
+
+
+def make_sequences(lengths: list[int], seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, LLAMA["vocab_size"], (length,), generator=generator) for length in lengths]
+
+
+def pad(sequences: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """ids and attention_mask, (B, T)."""
+    ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_side=side)
+    return ids, (ids != 0).long()
+
+
+def dense_model(name: str, **options: Any) -> Any:
+    """A dense model of transformers by its class's name, such as Qwen3ForCausalLM, in float64; no weight is zero."""
+    family = name.split("For", maxsplit=1)[0].removesuffix("Model")
+    config = getattr(transformers, f"{family}Config")(**LLAMA | EXTRA.get(family, {}) | options)
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms and biases start as ones and zeros
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def dense_pair(name: str = "LlamaForCausalLM", **options: Any) -> tuple[Any, Any]:
+    """A dense model, and the NSA model that computes the same: only the window counts, and it covers all tokens."""
+    dense = dense_model(name, **options)
+    model = use_nsa(dense, **(NSA | {"window": 128}))
+    only_the_window = torch.tensor([-40.0, -40.0, 40.0]).repeat(LLAMA["num_attention_heads"])
+    for layer in (model if name.endswith("Model") else model.model).layers:
+        layer.self_attn.gate_proj.weight.zero_()
+        layer.self_attn.gate_proj.bias.copy_(only_the_window)
+    return dense, model

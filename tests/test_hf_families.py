@@ -1,0 +1,139 @@
+"""Every family of the Hugging Face integration: converted, cached, saved, loaded, classified."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSAModelCache, use_nsa
+
+FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    return model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=20, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_window_over_all_tokens_is_the_dense_model(family: str, side: str) -> None:
+    dense, model = dense_pair(f"{family}ForCausalLM")
+    assert type(model).__name__ == f"NSA{family}ForCausalLM" and model.config.model_type == f"nsa_{family.lower()}"
+    ids, mask = pad(make_sequences([40, 23]), side)
+    expected, out = (m(ids, attention_mask=mask).logits[mask.bool()] for m in (dense, model))
+    torch.testing.assert_close(out, expected, **close)
+    assert torch.equal(generate(model, ids, mask), generate(dense, ids, mask))
+    assert torch.equal(generate(model, ids, mask, use_cache=False), generate(dense, ids, mask))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_the_cache_equals_without(family: str) -> None:
+    model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA)
+    ids, mask = pad(make_sequences([40, 23]), "left")
+    expected = generate(model, ids, mask, use_cache=False)
+    cache = NSAModelCache(model.config)
+    for options in ({}, {CACHE: cache}, {"cache_implementation": "static"}):
+        assert torch.equal(generate(model, ids, mask, **options), expected)
+    cache.crop(-12)
+    assert torch.equal(generate(model, ids, mask, use_cache=False), expected)
+    ids, mask = expected[:, :50], torch.cat((mask, torch.ones(2, 10, dtype=mask.dtype)), dim=1)
+    assert torch.equal(generate(model, ids, mask, **{CACHE: cache}), generate(model, ids, mask, use_cache=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_models_load_with_the_same_results(tmp_path: Path, family: str) -> None:
+    ids = torch.stack(make_sequences([30, 30]))
+    autos = {"Model": AutoModel, "ForCausalLM": AutoModelForCausalLM}
+    autos["ForSequenceClassification"] = AutoModelForSequenceClassification
+    for head, auto in autos.items():
+        model = use_nsa(dense_model(family + head), **NSA)
+        model.save_pretrained(tmp_path / head)
+        loaded, info = auto.from_pretrained(tmp_path / head, dtype=torch.float64, output_loading_info=True)
+        assert type(loaded) is type(model) and loaded.config.nsa_options() == model.config.nsa_options()
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(ids)[0], model(ids)[0], **close)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_models_saved_by_version_0_1_are_converted(tmp_path: Path, family: str) -> None:
+    model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA)
+    for weight in model.parameters():  # branches of their own
+        weight.data += 0.1 * torch.randn_like(weight)
+    ids = torch.stack(make_sequences([30, 30]))
+    expected = model(ids).logits
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                for weight in projection.parameters():
+                    weight.copy_(weight.unflatten(0, (2, 3, -1)).transpose(0, 1).flatten(0, 2))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("nsa_version") == 2
+    path.write_text(json.dumps(config))
+    for auto in (AutoModelForCausalLM, type(model)):
+        loaded = auto.from_pretrained(tmp_path, dtype=torch.float64)
+        torch.testing.assert_close(loaded(ids).logits, expected, **close)
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
+    torch.testing.assert_close(again(ids).logits, expected, **close)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_are_classified_by_their_last_real_token(family: str) -> None:
+    dense, model = dense_pair(f"{family}ForSequenceClassification", num_labels=3)
+    sequences = make_sequences([33, 12, 20])
+    ids, mask = pad(sequences, "right")
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits, dense(ids, attention_mask=mask).logits, **close)
+    sparse = use_nsa(dense, **NSA)
+    logits = sparse(ids, attention_mask=mask).logits
+    for row, sequence in zip(logits, sequences, strict=True):
+        torch.testing.assert_close(row, sparse(sequence[None]).logits[0], **close)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_is_trained(family: str) -> None:
+    model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA).train()
+    ids = torch.stack(make_sequences([48, 48]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_other_models_are_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    gpt = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=40, **sizes))
+    with pytest.raises(TypeError, match=r"one of LlamaModel, LlamaForCausalLM, .*got GPTNeoXForCausalLM"):
+        use_nsa(gpt)
+    with pytest.raises(TypeError, match="got LlamaForQuestionAnswering"):
+        use_nsa(transformers.LlamaForQuestionAnswering(transformers.LlamaConfig(**LLAMA)))
+    with pytest.raises(TypeError, match="got dict"):
+        use_nsa({})  # type: ignore[arg-type]

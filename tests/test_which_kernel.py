@@ -1,0 +1,181 @@
+"""Which kernels a call runs: what plans say of every shape on GPUs that are not here, and what a profile shows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import nsa_torch
+from helpers import make_inputs
+from shapes import ADVERSARIAL, GPU, MODELS, TILED, Shape
+
+CAPABILITIES = [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0)]
+SHAPES = [s for s in (*ADVERSARIAL, *TILED, *GPU, *MODELS) if s.batch > 0 and s.dim_k <= 256 and s.dim_v <= 256]
+OPS = ("compressed_attention", "select_blocks", "selected_attention", "window_attention", "nsa_attention")
+MACHINE = re.compile(r"_(plain|sm80|sm90)$")
+
+
+def query(shape: Shape, **more: Any) -> dict[str, Any]:
+    sizes = {"batch": shape.batch, "num_heads": shape.heads_q, "num_kv_heads": shape.heads_kv}
+    sizes |= {"head_dim": shape.dim_k, "v_head_dim": shape.dim_v}
+    sizes |= {"num_queries": shape.seqlen_q, "num_keys": shape.seqlen_k}
+    names = ("block_size", "block_stride", "select_size", "num_selected", "window")
+    return sizes | shape.options(*names) | more
+
+
+def machines(plan: nsa_torch.KernelPlan) -> set[str]:
+    return {found[1] for name in plan.kernels if (found := MACHINE.search(name))}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_shape_has_kernels_on_every_gpu(op: str, dtype: str, capability: tuple[int, int]) -> None:
+    for shape in SHAPES:
+        for backward in (False, True) if op != "select_blocks" else (False,):
+            arguments = query(shape, device="cuda", dtype=dtype, capability=capability, backward=backward)
+            plan = nsa_torch.which_kernel(op, **arguments)
+            assert tuple(plan) == (plan.kernel, plan.reason)
+            assert plan.reason
+            allowed = {"plain"} if dtype == "float32" else {"sm80", "sm90"} if capability == (9, 0) else {"sm80"}
+            assert machines(plan) <= allowed, (shape.name, plan)
+            assert len(plan.kernels) == len(set(plan.kernels)) or op == "nsa_attention"
+            assert plan.splits >= 1 and plan.workspace_bytes >= 0
+
+
+def kernels(op: str, **more: Any) -> list[str]:
+    sizes: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "capability": (9, 0), "num_heads": 64}
+    sizes |= {"num_kv_heads": 4, "num_keys": 8192}
+    return list(nsa_torch.which_kernel(op, **sizes | more).kernels)
+
+
+def test_the_papers_shape_on_a_hopper() -> None:
+    if nsa_torch.build_info()["cuda"] is not None and "sm90a" not in nsa_torch.build_info()["kernels"]:
+        pytest.skip("a build without Hopper's kernels says so")
+    assert kernels("compressed_attention") == ["range_forward_sm90"]
+    assert kernels("window_attention") == ["range_forward_sm90"]
+    assert kernels("select_blocks") == ["select_blocks_sm90"]
+    assert kernels("selected_attention") == ["selected_forward_sm90"]
+    backward = kernels("compressed_attention", backward=True)
+    assert backward[:2] == ["range_backward_query_sm90", "range_backward_keys_sm90"]
+    expected = ["selected_query_handed_sm90", "selected_backward_keys_sm90"]
+    assert kernels("selected_attention", backward=True) == expected
+    assert "combine_gates" not in kernels("nsa_attention")
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "kernel", "reason"),
+    [
+        ("window_attention", {"capability": (8, 0)}, "range_forward_sm80", "not of compute capability 9.0"),
+        ("window_attention", {"capability": (12, 0)}, "range_forward_sm80", "not of compute capability 9.0"),
+        ("window_attention", {"head_dim": 256}, "range_forward_sm80", "head dimensions"),
+        ("window_attention", {"num_heads": 65, "num_kv_heads": 1}, "range_forward_sm80", "more than 64 heads"),
+        ("window_attention", {"dtype": "float32"}, "forward_plain", "float32"),
+        ("compressed_attention", {"num_keys": 31}, "range_forward_sm80", "no keys"),
+        ("selected_attention", {"select_size": 32}, "selected_forward_sm80", "64"),
+        ("selected_attention", {"num_selected": 65}, "selected_forward_sm80", "more than 64 blocks"),
+        ("select_blocks", {"num_heads": 4, "head_dim": 192, "num_selected": 33}, "select_blocks_sm80", "32 blocks"),
+    ],
+)
+def test_what_does_not_suit_hopper_runs_elsewhere_and_says_why(
+    op: str, change: dict[str, Any], kernel: str, reason: str
+) -> None:
+    sizes: dict[str, Any] = {"device": "cuda", "dtype": "bfloat16", "capability": (9, 0), "num_heads": 64}
+    plan = nsa_torch.which_kernel(op, **sizes | {"num_kv_heads": 4, "num_keys": 8192} | change)
+    assert plan.kernels == (kernel,)
+    assert reason in plan.reason or "the build has no kernels" in plan.reason
+
+
+def test_splits_and_workspace_grow_with_the_work() -> None:
+    short, long = (
+        nsa_torch.which_kernel(
+            "compressed_attention", device="cuda", dtype="bfloat16", capability=(9, 0), backward=True,
+            num_heads=16, num_kv_heads=1, num_keys=length,
+        )
+        for length in (256, 32768)
+    )  # fmt: skip
+    assert short.splits <= long.splits
+    assert (long.splits > 1) == (long.workspace_bytes > 0) == any("add_partials" in name for name in long.kernels)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"op": "attention"}, "op"),
+        ({"device": "tpu"}, "device"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "float64"}, "dtype"),
+        ({"num_heads": 3, "num_kv_heads": 2}, "num_heads"),
+        ({"head_dim": 257}, "head_dim"),
+        ({"num_keys": -1}, "num_keys"),
+        ({"num_keys": 2**40}, "num_keys"),
+        ({"window": 0}, "window"),
+        ({"capability": (7, 5)}, "capability"),
+        ({"op": "select_blocks", "backward": True}, "backward"),
+    ],
+)
+def test_bad_questions_are_refused(change: dict[str, Any], named: str) -> None:
+    arguments: dict[str, Any] = {"op": "window_attention", "device": "cuda", "dtype": "bfloat16", "capability": (9, 0)}
+    with pytest.raises(ValueError, match=rf"^{named} must .*, got "):
+        nsa_torch.which_kernel(**arguments | change)
+
+
+def test_every_op_of_the_package_is_known() -> None:
+    from nsa_torch import _C
+
+    public = {name for name in nsa_torch.__all__ if name in dir(nsa_torch.ops) and name in dir(torch.ops.nsa)}
+    assert set(_C.ops_with_kernels()) == public
+
+
+def test_cpu_kernels_are_named() -> None:
+    for op in (*OPS, "compress", "rotate"):
+        assert nsa_torch.which_kernel(op, num_heads=4, num_kv_heads=2, num_keys=100).reason
+
+
+# --- on a GPU ---
+
+
+def launched(function: Any) -> set[str]:
+    """The kernels of this library that run, by their names without arguments."""
+    function()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    names = {event.key for event in profile.key_averages()}
+    return {found[1] for name in names if (found := re.search(r"nsa::(?:\w+::)?(\w+)", name))}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [s for s in TILED if s.seqlen_q > 1], ids=lambda s: s.name)
+@pytest.mark.parametrize("op", OPS)
+def test_a_profile_shows_what_is_named(op: str, shape: Shape, dtype: torch.dtype) -> None:
+    """Every kernel of a plan runs, and none of another machine's or another role's does."""
+    inputs = make_inputs(op, shape).to("cuda", dtype)
+    function = getattr(nsa_torch, op)
+    leaves = {name: x.requires_grad_() for name, x in inputs.tensors.items() if x.is_floating_point() and name != "lse"}
+    arguments = query(shape, device="cuda", dtype=str(dtype).removeprefix("torch."))
+    options = inputs.options | ({"block_indices": None} if op == "nsa_attention" else {})
+
+    def call() -> Tensor:
+        result = function(**inputs.tensors | leaves, **options)
+        return result[0] if isinstance(result, tuple) else result
+
+    with torch.no_grad():
+        check(launched(call), nsa_torch.which_kernel(op, **arguments).kernels)
+    if op != "select_blocks":
+        out = call()
+        weights = torch.randn_like(out)
+        shown = launched(lambda: torch.autograd.grad(out, list(leaves.values()), weights, retain_graph=True))
+        check(shown, nsa_torch.which_kernel(op, **arguments, backward=True).kernels)
+
+
+def check(shown: set[str], named: tuple[str, ...]) -> None:
+    assert set(named) <= shown, f"named {named}, shown {sorted(shown)}"
+    others = {name for name in shown if MACHINE.search(name)} - set(named)
+    assert not {name for name in others if "add_partials" not in name}, f"named {named}, shown {sorted(shown)}"
