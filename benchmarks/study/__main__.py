@@ -14,7 +14,7 @@ import torch
 from . import report, texts
 from .models import ATTENTION
 from .runner import make_runs, unmade
-from .runs import COMPARED, LISTED, PLANS, TASKS, make_task, predicted_seconds
+from .runs import COMPARED, LISTED, ON_CPU, PLANS, TASKS, make_task, predicted_seconds
 from .step_times import measure_steps, write_times
 from .training import Run, read_results
 
@@ -89,7 +89,7 @@ def _plans(options: argparse.Namespace) -> int:
         for result in read_results(options.out):
             if result["status"] == "failed":
                 (options.out / f"{result['name']}.json").unlink()
-    names = [name for name in PLANS if name not in ("small", "mini")] if "all" in options.plans else options.plans
+    names = [name for name in PLANS if name not in ON_CPU] if "all" in options.plans else options.plans
     end, failed = time.monotonic() + options.seconds, 0
     for name in names:
         runs = PLANS[name](options.out)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runs import PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
+from .runs import ON_CPU, PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
 from .training import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -186,7 +186,7 @@ def plans_table(out: Path) -> str:
     existing = {result["name"] for result in read_results(out)}
     rows = []
     for name, plan in PLANS.items():
-        if name in ("small", "mini"):
+        if name in ON_CPU:
             continue
         runs = plan(out)
         left = [run for run in runs if run.name not in existing]
