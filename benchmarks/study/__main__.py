@@ -94,7 +94,7 @@ def _plans(options: argparse.Namespace) -> int:
     for name in names:
         runs = PLANS[name](options.out)
         todo = unmade(runs, options.out)
-        seconds = predicted_seconds(options.out, todo)
+        seconds = None if name in ON_CPU else predicted_seconds(options.out, todo)
         time_needed = "" if seconds is None else f", about {seconds:.0f} s of the GPU"
         print(f"{name}: {len(runs)} runs, {len(todo)} to make{time_needed}", flush=True)
         if options.dry_run:
