@@ -1,4 +1,4 @@
-"""The study's tasks, and its runs: they stop, go on, fail and are skipped as they should."""
+"""The study's runs: they stop, go on, fail and are skipped as they should."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from study import report, runner, texts, training
-from study.language import DIGITS, Language, Needle
+from study import report, runner, training
 from study.layers import Shape
-from study.models import Decoder
 from study.recall import Recall
 from study.runs import PLANS, make_task
-from study.tasks import Stage, generator, stage_at
+from study.step_times import measure_steps, write_times
+from study.tasks import Stage, stage_at
 from study.training import Run, Trainer, execute, rate
 
 CPU = torch.device("cpu")
@@ -27,119 +25,6 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results" / "study").glob("[!_]*.json"))
 TINY = Shape(hidden=16, layers=1, heads=2, kv_heads=1, head_dim=8)
 RUN = Run("recall-small", "full", 3e-3, 0, tokens=8192)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Texts of one line each."""
-    for split in texts.SPLITS:
-        line = f"This is the {split} text, line {{}}, and it says {{}}.\n"
-        text = "".join(line.format(i, hash((split, i)) % 9973) for i in range(400))
-        (tmp_path / f"{split}.txt").write_text(text)
-    return tmp_path
-
-
-# --- tasks ---
-
-
-@pytest.mark.parametrize("kind", ["noise", "mqar"])
-@pytest.mark.parametrize("length", [64, 100, 512])
-def test_recall_asks_for_what_it_told(kind: str, length: int) -> None:
-    task = Recall(kind=kind)
-    batch = task.batch(length, 3, generator(CPU, 0, 1), spacing=16)
-    assert batch.positions is not None
-    for tokens, positions, targets in zip(batch.tokens, batch.positions, batch.targets, strict=True):
-        text = tokens.tolist()
-        assert len(set(positions.tolist())) == len(positions) == length // 16
-        for position, target in zip(positions.tolist(), targets.tolist(), strict=True):
-            told = text.index(text[position])
-            assert told < position and text[told + 1] == target
-            assert text.count(text[position]) == 2  # told once, asked for once
-            assert task.num_keys <= target < task.num_keys + task.num_values
-
-
-def test_distances_of_mqar_are_mostly_short() -> None:
-    batch = Recall(kind="mqar").batch(1024, 64, generator(CPU, 0), spacing=64)
-    assert batch.positions is not None
-    gap = (batch.positions - 2 * 16).float()
-    assert gap.min() == 0 and gap.max() > 900
-    assert gap.median() < 200  # half of it, were they spread evenly
-
-
-def test_needle_is_in_the_text_and_asked_for_at_its_end(folder: Path) -> None:
-    task = Needle(needles=3, folder=folder)
-    batch = task.batch(600, 4, generator(CPU, 5))
-    for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
-        text, code = bytes(tokens.tolist()).decode(), bytes(targets.tolist()).decode()
-        assert text.endswith(" is " + code[:-1])
-        key = text.rpartition("\nThe code of ")[2][:4]
-        assert f"\nThe code of {key} is {code}.\n" in text
-    ends = task.hide(
-        task.training.pieces(300, 2, generator(CPU, 1)),
-        torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]]),
-        generator(CPU, 2),
-    )
-    starts = [
-        bytes(row.tolist()).decode().find(f"is {bytes(code.tolist()).decode()}.")
-        for row, code in zip(ends.tokens, ends.targets, strict=True)
-    ]
-    assert starts[0] < 20 and starts[1] > 200
-    with pytest.raises(ValueError, match="length must be at least"):
-        task.batch(50, 1, generator(CPU, 5))
-
-
-def test_right_digits_count_only_together(folder: Path) -> None:
-    class Copies(nn.Module):
-        """Names the digits of the code by finding them in the text."""
-
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            out = torch.zeros(*tokens.shape, 256)
-            for row, stream in zip(tokens, out, strict=True):
-                text = bytes(row.tolist()).decode()
-                key = text.rpartition("\nThe code of ")[2][:4]
-                code = text.partition(f"\nThe code of {key} is ")[2][:DIGITS]
-                for i, digit in enumerate(code):
-                    stream[len(text) - DIGITS + i, ord(digit)] = 1
-            return out
-
-        def logits(self, stream: torch.Tensor) -> torch.Tensor:
-            return stream
-
-    task = Needle(lengths=(512,), depths=2, scored_texts=3, folder=folder)
-    scores = task.evaluate(Copies(), CPU)["needle"]  # type: ignore[arg-type]
-    assert scores == {"codes": {"512": [1.0, 1.0]}, "digits": {"512": [1.0, 1.0]}}
-
-
-def test_language_is_scored_in_bits_by_position(folder: Path) -> None:
-    task = Language(length=128, scored=(64, 128), shape=TINY, tokens_per_step=256, scored_bytes=2048, folder=folder)
-    model = Decoder("full", 256, TINY, 8)
-    nn.init.zeros_(model.head.weight)
-    scores = task.evaluate(model, CPU)["language"]
-    assert scores["64"]["bits_per_byte"] == pytest.approx(8)
-    assert scores["128"]["by_position"] == {"0": pytest.approx(8), "64": pytest.approx(8)}
-    batch = task.batch(128, 2, generator(CPU, 0))
-    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
-    with pytest.raises(FileNotFoundError, match="study texts"):
-        Language(folder=folder / "none").batch(128, 1, generator(CPU, 0))
-
-
-def test_prose_has_no_markup_and_no_navigation() -> None:
-    page = (
-        "<html><head><title>T</title></head><body><div class='navheader'><p>Up<p>Next</div><h1>Title</h1>\n"
-        "<p>Some <b>bold</b>\n words &amp; more.<br>Next line.</p><pre>a\n  b</pre><nav>Home</nav></body></html>"
-    )
-    assert texts.prose(page) == "Title\n\nSome bold words & more.\nNext line.\n\na\n  b"
-
-
-def test_repeated_paragraphs_are_left_out_across_documents() -> None:
-    first, second = "one " * 60, "two " * 60
-    documents = [f"{first}\n\nmenu", f"{second}\n\nmenu\n\n{first}", "short"]
-    kept = list(texts.without_repeats(documents, set()))
-    assert [document.count("menu") for document in kept] == [1, 0]
-    assert kept[1].strip() == second.strip()
-
-
-# --- runs ---
 
 
 def test_stages_follow_their_shares_and_the_rate_rises_and_falls() -> None:
@@ -183,6 +68,21 @@ def test_what_exists_is_skipped_and_what_fails_is_told(tmp_path: Path) -> None:
     results = {result["name"]: result for result in training.read_results(tmp_path)}
     assert "task must be one of" in results[runs[2].name]["reason"]
     assert not list((tmp_path / "checkpoints").glob("*.pt"))
+
+
+def test_processes_end_with_the_command_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed:
+        def is_alive(self) -> bool:
+            return False
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr(runner.multiprocessing, "parent_process", Killed)
+    monkeypatch.setattr(runner.os, "_exit", leave)
+    with pytest.raises(SystemExit):
+        runner._work(RUN, tmp_path, "cpu", 1, math.inf, None)
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_time_instead_of_tokens_ends_a_run(tmp_path: Path) -> None:
@@ -244,4 +144,23 @@ def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
         results.append({"run": run, "status": "done", "scores": scores, "peak_bytes": 2e9})
     lines = report.recall_table(results, "recall", 7, {"nsa": 2e6}).splitlines()
     assert lines[2] == "| nsa | 0.002 | 2 | 0.700 ± 0.141 | 14.0 | 2.00 |"
+    run = results[1]["run"] | {"model": "full", "lr": 5e-4}
+    for lr in (5e-4, 1e-3, 2e-3):
+        scores = {"accuracy": {"128": {"32": 0.2}, "256": {"32": 0.6 if lr < 1e-3 else 0.0}}}
+        results.append({"run": run | {"lr": lr}, "status": "done", "scores": scores, "peak_bytes": 1e9})
+    paired = report.paired_table(results, "recall", 7, [("nsa", "full"), ("nsa", "none")]).splitlines()
+    assert paired[2:] == ["| nsa | full | 0 | 0.200 |"]
     assert report.sweep_table(results, "recall", 7).splitlines()[2] == "| nsa | 0.100 | 0.500 | 0.700 ± 0.141 |"
+
+
+def test_step_times_of_other_models_are_kept(tmp_path: Path) -> None:
+    path = tmp_path / "steps.json"
+    task = Recall(lengths=(64, 128), num_keys=16, shape=TINY, tokens_per_step=128, mlp_width=8)
+    measured = [measure_steps([name], task, CPU) for name in ("full", "window")]
+    for rows in measured:
+        write_times(path, rows)
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["model"], row["length"]) for row in rows] == [(m, n) for m in ("full", "window") for n in (64, 128)]
+    assert all(row["ms"] > 0 and row["seconds_per_million"] > 0 for row in rows)
+    write_times(path, measured[1] | {"device": "another"})
+    assert {row["model"] for row in json.loads(path.read_text())["rows"]} == {"window"}

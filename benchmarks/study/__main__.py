@@ -14,9 +14,9 @@ import torch
 from . import report, texts
 from .models import ATTENTION
 from .runner import make_runs, unmade
-from .runs import COMPARED, LISTED, PLANS, TASKS, make_task, predicted_seconds
-from .step_times import measure_steps
-from .training import Run, read_results, write_json
+from .runs import COMPARED, LISTED, ON_CPU, PLANS, TASKS, make_task, predicted_seconds
+from .step_times import measure_steps, write_times
+from .training import Run, read_results
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.command == "steps":
         rows = measure_steps(options.models, make_task(options.task), torch.device(options.device))
-        write_json(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
+        write_times(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
         return 0
     try:
         return _one(options) if options.command == "one" else _plans(options)
@@ -89,12 +89,12 @@ def _plans(options: argparse.Namespace) -> int:
         for result in read_results(options.out):
             if result["status"] == "failed":
                 (options.out / f"{result['name']}.json").unlink()
-    names = [name for name in PLANS if name not in ("small", "mini")] if "all" in options.plans else options.plans
+    names = [name for name in PLANS if name not in ON_CPU] if "all" in options.plans else options.plans
     end, failed = time.monotonic() + options.seconds, 0
     for name in names:
         runs = PLANS[name](options.out)
         todo = unmade(runs, options.out)
-        seconds = predicted_seconds(options.out, todo)
+        seconds = None if name in ON_CPU else predicted_seconds(options.out, todo)
         time_needed = "" if seconds is None else f", about {seconds:.0f} s of the GPU"
         print(f"{name}: {len(runs)} runs, {len(todo)} to make{time_needed}", flush=True)
         if options.dry_run:

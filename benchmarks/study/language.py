@@ -24,8 +24,7 @@ from .models import Decoder
 from .tasks import EVALUATION, Batch, Sizes, Stage, generator, logits_of
 
 BYTES = 256
-LANGUAGE_SHAPE = Shape(hidden=384, layers=6, heads=12, kv_heads=3, head_dim=64)
-NEEDLE_SHAPE = Shape(layers=4)
+SHAPE = Shape(layers=4)
 
 
 class Texts:
@@ -57,9 +56,9 @@ class Language:
     split: str = "english"
     length: int = 8192
     scored: tuple[int, ...] = (1024, 8192)
-    shape: Shape = LANGUAGE_SHAPE
+    shape: Shape = SHAPE
     tokens_per_step: int = 32768
-    mlp_width: int = 768
+    mlp_width: int = 512
     scored_bytes: int = 1 << 20
     folder: Path = texts.FOLDER
 
@@ -115,7 +114,7 @@ class Needle:
     lengths: tuple[int, ...] = tuple(NEEDLE_SHARES)
     needles: int = 1
     depths: int = 8  # scored: the middles of so many equal parts of the text
-    shape: Shape = NEEDLE_SHAPE
+    shape: Shape = SHAPE
     tokens_per_step: int = 65536
     mlp_width: int = 512
     scored_texts: int = 16  # for each length and depth

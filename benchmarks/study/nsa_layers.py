@@ -18,6 +18,8 @@ BRANCHES = ("compressed", "selected", "window")
 class ClosedGates(nn.Module):
     """The gates' projection with some branches shut: their logits are -inf, so the gates and their gradients are 0."""
 
+    closed: Tensor
+
     def __init__(self, linear: nn.Linear, shut: tuple[str, ...]) -> None:
         super().__init__()
         if unknown := set(shut) - set(BRANCHES):
@@ -39,6 +41,8 @@ class DroppedBranches(nn.Module):
     The choice of blocks has no gradient: its scores are learned only as far as the compressed branch is of use. Where
     the other branches do all the work, as they can on texts that n blocks cover, nothing teaches it.
     """
+
+    others: Tensor
 
     def __init__(self, linear: nn.Linear, share: float) -> None:
         super().__init__()

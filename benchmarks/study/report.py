@@ -9,24 +9,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runs import PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
+from .runs import ON_CPU, PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
 from .training import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, FIGURES = ROOT / "docs" / "study.md", ROOT / "docs" / "figures"
 SPACING = "32"  # the number of pairs that was trained on
+PAIRS = [
+    ("nsa", "full"),
+    ("nsa+conv", "full+conv"),
+    ("nsa-dropped+conv", "full+conv"),
+    ("nsa-dropped+conv", "nsa+conv"),
+]
 Result = dict[str, Any]
 Lines = dict[str, dict[int, list[float]]]  # model -> length -> one value for each seed
 
 
-def accuracies(results: list[Result], task: str, keep: Callable[[Result], bool]) -> Lines:
-    """Accuracy at the trained number of pairs of the runs of a task that `keep` keeps."""
+def accuracies(results: list[Result], task: str, keep: Callable[[Result], bool], spacing: str = SPACING) -> Lines:
+    """Accuracy with a pair for each `spacing` tokens of the runs of a task that `keep` keeps."""
     lines: Lines = {}
     for result in results:
         if result["run"]["task"] != task or "accuracy" not in result.get("scores", {}) or not keep(result):
             continue
         for length, row in result["scores"]["accuracy"].items():
-            lines.setdefault(result["run"]["model"], {}).setdefault(int(length), []).append(row[SPACING])
+            lines.setdefault(result["run"]["model"], {}).setdefault(int(length), []).append(row[spacing])
     return lines
 
 
@@ -77,6 +83,30 @@ def sweep_table(results: list[Result], task: str, tokens: int) -> str:
     return table(["model", *(f"{lr:g}" for lr in rates)], rows)
 
 
+def paired_table(results: list[Result], task: str, tokens: int, pairs: list[tuple[str, str]]) -> str:
+    """Accuracy at the longest length less that of the peer with the same seed and data, both at their best rates."""
+    rates = best_rates(results, task, tokens)
+    longest: dict[str, dict[int, float]] = {}
+    for result in results:
+        run = result["run"]
+        if (run["task"], run["tokens"]) == (task, tokens) and run["lr"] == rates.get(run["model"]):
+            scores = result["scores"]["accuracy"]
+            longest.setdefault(run["model"], {})[run["seed"]] = scores[max(scores, key=int)][SPACING]
+    rows = []
+    for model, peer in pairs:
+        seeds = sorted(longest.get(model, {}).keys() & longest.get(peer, {}).keys())
+        differences = [longest[model][seed] - longest[peer][seed] for seed in seeds]
+        if seeds:
+            rows.append([model, peer, ", ".join(map(str, seeds)), cell(differences)])
+    return table(["model", "less", "seeds", "difference"], rows)
+
+
+def lengths_table(lines: Lines) -> str:
+    lengths = sorted({length for row in lines.values() for length in row})
+    rows = [[model, *(cell(row[n]) if n in row else "" for n in lengths)] for model, row in lines.items()]
+    return table(["model", *map(str, lengths)], rows)
+
+
 def steps_table(out: Path, task: str) -> str:
     """Milliseconds of a step, each model alone."""
     measured = json.loads((out / f"_steps_{task}.json").read_text())
@@ -114,6 +144,35 @@ def picture(lines: Lines, title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def heat_maps(results: list[Result], task: str, path: Path) -> bool:
+    """Codes found by length (across) and depth (down), for each model the mean of its runs; False if there are none."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    maps: dict[str, list[list[list[float]]]] = {}
+    for result in results:
+        if result["run"]["task"] == task and "needle" in result.get("scores", {}):
+            codes = result["scores"]["needle"]["codes"]
+            columns = [codes[length] for length in sorted(codes, key=int)]
+            maps.setdefault(result["run"]["model"], []).append([list(row) for row in zip(*columns, strict=True)])
+            lengths = sorted(codes, key=int)
+    if not maps:
+        return False
+    figure, axes = plt.subplots(1, len(maps), figsize=(3.2 * len(maps), 3), squeeze=False, constrained_layout=True)
+    for axis, (model, runs) in zip(axes[0], maps.items(), strict=True):
+        mean = [[statistics.mean(cells) for cells in zip(*rows, strict=True)] for rows in zip(*runs, strict=True)]
+        image = axis.imshow(mean, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        axis.set_title(f"{model}: {statistics.mean(value for row in mean for value in row):.2f}", fontsize=9)
+        axis.set_xticks(range(len(lengths)), lengths, rotation=60, fontsize=7)
+        axis.set_yticks(range(len(mean)), [f"{(i + 0.5) / len(mean):.0%}" for i in range(len(mean))], fontsize=7)
+    figure.colorbar(image, ax=axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
 def fill(page: str, name: str, text: str) -> str:
     """The page with `text` between <!-- name --> and <!-- /name -->. ValueError where it has no such place."""
     place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n?<!-- /{re.escape(name)} -->)", re.DOTALL)
@@ -127,7 +186,7 @@ def plans_table(out: Path) -> str:
     existing = {result["name"] for result in read_results(out)}
     rows = []
     for name, plan in PLANS.items():
-        if name in ("small", "mini"):
+        if name in ON_CPU:
             continue
         runs = plan(out)
         left = [run for run in runs if run.name not in existing]
@@ -148,13 +207,13 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         return run["tokens"] == RECALL_TOKENS and run["lr"] == 1e-3 and run["seed"] == 0
 
     choice = accuracies(results, "recall", lambda r: one_rate(r) and "+conv" in r["run"]["model"])
-    lengths = sorted({length for row in choice.values() for length in row})
-    rows = [[model, *(cell(row[n]) if n in row else "" for n in lengths)] for model, row in choice.items()]
     places = {
         "steps": steps_table(out, "recall"),
         "sweep": sweep_table(results, "recall", RECALL_TOKENS),
         "recall": recall_table(results, "recall", RECALL_TOKENS, cost),
-        "choice": table(["model", *map(str, lengths)], rows),
+        "paired": paired_table(results, "recall", RECALL_TOKENS, PAIRS),
+        "choice": lengths_table(choice),
+        "mini": lengths_table(accuracies(results, "recall-mini", lambda result: True, spacing="16")),
         "plans": plans_table(out),
         "parameters": table(
             ["model", "parameters", "SwiGLU"],
@@ -173,3 +232,4 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     )
     if best:
         picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")
+    heat_maps(results, "needle", figures / "study-needle.png")

@@ -39,6 +39,9 @@ def _work(run: Run, out: Path, device: str, jobs: int, deadline: float, progress
         torch.set_num_threads(1)
 
     def report(done: float) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            os._exit(1)  # a killed command must not go on behind the back of the next one
         if progress is not None:
             progress[run.name] = done
 

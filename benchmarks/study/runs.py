@@ -16,6 +16,7 @@ from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
+ON_CPU = ("small", "mini", "mini-seeds")  # plans that no GPU is needed for
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 LISTED = ("longformer", "bigbird")
@@ -179,6 +180,9 @@ PLANS: dict[str, Plan] = {
         Run("recall-small", model, 3e-3, 0, SMALL_TOKENS) for model in (*COMPARED, *LISTED, "reformer")
     ],
     "mini": first("recall-mini", MINI_MODELS, MINI_TOKENS, lr=3e-3),
+    "mini-seeds": lambda out: [
+        Run("recall-mini", model, 3e-3, seed, MINI_TOKENS) for seed in SEEDS[1:] for model in MINI_MODELS[:3]
+    ],
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 import torch
 
 from .tasks import Task
-from .training import Run, Trainer, environment
+from .training import Run, Trainer, environment, write_json
 
 WARM, TIMED, TOGETHER = 3, 7, 4  # times that are left out and that count, each of so many steps that follow one another
 
 
 def measure_steps(models: list[str], task: Task, device: torch.device) -> dict[str, Any]:
     """Milliseconds of a step (the median), peak memory, and seconds for a million tokens."""
-    rows = []
+    rows, made_by = [], environment(device)
     for name in models:
         for length in [stage.length for stage in task.sizes.stages]:
             trainer = Trainer(Run("steps", name, 1e-3, 0, tokens=1 << 40), task, device, Path("none"))
@@ -32,7 +33,25 @@ def measure_steps(models: list[str], task: Task, device: torch.device) -> dict[s
                 times.append((time.perf_counter() - started) / TOGETHER)
             median = statistics.median(times[WARM:])
             tokens = trainer.tokens // trainer.step
-            row = {"model": name, "length": length, "ms": 1e3 * median, "seconds_per_million": 1e6 * median / tokens}
+            row = {
+                "commit": made_by["commit"],
+                "model": name,
+                "length": length,
+                "ms": 1e3 * median,
+                "seconds_per_million": 1e6 * median / tokens,
+            }
             rows.append(row | {"peak_bytes": trainer.peak_bytes(), "parameters": trainer.sizes.parameters})
             print(f"{name:20} {length:6} {1e3 * median:8.2f} ms", flush=True)
-    return {"rows": rows, "tokens_per_step": task.sizes.tokens_per_step} | environment(device)
+    return {"rows": rows, "tokens_per_step": task.sizes.tokens_per_step} | made_by
+
+
+def write_times(path: Path, measured: dict[str, Any]) -> None:
+    """Write what was measured, and keep the rows of other models that the file has from the same device and step."""
+    same = ("device", "tokens_per_step")
+    if path.exists():
+        before = json.loads(path.read_text())
+        if all(before[name] == measured[name] for name in same):
+            models = {row["model"] for row in measured["rows"]}
+            kept = [row for row in before["rows"] if row["model"] not in models]
+            measured = measured | {"rows": kept + measured["rows"]}
+    write_json(path, measured)

@@ -80,7 +80,7 @@ class Trainer:
         self.model: Decoder = model.to(device)
         self.make_step = Step(self.model, device, weight_decay=sizes.weight_decay, graphs=graphs)
         self.step, self.tokens, self.seconds, self.resumed, self.peak = 0, 0, 0.0, 0, 0
-        self.notes: list[dict[str, float]] = []
+        self.notes: list[dict[str, Any]] = []
         self.stages: dict[str, dict[str, float]] = {}
         if checkpoint.exists():
             self._load()
@@ -146,7 +146,12 @@ class Trainer:
         row = self.stages.setdefault(str(length), {"steps": 0, "tokens": 0, "seconds": 0.0})
         for name, more in (("steps", len(losses)), ("tokens", self.tokens - before), ("seconds", spent)):
             row[name] += more
-        note = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3), "length": length}
+        note: dict[str, Any] = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "length": length,
+        }
         self.notes.append(note | {"loss": round(mean, 5) if math.isfinite(mean) else str(mean)})
         if not mean < DIVERGED:
             raise Diverged(f"loss {mean} at step {self.step}")
@@ -209,6 +214,7 @@ def execute(
 
     The result's `status` is "done", "diverged" or "stopped" (MAX_SECONDS); the last two are scored as they are.
     """
+    made_by = environment(device)  # before the sources can change
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(run, task, device, checkpoint)
@@ -245,7 +251,7 @@ def execute(
         "stages": trainer.stages,
         "curve": trainer.notes,
     }
-    return result | environment(device)
+    return result | made_by
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
