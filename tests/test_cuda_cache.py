@@ -20,8 +20,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=s
 
 
 def captured(module: NSAAttention, place: Tensor, cache: NSACache, **options: Any) -> tuple[Any, Tensor]:
-    """The graph of a step of this cache, and its output. A step of a copy runs first: what runs once, runs there."""
-    module(place, cache=copy.deepcopy(cache), **options)
+    """The graph of a step of this cache, and its output. What runs once, runs before, with an emptied copy."""
+    empty = copy.deepcopy(cache)
+    empty.reset()
+    module(place, cache=empty, **options)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -72,8 +72,12 @@ at::Tensor readable(const at::Tensor& tensor) {
   return at::constant_pad_nd(tensor, {0, rounded_up(width) - width}).contiguous();
 }
 
+bool is_writable(const at::Tensor& result) {
+  return result.scalar_type() == at::kFloat || result.numel() == 0 || rows_are_aligned(result);
+}
+
 at::Tensor writable(const at::Tensor& result) {
-  if (result.scalar_type() == at::kFloat || result.numel() == 0 || rows_are_aligned(result)) {
+  if (is_writable(result)) {
     return result;
   }
   at::DimVector shape(result.sizes().begin(), result.sizes().end());

@@ -26,6 +26,8 @@ at::Tensor readable(const at::Tensor& tensor);
 // The tensor itself, or a copy whose last stride is 1.
 at::Tensor unit_stride(const at::Tensor& tensor);
 
+// Whether kernels can write a tensor in place.
+bool is_writable(const at::Tensor& result);
 // A tensor like `result` that kernels can write: `result` itself, or a wider one, of zeros, to be copied by
 // `copy_back`.
 at::Tensor writable(const at::Tensor& result);

@@ -46,6 +46,10 @@ RangeAttention range_attention_forward(const at::Tensor& q, const at::Tensor& k,
   const at::Tensor q_read = readable(q);
   const at::Tensor k_read = readable(k);
   const at::Tensor v_read = readable(v);
+  const bool sums = gating.sum.defined() && is_writable(gating.sum);
+  if (!out.defined() && !sums) {
+    out = at::empty_like(gating.sum);
+  }
   at::Tensor out_written = out.defined() ? writable(out) : out;
   RangeForwardParams params{.sequences = tables.layout,
                             .visibility = visibility_of(options),
@@ -58,7 +62,7 @@ RangeAttention range_attention_forward(const at::Tensor& q, const at::Tensor& k,
                             .lse = rows_of(lse),
                             .num_keys = k.size(-3),
                             .sum = {}};
-  if (gating.sum.defined() && (!out.defined() || out_written.is_same(out))) {
+  if (sums) {
     params.sum = {.gates = gating.gates,
                   .others = {gating.others[0].data_ptr(), gating.others[1].data_ptr()},
                   .out = gating.sum.data_ptr()};
