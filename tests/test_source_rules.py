@@ -17,6 +17,7 @@ HOST_ONLY = re.compile(r"^(torch|ATen|c10|caffe2|pybind11)/|(^|/)Python\.h$|(^|/
 
 # Lines of a file, by where it lives. A longer one says why in its design note.
 HEADER_OR_KERNEL, HOST, PYTHON, FUNCTION = 400, 250, 300, 60
+CPP = (".cpp", ".h", ".cu", ".cuh")
 
 
 def device_files() -> list[Path]:
@@ -95,6 +96,46 @@ def test_python_functions_are_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[0].lineno, node.end_lineno or 0
             assert body[1] - body[0] < FUNCTION, f"{node.name} has {body[1] - body[0] + 1} lines"
+
+
+NO_FUNCTION = re.compile(r"(namespace|struct|class|enum|union|if|for|while|switch|else|do|try|return|case)\b")
+QUALIFIERS = re.compile(r"template <.*?> (?=\w)|__launch_bounds__\([^)]*\)|__align__\(\d+\)")
+
+
+def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and lines of every function of a file, by the layout that clang-format gives it."""
+    lines = path.read_text().splitlines()
+    for first, line in enumerate(lines):
+        if not line.endswith("{"):
+            continue
+        head = first
+        while head > 0 and not re.search(r"[;{}]$|^\s*(//|#|public:|private:)|^$", lines[head - 1]):
+            head -= 1
+        indent = len(lines[head]) - len(lines[head].lstrip())
+        signature = QUALIFIERS.sub("", " ".join(part.strip() for part in lines[head : first + 1]))
+        name = re.search(r"([\w~:]+)\(", signature)
+        no_function = name is None or NO_FUNCTION.match(signature) or re.search(r"\[[&=]|^[^(]*=", signature)
+        if indent > 4 or no_function or name is None:
+            continue
+        end = next((n for n in range(first + 1, len(lines)) if lines[n] == " " * indent + "}"), None)
+        if end is not None:
+            yield name[1], end - first
+
+
+@pytest.mark.parametrize(
+    "path", sorted(p for p in CSRC.rglob("*") if p.suffix in CPP), ids=lambda p: str(p.relative_to(CSRC))
+)
+def test_cpp_functions_are_short(path: Path) -> None:
+    """The list of schemas is one table, to be read from top to bottom: its reason stands beside it."""
+    long = {name: lines for name, lines in cpp_functions(path) if lines > FUNCTION}
+    assert path.name == "library.cpp" or not long
+
+
+def test_the_lengths_of_cpp_functions_are_seen(tmp_path: Path) -> None:
+    head = "namespace nsa {\n\ntemplate <typename T>\nvoid long_one(int a,\n              int b) {\n"
+    end = "}\n\nstruct Some {\n  int short_one() {\n    return 1;\n  }\n};\n"
+    (tmp_path / "a.cpp").write_text(head + "  x();\n" * 70 + end)
+    assert dict(cpp_functions(tmp_path / "a.cpp")) == {"long_one": 71, "short_one": 2}
 
 
 def test_setup_py_is_short() -> None:
