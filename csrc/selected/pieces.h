@@ -23,7 +23,8 @@ inline KeyPieces plan_key_pieces(const SequenceLayout& s, int32_t num_selected, 
   const int64_t tokens = s.packed() ? s.length_q : s.batch * s.length_q;
   // A query chooses among half the blocks of its sequence, on average.
   const int64_t choices = max_of((s.packed() ? ceil_div(s.length_k, s.batch) : s.length_k) / 128, 1);
-  const int64_t chunk = max_of(kChunkBytes / (s.group * row_bytes), kLeastRows * choices / (num_selected * s.group));
+  const int64_t chunk =
+      max_of(kChunkBytes / (s.group * row_bytes), kLeastRows * choices / (int64_t{num_selected} * s.group));
   const int64_t share = pairs * heads / s.heads_kv / (2 * multiprocessors * kPiecesOfWarpgroup);
   KeyPieces pieces{};
   pieces.chunk = static_cast<int32_t>(max_of(min_of(chunk, tokens), 1));

@@ -153,8 +153,9 @@ SelectedBackwardPlan plan_selected_backward(const SelectedBackwardParams& params
     plan.keys_heads = plan.handed_heads;
     plan.handed_bytes = plan.handed_heads * handed_head_bytes(params) + kEnd;
   }
-  plan.pieces = plan_key_pieces(s, params.num_selected, pairs, params.chosen_by.blocks,
-                                2 * (params.q.width + params.v.width), plan.keys_heads, device.multiprocessors);
+  plan.pieces =
+      plan_key_pieces(s, params.num_selected, pairs, params.chosen_by.blocks,
+                      int64_t{2} * (params.q.width + params.v.width), plan.keys_heads, device.multiprocessors);
   plan.partial_floats = plan.keys_heads * head_sums(params);
   return plan;
 }

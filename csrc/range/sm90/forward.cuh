@@ -1,8 +1,8 @@
 // Attention over a range of keys, forward, for Hopper: O = softmax(scale Q K^T) V over the keys that each row sees.
 //
 // A block of threads walks many tiles of rows, the longest first. Its shared memory holds Q of one or two tiles, two
-// stages of K and of V, the output of the last tile, and what tiles are (forward_tiles.cuh). A warpgroup of helpers lists
-// tiles, copies in (feed.cuh) and out (write.cuh) for warpgroups of 64 rows each, which share K and V.
+// stages of K and of V, the output of the last tile, and what tiles are (forward_tiles.cuh). A warpgroup of helpers
+// lists tiles, copies in (feed.cuh) and out (write.cuh) for warpgroups of 64 rows each, which share K and V.
 //
 // A warpgroup's step j starts S_j = Q K_j^T and O += P_{j-1} V_{j-1}, and takes the softmax of S_j while the second
 // product runs. Warpgroups take turns at starting products: the softmax of one runs under the products of the others.
