@@ -56,6 +56,21 @@ def low_precision(request: pytest.FixtureRequest) -> Target:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture
 def num_threads() -> Iterator[None]:
     """Lets a test set the number of threads."""

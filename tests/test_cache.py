@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,24 +15,11 @@ from nsa_torch import NSAAttention, NSACache
 from nsa_torch import cache as cache_module
 from nsa_torch.rope import rotary_tables
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
+
 HIDDEN, HEADS, KV_HEADS, DK, DV = 24, 4, 2, 8, 6
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 LENGTH = 37
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> NSAAttention:

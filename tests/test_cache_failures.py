@@ -15,23 +15,10 @@ from nsa_torch import NSACache
 from nsa_torch import cache as cache_module
 from test_cache import make, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
+
 with torch.no_grad():
     LAYERS = [make(seed=i, window=6) for i in range(2)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 class Interrupt(KeyboardInterrupt):

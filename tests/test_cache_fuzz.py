@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,18 +18,10 @@ from nsa_torch import cache as cache_module
 from test_cache import HIDDEN, make
 from test_cache_failures import FailAt, Interrupt
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
+
 STEPS, SEEDS = 100, 20
 LONGEST = 40
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 class Fuzz:

@@ -7,7 +7,7 @@ themselves are tried in test_cuda_cache.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,22 +17,9 @@ from nsa_torch import NSAAttention, NSACache, sequences
 from nsa_torch.cache_step import CacheGeometry, plan_step
 from test_cache import Ragged, assert_same, make, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
+
 Replay = Callable[[NSAAttention, Tensor, NSACache], Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture

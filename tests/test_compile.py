@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from nsa_torch import NSAAttention
 from nsa_torch.rope import rotary_tables
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, HEADS, KV_HEADS, DK, DV = 24, 4, 2, 8, 6
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad
 from nsa_torch.integrations.transformers import CACHE, NSAModelCache, use_nsa
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,18 +15,11 @@ from nsa_torch import NSAAttention, reference
 from nsa_torch.module import BlockCompression
 from nsa_torch.rope import rotary_tables, rotate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, HEADS, KV_HEADS, DK, DV = 24, 4, 2, 8, 6
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 LENGTHS = (1, 2, 7, 8, 9, 12, 13, 31, 37)  # around l = l' = 8 and l + d = 12, and primes
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors here are so small that threads would spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> NSAAttention:
