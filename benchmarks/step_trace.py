@@ -187,7 +187,7 @@ def other_group(piece: Piece) -> str:
         return "dense attention"
     if PRODUCTS.search(piece.name):
         return "projections"
-    if piece.annotation == "rotary" or any("rotary" in name for name in (piece.name, *piece.ops)):
+    if piece.annotation == "rotary" or any("rotate" in name for name in (piece.name, *piece.ops)):
         return "rotary"
     for pattern, group in ((COPIES, "copies and casts"), (FILLS, "fills")):
         if pattern.search(piece.name):

@@ -58,7 +58,7 @@ class DenseAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.dim))
         k, v = (p(x).unflatten(-1, (self.kv_heads, self.dim)) for p in (self.k_proj, self.v_proj))
         positions = torch.arange(x.size(1), device=x.device)
-        tables = rope.for_heads(rope.rotary_tables(positions, self.dim, 10000.0, x.dtype))
+        tables = rope.for_heads(rope.rope_tables(positions, self.dim, 10000.0, x.dtype))
         return self.o_proj(self.attend(rope.rotate(q, tables), rope.rotate(k, tables), v).flatten(-2))
 
 
@@ -83,7 +83,7 @@ def annotated() -> Iterator[None]:
 
         return call
 
-    places = [(m, name) for m in (module, rope) for name in ("rotate", "rotary_tables", "take_rows")]
+    places = [(m, name) for m in (module, rope) for name in ("rotate", "rope_tables", "take_rows")]
     before = [getattr(*place) for place in places]
     for place, function in zip(places, before, strict=True):
         setattr(*place, under_a_name(function))

@@ -16,7 +16,7 @@ from .checks import check_at_least, check_divides
 from .heads import NSAInputs, split_heads
 from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
-from .rope import Tables, check_tables, for_heads, rotary_tables, rotate, take_rows
+from .rope import Tables, check_tables, for_heads, rope_tables, rotate, take_rows
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -313,7 +313,7 @@ class NSAAttention(nn.Module):
                 positions = torch.arange(tokens, device=x.device)
             else:
                 positions = packed_positions(cu_seqlens, tokens)
-            tables = rotary_tables(positions, self.head_dim, self.rope_theta, x.dtype)
+            tables = rope_tables(positions, self.head_dim, self.rope_theta, x.dtype)
         inputs = self._project(x, tables)
         mesh = self._mesh(inputs.k_cmp.size(-2))
         k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
@@ -354,7 +354,7 @@ class NSAAttention(nn.Module):
             return x.new_zeros(0, self.num_heads // self.ranks, self.v_head_dim)
         step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
         if tables is None and self.rope_theta is not None:
-            tables = rotary_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
+            tables = rope_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
         inputs = self._project(x, tables)
         if inputs.k_win.size(-2) != (expected := cache.k_win.size(-2)):
             raise ValueError(f"cache must have the {inputs.k_win.size(-2)} KV heads of k_proj here, got {expected}")

@@ -15,7 +15,7 @@ from . import ops
 Tables = tuple[Tensor, Tensor]
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tables:
+def rope_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> Tables:
     """cos and sin of every token's angles: positions (...,) integers -> two (..., head_dim).
 
     In float64 for `dtype` float64, else in float32: far positions need more digits than half

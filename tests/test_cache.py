@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_torch import NSAAttention, NSACache
 from nsa_torch import cache as cache_module
-from nsa_torch.rope import rotary_tables
+from nsa_torch.rope import rope_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
@@ -202,7 +202,7 @@ def test_leading_dimension_of_packed_tokens():
 @pytest.mark.parametrize("batched", [0, 1, 2])
 def test_position_embeddings(batched):
     module, x = make(), tokens(2, LENGTH)
-    cos, sin = rotary_tables(torch.arange(LENGTH), DK, 500.0, x.dtype)
+    cos, sin = rope_tables(torch.arange(LENGTH), DK, 500.0, x.dtype)
     if batched:
         cos, sin = (table.expand(batched, -1, -1) for table in (cos, sin))
     expected, cache = module(x, position_embeddings=(cos, sin)), module.new_cache(2, LENGTH)
@@ -218,7 +218,7 @@ def test_position_embeddings_of_packed_chunks():
     ragged, cache = Ragged([20, 30]), module.new_cache(2, 40)
     for counts in ([9, 14], [1, 0], [10, 16]):
         positions = [torch.arange(a, a + n) for a, n in zip(ragged.done, counts, strict=True)]
-        tables = rotary_tables(torch.cat(positions), DK, module.rope_theta, torch.float64)
+        tables = rope_tables(torch.cat(positions), DK, module.rope_theta, torch.float64)
         ragged.feed(module, cache, counts, position_embeddings=tables)
     assert ragged.finished
     ragged.check(module)

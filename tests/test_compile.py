@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_torch import NSAAttention
-from nsa_torch.rope import rotary_tables
+from nsa_torch.rope import rope_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,7 @@ def test_training_step_on_packed_sequences():
 
 def test_training_step_with_position_embeddings():
     module, x = make(rope_theta=None), tokens(2, 37)
-    tables = rotary_tables(torch.arange(37), DK, 500.0, x.dtype)
+    tables = rope_tables(torch.arange(37), DK, 500.0, x.dtype)
     function = compiled(loss_of)
     options = {"position_embeddings": tables}
     assert_same(train(function, module, x, **options), train(loss_of, module, x, **options), 1e-4)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 import nsa_torch
 from nsa_torch import NSAAttention, reference
 from nsa_torch.module import BlockCompression
-from nsa_torch.rope import rotary_tables, rotate
+from nsa_torch.rope import rope_tables, rotate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -204,7 +204,7 @@ def test_position_embeddings_replace_rope_theta():
     module, x = make(), tokens(2, 29)
     bare = copy.deepcopy(module)
     bare.rope_theta = None
-    cos, sin = rotary_tables(torch.arange(29), DK, module.rope_theta, torch.float64)
+    cos, sin = rope_tables(torch.arange(29), DK, module.rope_theta, torch.float64)
     expected = module(x)
     for tables in ((cos, sin), (cos[None], sin[None]), (cos[None].expand(2, -1, -1), sin[None])):
         for layer in (module, bare):
@@ -215,7 +215,7 @@ def test_position_embeddings_of_packed_sequences():
     module, x = make(), tokens(29)
     cu_seqlens = torch.tensor([0, 11, 29], dtype=torch.int32)
     positions = torch.cat((torch.arange(11), torch.arange(18)))
-    cos, sin = rotary_tables(positions, DK, module.rope_theta, torch.float64)
+    cos, sin = rope_tables(positions, DK, module.rope_theta, torch.float64)
     expected = module(x, cu_seqlens=cu_seqlens)
     for tables in ((cos, sin), (cos[None], sin[None])):
         out = module(x, cu_seqlens=cu_seqlens, position_embeddings=tables)
@@ -225,7 +225,7 @@ def test_position_embeddings_of_packed_sequences():
 def test_position_embeddings_may_differ_within_a_batch():
     module, x = make(), tokens(2, 29)
     positions = torch.stack((torch.arange(29), torch.arange(29) + 5))
-    tables = rotary_tables(positions, DK, module.rope_theta, torch.float64)
+    tables = rope_tables(positions, DK, module.rope_theta, torch.float64)
     # Scores depend on differences of positions only, so a shift changes nothing.
     torch.testing.assert_close(module(x, position_embeddings=tables), module(x))
 
@@ -241,7 +241,7 @@ def test_rope_is_that_of_llama():
     x = torch.randn(2, 29, HEADS, DK)
     cos, sin = LlamaRotaryEmbedding(config)(x, torch.arange(29)[None])
     theta = config.rope_parameters["rope_theta"]
-    own_cos, own_sin = rotary_tables(torch.arange(29), DK, theta, x.dtype)
+    own_cos, own_sin = rope_tables(torch.arange(29), DK, theta, x.dtype)
     torch.testing.assert_close(own_cos[None], cos)
     torch.testing.assert_close(own_sin[None], sin)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
@@ -417,7 +417,7 @@ def test_constructor_names_the_bad_argument(options, message):
 def test_forward_names_the_bad_argument():
     module, x, flat = make(), tokens(2, 9), tokens(9)
     cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
-    tables = rotary_tables(torch.arange(9), DK, 1e4, torch.float64)
+    tables = rope_tables(torch.arange(9), DK, 1e4, torch.float64)
     for bad in (x[..., :-1], flat, x[None]):
         with pytest.raises(ValueError, match=r"hidden_states must be .B, T, hidden_size = 24., got"):
             module(bad)

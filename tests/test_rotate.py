@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import nsa_torch
-from nsa_torch.rope import for_heads, rotary_tables, rotate
+from nsa_torch.rope import for_heads, rope_tables, rotate
 
 SIZES = [
     (7, 1, 2),
@@ -82,7 +82,7 @@ def test_gradients_of_tables(device: str) -> None:
 def test_tables_of_half_precision(device: str) -> None:
     """As Hugging Face's models in bfloat16 give them."""
     x, _, _ = make("dense", (9, 3, 8), torch.bfloat16, device)
-    tables = for_heads(rotary_tables(torch.arange(9, device=device), 8, 1e4, torch.float32))
+    tables = for_heads(rope_tables(torch.arange(9, device=device), 8, 1e4, torch.float32))
     assert tables is not None
     cos, sin = (table.bfloat16() for table in tables)
     torch.testing.assert_close(rotate(x, (cos, sin)).double(), formula(x, cos, sin), atol=0.05, rtol=0.02)

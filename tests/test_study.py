@@ -172,7 +172,7 @@ def test_shared_keys_choose_by_means_of_the_selected_branchs_keys() -> None:
     layer = nsa_layer(SHAPE, choice="shared", num_initial=0, num_local=1, **options).double()
     x = rand(2, 72, SHAPE.hidden)
     inputs, _ = layer._inputs(x, None, None, None)
-    tables = rope.rotary_tables(torch.arange(72), SHAPE.head_dim, SHAPE.rope_theta, x.dtype)
+    tables = rope.rope_tables(torch.arange(72), SHAPE.head_dim, SHAPE.rope_theta, x.dtype)
     cos, sin = rope.for_heads(tables)
     unrotated = nsa_torch.rotate(inputs.k_slc, cos, sin, transposed=True)
     expected = unrotated.unflatten(1, (9, 8)).mean(2)

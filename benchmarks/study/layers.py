@@ -91,7 +91,7 @@ class Attention(nn.Module):
 def rotary(x: Tensor, shape: Shape) -> rope.Tables | None:
     """Tables (T, 1, D) for tokens x (B, T, hidden)."""
     positions = torch.arange(x.size(1), device=x.device)
-    return rope.for_heads(rope.rotary_tables(positions, shape.head_dim, shape.rope_theta, x.dtype))
+    return rope.for_heads(rope.rope_tables(positions, shape.head_dim, shape.rope_theta, x.dtype))
 
 
 def full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ struct KeyRange {
   int64_t end;
 };
 
+// The position of a sequence's first query, unless a caller has another: the last query sees the last key.
+NSA_HOST_DEVICE constexpr int32_t default_offset(int64_t queries, int64_t keys) {
+  return static_cast<int32_t>(keys - queries);
+}
+
 // Block m covers keys [m d, m d + l): how many fit into `length` keys.
 NSA_HOST_DEVICE constexpr int64_t num_compressed_blocks(int64_t length, int64_t block_size, int64_t block_stride) {
   return length < block_size ? 0 : (length - block_size) / block_stride + 1;

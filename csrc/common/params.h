@@ -90,6 +90,7 @@ struct SequenceLayout {
   Divisor by_group;
   int64_t length_q;               // dense: of every sequence; packed: sum of all
   int64_t length_k;               // the same, uncompressed keys
+  int32_t offset;                 // dense: the position of every sequence's first query; packed: see place_of
   const int32_t* cumulative_q;    // packed: (B + 1,), else null
   const int32_t* cumulative_k;    // packed: (B + 1,), else null
   const int32_t* used_k;          // packed: (B,) keys in use of each slot, or null: all
@@ -117,7 +118,7 @@ struct SequencePlace {
   int64_t k_begin;
   int32_t k_length;  // in use
   int64_t cmp_begin;
-  int32_t offset;  // query i stands at position offset + i: the last query sees the last key
+  int32_t offset;  // the position of its first query: query i stands at offset + i
 };
 
 // Which keys of a branch a position sees: key j when 0 <= p - (j * stride + first_seen) < window. The window branch has

@@ -73,6 +73,7 @@ __device__ inline SequencePlace place_of(const SequenceLayout& s, int32_t sequen
     place.batch = sequence;
     place.q_length = static_cast<int32_t>(s.length_q);
     place.k_length = static_cast<int32_t>(s.length_k);
+    place.offset = s.offset;
   } else {
     place.q_begin = s.cumulative_q[sequence];
     place.q_length = static_cast<int32_t>(s.cumulative_q[sequence + 1] - place.q_begin);
@@ -80,8 +81,8 @@ __device__ inline SequencePlace place_of(const SequenceLayout& s, int32_t sequen
     place.k_length =
         s.used_k != nullptr ? s.used_k[sequence] : static_cast<int32_t>(s.cumulative_k[sequence + 1] - place.k_begin);
     place.cmp_begin = s.cumulative_cmp != nullptr ? s.cumulative_cmp[sequence] : 0;
+    place.offset = default_offset(place.q_length, place.k_length);
   }
-  place.offset = place.k_length - place.q_length;
   return place;
 }
 

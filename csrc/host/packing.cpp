@@ -28,7 +28,6 @@ void check_total(const char* name, const at::Tensor& lengths, int64_t total) {
   TORCH_CHECK_VALUE(last == total, name, " must end with the number of tokens, ", total, ", got ", last);
 }
 
-// The last query sees the last key.
 SequencePlace place(int64_t batch, int64_t q_begin, int64_t q_length, int64_t k_begin, int64_t k_length,
                     int64_t cmp_begin) {
   constexpr int64_t kMost = 0x7fffffff;
@@ -40,7 +39,7 @@ SequencePlace place(int64_t batch, int64_t q_begin, int64_t q_length, int64_t k_
           .k_begin = k_begin,
           .k_length = static_cast<int32_t>(k_length),
           .cmp_begin = cmp_begin,
-          .offset = static_cast<int32_t>(k_length - q_length)};
+          .offset = default_offset(q_length, k_length)};
 }
 
 // Packed sequences, with room for the blocks of every slot.

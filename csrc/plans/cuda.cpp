@@ -67,6 +67,7 @@ SequenceLayout layout_of(const KernelQuery& query) {
   s.by_group = Divisor(static_cast<uint32_t>(s.group));
   s.length_q = query.num_queries;
   s.length_k = query.num_keys;
+  s.offset = default_offset(s.length_q, s.length_k);
   return s;
 }
 
@@ -208,7 +209,7 @@ KernelReport cuda_report(const KernelQuery& query) {
     return compress_report(query);
   }
   if (query.op == "rotate") {
-    return {{"rotary"}, "one kernel, its own backward"};
+    return {{"rotate_pairs"}, "one kernel, its own backward"};
   }
   if (query.op == "select_blocks") {
     return select_report(query, device);

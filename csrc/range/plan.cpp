@@ -108,7 +108,7 @@ struct KeyTiles {
     count = slots * s.heads_kv;
     window = seen.window != Visibility::kNoWindow;
     queries = window ? min_of(s.length_q, int64_t{seen.window} + range_sm90::kKeysPerGradientTile - 1) : s.length_q;
-    offset = s.packed() ? 0 : s.length_k - s.length_q;
+    offset = s.packed() ? 0 : s.offset;
     of_sequence = s.packed() ? slots : slots / max_of(s.batch, 1);
     sample = ceil_div(max_of(of_sequence, 1), kSampledTiles);
     scale = static_cast<double>(sample * s.heads_kv) * (s.packed() ? 1. : s.batch);

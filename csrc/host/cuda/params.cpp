@@ -120,6 +120,7 @@ SequenceTables lay_out_sequences(const at::Tensor& q, const at::Tensor& k, int64
   s.length_k = length_k;
   if (!packing.packed()) {
     s.batch = static_cast<int32_t>(q.size(0));
+    s.offset = default_offset(s.length_q, s.length_k);
     return tables;
   }
   tables.cumulative_q = contiguous_lengths(*packing.cu_seqlens_q);

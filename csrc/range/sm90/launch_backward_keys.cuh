@@ -25,11 +25,10 @@ inline RangeKeyOrder order_range_key_tiles(const RangeBackwardParams& params) {
   }
   order.tiles = static_cast<int32_t>(tiles);
   const int64_t split_queries = params.rows_per_split / s.group;
-  const int64_t offset = s.length_k - s.length_q;
   int64_t lengths[RangeKeyOrder::kMostTiles];
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int32_t key = static_cast<int32_t>(tile * range_sm90::kKeysPerGradientTile);
-    const int64_t first = max_of(params.visibility.first_position(key) - offset, 0);
+    const int64_t first = max_of(params.visibility.first_position(key) - s.offset, 0);
     lengths[tile] = min_of((first / split_queries + 1) * split_queries, s.length_q) - first;
     order.tile[tile] = static_cast<uint16_t>(tile);
   }

@@ -53,7 +53,7 @@ __device__ inline void turn(const Angles<kWidth>& angles, Channels<Element, kWid
 }
 
 template <typename Element, int kWidth>
-__global__ void __launch_bounds__(kRotateThreads) rotary(const __grid_constant__ RotateParams params) {
+__global__ void __launch_bounds__(kRotateThreads) rotate_pairs(const __grid_constant__ RotateParams params) {
   using Pack = Channels<Element, kWidth>;
   const uint32_t within = params.by_token.divide(threadIdx.x);
   const uint32_t rest = threadIdx.x - within * params.by_token.divisor;
