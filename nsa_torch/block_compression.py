@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -149,9 +149,9 @@ class BlockCompression(nn.Module):
         return f"{self.dim}, {sizes}, compression={self.compression!r}{hidden}{heads}"
 
 
-def _add(weight: Tensor, values: Tensor) -> None:
-    """Add values, which every rank has whole, to a weight that may be cut over ranks."""
-    if hasattr(weight, "placements"):  # a DTensor
+def _add(weight: Any, values: Tensor) -> None:
+    """Add values, which every rank has whole, to a weight that may be cut over ranks: a DTensor."""
+    if hasattr(weight, "placements"):
         from .distributed import cut_like
 
         values = cut_like(weight, values.expand(weight.shape))
