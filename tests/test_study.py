@@ -13,8 +13,9 @@ from torch.nn import functional as F
 import nsa_torch
 from nsa_torch import rope
 from study import block_lists, layers, models, reformer
+from study.choices import random_blocks
 from study.layers import Shape
-from study.nsa_layers import ClosedGates, nsa_layer, random_blocks
+from study.nsa_layers import ClosedGates, nsa_layer
 from study.runs import PLANS, RATES, RECALL_TOKENS, make_task
 from study.training import Run, write_json
 

@@ -93,13 +93,13 @@ def _plans(options: argparse.Namespace) -> int:
     end, failed = time.monotonic() + options.seconds, 0
     for name in names:
         runs = PLANS[name](options.out)
-        todo = unmade(runs, options.out)
-        seconds = None if name in ON_CPU else predicted_seconds(options.out, todo)
+        missing = unmade(runs, options.out)
+        seconds = None if name in ON_CPU else predicted_seconds(options.out, missing)
         time_needed = "" if seconds is None else f", about {seconds:.0f} s of the GPU"
-        print(f"{name}: {len(runs)} runs, {len(todo)} to make{time_needed}", flush=True)
+        print(f"{name}: {len(runs)} runs, {len(missing)} to make{time_needed}", flush=True)
         if options.dry_run:
-            print("".join(f"  {'to make' if run in todo else 'exists '}  {run.name}\n" for run in runs), end="")
-        elif todo:
+            print("".join(f"  {'to make' if run in missing else 'exists '}  {run.name}\n" for run in runs), end="")
+        elif missing:
             left = end - time.monotonic()
             statuses = make_runs(runs, options.out, device=options.device, jobs=options.jobs, seconds=left)
             failed |= _say(statuses, options.out)

@@ -62,6 +62,13 @@ ATTENTION: dict[str, Make] = {
     "nsa-shared+conv": _nsa(choice="shared", conv=True),
     "nsa-dropped": _nsa(dropped=0.25),
     "nsa-dropped+conv": _nsa(dropped=0.25, conv=True),
+    # What could teach the choice.
+    "nsa-dropped50+conv": _nsa(dropped=0.5, conv=True),
+    "nsa-open+conv": _nsa(opened=True, conv=True),
+    "nsa-explored+conv": _nsa(choice="explored", conv=True),
+    "nsa-scaled+conv": _nsa(choice="scaled", conv=True),
+    "nsa-taught": _nsa(choice="taught"),
+    "nsa-taught+conv": _nsa(choice="taught", conv=True),
     "nsa-n4": _nsa(num_selected=4),
     "nsa-n8": _nsa(num_selected=8),
     "nsa-block32": _nsa(select_size=32, num_selected=32),
@@ -81,6 +88,10 @@ ATTENTION |= {
     "mini-nsa-shared+conv": _nsa(choice="shared", conv=True, **_MINI),
     "mini-nsa-dropped+conv": _nsa(dropped=0.25, conv=True, **_MINI),
     "mini-nsa-random+conv": _nsa(choice="random", conv=True, **_MINI),
+    "mini-nsa-open+conv": _nsa(opened=True, conv=True, **_MINI),
+    "mini-nsa-explored+conv": _nsa(choice="explored", conv=True, **_MINI),
+    "mini-nsa-scaled+conv": _nsa(choice="scaled", conv=True, whole_at=512, **_MINI),
+    "mini-nsa-taught+conv": _nsa(choice="taught", conv=True, **_MINI),
 }
 REFERENCE, REFERENCE_WIDTH = "nsa+conv", 512  # whose SwiGLU has this width, and whose size the others take
 

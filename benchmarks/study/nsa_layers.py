@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import nsa_torch
-from nsa_torch import rope
 
+from .choices import CHOICES
 from .layers import ConvolvedLinear, Shape
 
 BRANCHES = ("compressed", "selected", "window")
@@ -63,46 +63,22 @@ class DroppedBranches(nn.Module):
         return logits.masked_fill(alone & self.others, float("-inf")).flatten(-2)
 
 
-class SharedKeys(nsa_torch.NSAAttention):
-    """NSA that compresses the selected branch's keys: what that branch learns about them also serves the choice."""
+class OpenGate(nn.Module):
+    """The gates' projection with the compressed branch's gate at 1 always: training cannot shut it."""
 
-    def _project(self, x: Tensor, tables: rope.Tables | None) -> Any:
-        inputs = super()._project(x, tables)
-        if tables is None:
-            return inputs._replace(k_cmp=inputs.k_slc)
-        cos, sin = rope.for_heads(tables)
-        return inputs._replace(k_cmp=nsa_torch.rotate(inputs.k_slc, cos, sin, transposed=True))
+    opened: Tensor
 
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.register_buffer("opened", torch.tensor([name == "compressed" for name in BRANCHES]), persistent=False)
 
-def random_blocks(tokens: int, kv_heads: int, layer: nsa_torch.NSAAttention, device: torch.device) -> Tensor:
-    """Blocks chosen by chance, anew at each call, beside NSA's forced ones: int32 (1, T, Hkv, n)."""
-    size, count = layer.select_size, layer.num_selected
-    blocks = torch.arange(-(-tokens // size), device=device)
-    own = (torch.arange(tokens, device=device) // size)[:, None, None]
-    rank = torch.rand(tokens, kv_heads, len(blocks), device=device)
-    forced = (blocks < layer.num_initial) | ((blocks <= own) & (blocks > own - layer.num_local))
-    rank = torch.where(forced, 2.0, rank).masked_fill(blocks > own, -1.0)
-    value, index = rank.topk(min(count, len(blocks)), dim=-1)
-    beyond = len(blocks)  # sorts behind every block
-    index = index.masked_fill(value < 0, beyond).sort(-1).values
-    return index.masked_fill(index == beyond, -1).to(torch.int32).unsqueeze(0)
+    def reset_parameters(self) -> None:
+        self.linear.reset_parameters()
 
-
-class RandomChoice(nsa_torch.NSAAttention):
-    """NSA whose blocks are chosen by chance: what the choice is worth."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        inputs, _ = self._inputs(hidden_states, None, None, None)
-        lists = random_blocks(hidden_states.size(1), self.num_kv_heads, self, hidden_states.device)
-        lists = lists.expand(hidden_states.size(0), -1, -1, -1)
-        blocks = {"block_size": self.block_size, "block_stride": self.block_stride, "select_size": self.select_size}
-        out = nsa_torch.nsa_attention(
-            *inputs, **blocks, num_selected=self.num_selected, window=self.window, block_indices=lists
-        )
-        return self.o_proj(out.flatten(-2))
-
-
-CHOICES = {"scores": nsa_torch.NSAAttention, "shared": SharedKeys, "random": RandomChoice}
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.linear(x).unflatten(-1, (-1, len(BRANCHES)))
+        return logits.masked_fill(self.opened, float("inf")).flatten(-2)
 
 
 def nsa_layer(
@@ -111,6 +87,7 @@ def nsa_layer(
     conv: bool = False,
     without: tuple[str, ...] = (),
     dropped: float = 0.0,
+    opened: bool = False,
     choice: str = "scores",
     **options: Any,
 ) -> nsa_torch.NSAAttention:
@@ -121,7 +98,8 @@ def nsa_layer(
         conv: a CausalConv on all branches' keys and values, before rotation and compression.
         without: branches to shut.
         dropped: share of the sequences that in training have the compressed branch alone.
-        choice: by "scores", as the paper has it, by scores of "shared" keys, or at "random".
+        opened: the compressed branch's gate is always 1.
+        choice: of CHOICES; by "scores" as the paper has it.
         options: of NSAAttention.
     """
     if choice not in CHOICES:
@@ -133,6 +111,8 @@ def nsa_layer(
         layer.k_proj, layer.v_proj = ConvolvedLinear(layer.k_proj), ConvolvedLinear(layer.v_proj)
     if dropped:
         layer.gate_proj = DroppedBranches(layer.gate_proj, dropped)
+    if opened:
+        layer.gate_proj = OpenGate(layer.gate_proj)
     if without:
         layer.gate_proj = ClosedGates(layer.gate_proj, without)
     return layer

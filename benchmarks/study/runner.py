@@ -93,10 +93,10 @@ def make_runs(
         quiet: no progress bar.
     """
     deadline = time.monotonic() + seconds
-    todo = unmade(runs, out)
-    together, alone = ([r for r in todo if bool(r.tokens) == counted] for counted in (True, False))
+    missing = unmade(runs, out)
+    together, alone = ([r for r in missing if bool(r.tokens) == counted] for counted in (True, False))
     statuses: dict[str, str] = {}
-    with tqdm(total=len(todo), unit="run", disable=quiet) as bar:
+    with tqdm(total=len(missing), unit="run", disable=quiet) as bar:
         for group, processes in ((together, jobs), (alone, 1)):
             _make_group(group, out, device, processes, deadline, statuses, bar)
     return statuses

@@ -16,9 +16,11 @@ from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
-ON_CPU = ("small", "mini", "mini-seeds")  # plans that no GPU is needed for
+ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers")  # plans that no GPU is needed for
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
+TEACHERS = ("nsa-taught+conv", "nsa-scaled+conv", "nsa-explored+conv", "nsa-open+conv", "nsa-dropped50+conv")
+MINI_TEACHERS = ("mini-nsa-taught+conv", "mini-nsa-scaled+conv", "mini-nsa-explored+conv", "mini-nsa-open+conv")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
     "nsa-no-compressed",
@@ -32,11 +34,13 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
+TIMED_AS = {"mqar": "recall"}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS = 32_000_000
 NEEDLE_TOKENS = 100_000_000
 LANGUAGE_TOKENS = 64_000_000
+FIRST_LANGUAGE_TOKENS = 16_000_000
 PEERS = {
     "nsa": "full",
     "nsa+conv": "full+conv",
@@ -135,7 +139,7 @@ def best_rates(results: list[dict[str, Any]], task: str, tokens: int) -> dict[st
 
 def seconds_per_million(out: Path, task: str) -> dict[str, float]:
     """Of each model measured by `python -m study steps`, over the curriculum's shares of tokens."""
-    path = out / f"_steps_{task}.json"
+    path = out / f"_steps_{TIMED_AS.get(task, task)}.json"
     if not path.exists():
         return {}
     stages = make_task(task).sizes.stages
@@ -183,6 +187,7 @@ PLANS: dict[str, Plan] = {
     "mini-seeds": lambda out: [
         Run("recall-mini", model, 3e-3, seed, MINI_TOKENS) for seed in SEEDS[1:] for model in MINI_MODELS[:3]
     ],
+    "mini-teachers": first("recall-mini", MINI_TEACHERS, MINI_TOKENS, lr=3e-3),
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),
@@ -190,6 +195,9 @@ PLANS: dict[str, Plan] = {
     "recall-listed-seeds": seeds("recall", LISTED, RECALL_TOKENS),
     "recall-choice": first("recall", ("nsa-shared+conv", "nsa-random+conv", "nsa-dropped"), RECALL_TOKENS),
     "recall-long": first("recall-long", ("full+conv", "nsa+conv"), RECALL_TOKENS),
+    "recall-teachers": first("recall", TEACHERS, RECALL_TOKENS),
+    "recall-taught-sweep": sweep("recall", TEACHERS[:2], RECALL_TOKENS),
+    "recall-taught-seeds": seeds("recall", TEACHERS[:2], RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
@@ -198,6 +206,9 @@ PLANS: dict[str, Plan] = {
     "needle-sweep": sweep("needle", COMPARED, NEEDLE_TOKENS),
     "needle-seeds": seeds("needle", COMPARED, NEEDLE_TOKENS),
     "needle-time": equal_time("needle", PEERS, NEEDLE_TOKENS),
+    "language-first": lambda out: [
+        Run("language", model, RATES[0], seed, FIRST_LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
+    ],
     "language-sweep": sweep("language", COMPARED, LANGUAGE_TOKENS),
     "language-seeds": seeds("language", COMPARED, LANGUAGE_TOKENS),
     "language-time": equal_time("language", PEERS, LANGUAGE_TOKENS),
