@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cache import NSACache, NSALayerCache
 from .packing import padding_rows
+from .placement import moves_weights
 
 if TYPE_CHECKING:
     from .module import NSAAttention
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def check_like_weight(layer: NSAAttention, hidden_states: Tensor) -> None:
     weight = layer.q_proj.weight
-    if hidden_states.device != weight.device:
+    if hidden_states.device != weight.device and not moves_weights(layer.q_proj):
         raise TypeError(f"hidden_states must be on the layer's device {weight.device}, got {hidden_states.device}")
     if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
         raise TypeError(f"hidden_states must have the layer's dtype {weight.dtype}, got {hidden_states.dtype}")

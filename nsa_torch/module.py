@@ -16,6 +16,7 @@ from .checks import check_at_least, check_divides
 from .heads import NSAInputs, split_heads
 from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
+from .placement import compute_device, compute_dtype
 from .rope import Tables, check_tables, for_heads, rope_tables, rotate, take_rows
 
 if TYPE_CHECKING:
@@ -156,18 +157,18 @@ class NSAAttention(nn.Module):
         *,
         num_layers: int = 1,
         max_crop: int = 0,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> NSACache:
-        """An empty NSACache for this layer, or for `num_layers` like it, on its device.
+        """An empty NSACache for this layer, or for `num_layers` like it.
 
         Under tensor parallelism by `tensor_parallel_plan` it has this rank's heads.
 
-        dtype: default that of the weights, or under autocast that of autocast.
+        device: default where the layer computes: its weights', or where accelerate's hooks bring them.
+        dtype: float16, bfloat16, float32 or float64; default autocast's where it is on, else that of the weights
+            (of those that are not quantized).
         """
-        weight = self.q_proj.weight
-        if dtype is None:
-            autocast = torch.is_autocast_enabled(weight.device.type)
-            dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        device = compute_device(self) if device is None else torch.device(device)
         return NSACache(
             batch_size,
             max_length,
@@ -179,8 +180,8 @@ class NSAAttention(nn.Module):
             block_stride=self.block_stride,
             window=self.window,
             max_crop=max_crop,
-            dtype=dtype,
-            device=weight.device,
+            dtype=compute_dtype(self, device) if dtype is None else dtype,
+            device=device,
         )
 
     def forward(
