@@ -12,8 +12,10 @@ from torch import Tensor
 
 
 def check_at_least(least: int, **arguments: int) -> None:
-    """ValueError unless every argument is at least `least`."""
+    """TypeError unless every argument is an int, ValueError unless it is at least `least`."""
     for name, value in arguments.items():
+        if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
@@ -22,6 +24,13 @@ def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
     """ValueError unless `value` divides `whole`."""
     if whole % value:
         raise ValueError(f"{name} must divide {whole_name}, {whole}, got {value}")
+
+
+def check_tensors(**arguments: object) -> None:
+    """TypeError unless every argument is a tensor or None."""
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def check_integers(name: str, value: object, *shapes: tuple[int, ...]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import NSACache, NSALayerCache
+from .checks import check_tensors
 from .packing import padding_rows
 from .placement import moves_weights
 
@@ -28,6 +29,7 @@ def take_tokens(layer: NSAAttention, hidden_states: Tensor, cu_seqlens: Tensor |
 
     Padding is zeros then, since NaN in it would reach the gradients of the projections' weights.
     """
+    check_tensors(hidden_states=hidden_states, cu_seqlens=cu_seqlens)
     shape = tuple(hidden_states.shape)
     dense, packed = len(shape) == 3, len(shape) == 2 or (len(shape) == 3 and shape[0] == 1)
     if not (dense if cu_seqlens is None else packed) or shape[-1] != layer.hidden_size:
@@ -48,8 +50,10 @@ def take_tokens(layer: NSAAttention, hidden_states: Tensor, cu_seqlens: Tensor |
     return (x if padding is None else x.masked_fill(padding, 0)), padding
 
 
-def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache) -> NSALayerCache:
+def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache, hidden_states: Tensor) -> NSALayerCache:
     """The cache of the layer, which fits it."""
+    if not isinstance(cache, (NSACache, NSALayerCache)):
+        raise TypeError(f"cache must be an NSACache or a layer of one, got {type(cache).__name__}")
     if isinstance(cache, NSACache):
         if len(cache) != 1:
             raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
@@ -64,6 +68,6 @@ def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache) -> NSALaye
     if held != heads:
         names = "(num_kv_heads, head_dim, v_head_dim)"
         raise ValueError(f"cache must have {names} {heads}, got {held}")
-    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in layer.parameters())):
         raise RuntimeError("a cache records no gradients: use torch.no_grad()")
     return cache

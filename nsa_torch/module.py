@@ -219,7 +219,7 @@ class NSAAttention(nn.Module):
             RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
         """
         x, padding = take_tokens(self, hidden_states, cu_seqlens)
-        layer = None if cache is None else check_cache(self, cache)
+        layer = None if cache is None else check_cache(self, cache, hidden_states)
         if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
         else:

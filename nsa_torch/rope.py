@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .checks import check_tensors
 
 Tables = tuple[Tensor, Tensor]
 
@@ -69,10 +70,14 @@ def check_tables(tables: Tables, shape: tuple[int, ...]) -> Tables:
     """Tables given by the user as position_embeddings, for tokens of `shape` (B, T, D) or (T, D).
 
     cos and sin may have a batch dimension of B or 1, or none; it is removed for tokens without. They
-    become float32 if they are less, once for all that is rotated. ValueError for any other shape.
+    become float32 if they are less, once for all that is rotated. ValueError for any other shape, TypeError for what
+    is no pair of tensors.
     """
+    if not isinstance(tables, (tuple, list)):
+        raise TypeError(f"position_embeddings must be (cos, sin), got {type(tables).__name__}")
     if len(tables) != 2:
         raise ValueError(f"position_embeddings must be (cos, sin), got {len(tables)} entries")
+    check_tensors(**{f"position_embeddings[{i}]": table for i, table in enumerate(tables)})
     batches = (1, *shape[:-2])
     for table in tables:
         got = tuple(table.shape)

@@ -90,11 +90,12 @@ def _may_end_padded(mask: Tensor) -> bool:
     return mask.device.type != "cpu" or torch.compiler.is_compiling() or not bool(mask[:, -1].all())
 
 
-def check_tensors(**arguments: object) -> None:
-    """TypeError unless every argument is a tensor or None."""
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+def check_positions(position_ids: Tensor, batch: int, length: int) -> None:
+    """ValueError unless position_ids are (B or 1, T)."""
+    shape = tuple(position_ids.shape)
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != length:
+        allowed = " or ".join(str((rows, length)) for rows in dict.fromkeys((batch, 1)))
+        raise ValueError(f"position_ids must be (B or 1, T) = {allowed}, got shape {shape}")
 
 
 def check_mask(attention_mask: Tensor, batch: int, past: int, length: int) -> Tensor:

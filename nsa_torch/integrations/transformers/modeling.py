@@ -13,8 +13,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from ...block_compression import BlockCompression
 from ...checkpoints import VERSION, convert_rows_0_1
+from ...checks import check_tensors
 from .attention import NSASelfAttention
-from .batches import Packing, check_mask, check_tensors
+from .batches import Packing, check_mask, check_positions
 from .cache import NSAModelCache, adopt
 
 ATTENTION = "nsa"
@@ -101,6 +102,8 @@ class NSAModel(NSAPreTrained):
         mask = None
         if attention_mask is not None:
             mask = check_mask(attention_mask, batch, past, length).to(tokens.device)
+        if position_ids is not None:
+            check_positions(position_ids, batch, length)
         packing = self._packing(batch, length, mask, position_ids, cu_seq_lens_q, cache)
         kwargs |= tensors | {"attention_mask": None, CACHE: cache, "use_cache": cache is not None, "packing": packing}
         state = None if cache is None else cache.state()
