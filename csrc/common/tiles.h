@@ -19,10 +19,12 @@ struct KernelTile {
 };
 
 // Shared memory of a block of threads: on any GPU that kernels are built for, and on Hopper.
-constexpr int64_t kLeastSharedBytes = 99 * 1024;
-constexpr int64_t kHopperSharedBytes = 227 * 1024;
+constexpr int64_t kLeastSharedBytes = int64_t{99} * 1024;
+constexpr int64_t kHopperSharedBytes = int64_t{227} * 1024;
 
-constexpr int64_t kHalfBytes = 2;       // of an element that tensor cores multiply
+constexpr int64_t kHalfBytes = 2;  // of an element that tensor cores multiply
+constexpr int64_t kFloatBytes = 4;
+constexpr int64_t kBarrierBytes = 8;
 constexpr int32_t kWarpgroupRows = 64;  // that a product of Hopper's takes
 
 constexpr int64_t round_up(int64_t bytes, int64_t unit) { return (bytes + unit - 1) / unit * unit; }
@@ -32,7 +34,7 @@ namespace key_gradients_sm80 {
 
 constexpr int32_t kRows = 32;       // of a stage
 constexpr int32_t kRowNumbers = 3;  // lse, delta, gate of every row of a stage
-constexpr int32_t kPlaceBytes = 8;  // where a row stands, of two tiles in turn
+constexpr int64_t kPlaceBytes = 8;  // where a row stands, of two tiles in turn
 constexpr int64_t kStaticBytes = 128;
 constexpr int32_t stages(int32_t tile_k) { return tile_k <= 192 ? 2 : 1; }
 // Blocks of threads that share a tile whose gradients do not fit the registers together.
@@ -44,7 +46,7 @@ constexpr KernelTile tile(TileDims dims) {
   return {.rows = kRows,
           .keys = kKeysPerGradientTile,
           .stages = stages(dims.k),
-          .dynamic_bytes = tiles + int64_t{4} * rows * kRowNumbers + 2 * kRows * kPlaceBytes,
+          .dynamic_bytes = tiles + kFloatBytes * rows * kRowNumbers + kPlaceBytes * 2 * kRows,
           .static_bytes = kStaticBytes};
 }
 
@@ -55,7 +57,7 @@ namespace plain {
 
 constexpr int32_t kWarps = 4;
 constexpr int32_t kPitch = 33;  // of 32 staged columns
-constexpr int64_t kStagingBytes = int64_t{4} * kWarps * 32 * kPitch;
+constexpr int64_t kStagingBytes = kFloatBytes * kWarps * 32 * kPitch;
 constexpr int32_t kColumns[] = {64, 128, 256};
 
 // The columns that hold both widths, of at most kLargestHeadDim.
@@ -65,21 +67,21 @@ constexpr int32_t columns(int32_t width_k, int32_t width_v) {
 }
 
 constexpr KernelTile forward_tile(int32_t columns) {
-  return {.rows = kWarps, .keys = 32, .static_bytes = kStagingBytes + 4 * kWarps * columns};
+  return {.rows = kWarps, .keys = 32, .static_bytes = kStagingBytes + kFloatBytes * kWarps * columns};
 }
 constexpr KernelTile backward_query_tile(int32_t columns) {
-  return {.rows = kWarps, .keys = 32, .static_bytes = kStagingBytes + 2 * 4 * kWarps * columns};
+  return {.rows = kWarps, .keys = 32, .static_bytes = kStagingBytes + kFloatBytes * 2 * kWarps * columns};
 }
 constexpr KernelTile backward_keys_tile(int32_t columns) {
-  return {.rows = 32 * kWarps, .keys = 1, .static_bytes = kStagingBytes + 2 * 4 * columns};
+  return {.rows = 32 * kWarps, .keys = 1, .static_bytes = kStagingBytes + kFloatBytes * 2 * columns};
 }
 
 }  // namespace plain
 
-// A ring of rows of Hopper's gradients of k and v (common/sm90/key_gradients.cuh): Q, dO, five numbers of each row, and
+// A ring of rows of Hopper's gradients of k and v (common/sm90/key_gradients.cuh): Q, dO, four numbers of each row, and
 // two barriers a stage.
 constexpr int64_t row_ring_bytes(TileDims dims, int32_t rows, int32_t stages) {
-  return round_up(stages * (kHalfBytes * rows * (dims.k + dims.v) + rows * 16 + 2 * 8), 1024);
+  return round_up(stages * (kHalfBytes * rows * (dims.k + dims.v) + kFloatBytes * 4 * rows + 2 * kBarrierBytes), 1024);
 }
 
 }  // namespace nsa

@@ -51,6 +51,7 @@ constexpr int32_t key_stages(int32_t tile_k) { return tile_k <= 64 ? 6 : 4; }
 constexpr int32_t kForwardGroups = 3;
 constexpr int32_t kForwardStages = 2;
 constexpr int32_t kForwardTiles = 4;  // whose numbers are kept
+constexpr int64_t kForwardTileBytes = 48;
 constexpr int32_t forward_keys(int32_t tile_k) { return tile_k <= 64 ? 96 : 80; }
 constexpr int32_t forward_q_stages(int32_t tile_k) { return tile_k <= 128 ? 2 : 1; }
 // Whether the forward kernel has room for the rows of the other branches.
@@ -62,12 +63,12 @@ constexpr KernelTile forward_tile(TileDims dims) {
   const int32_t q_stages = forward_q_stages(dims.k);
   const int64_t rows = kHalfBytes * kRows * (q_stages * dims.k + dims.v);
   const int64_t ring = kHalfBytes * kForwardStages * keys * (dims.k + dims.v);
-  const int64_t gates = takes_sum(dims.k) ? kRows * 3 * 4 : 16;
-  const int64_t barriers = 16 * (kForwardTiles + q_stages + 2 * kForwardStages + 2);
+  const int64_t gates = takes_sum(dims.k) ? kFloatBytes * 3 * kRows : 16;
+  const int64_t barriers = 2 * kBarrierBytes * (kForwardTiles + q_stages + 2 * kForwardStages + 2);
   return {.rows = kRows,
           .keys = keys,
           .stages = kForwardStages,
-          .dynamic_bytes = rows + ring + round_up(kForwardTiles * 48 + gates + barriers, 1024)};
+          .dynamic_bytes = rows + ring + round_up(kForwardTileBytes * kForwardTiles + gates + barriers, 1024)};
 }
 
 // Three warpgroups where their registers hold the sums: docs/notes/hopper_query_gradient.md.

@@ -102,11 +102,11 @@ constexpr KernelTile union_tile(TileDims dims, const UnionSizes& sizes, const Un
   const int64_t block_v = traits.only_keys ? 0 : kHalfBytes * kBlockKeys * dims.v;
   const int64_t block_k = kHalfBytes * kBlockKeys * dims.k;
   const int64_t of_rows = traits.only_keys || dims.k <= 128 ? 0 : kHalfBytes * kWarpgroupRows * dims.k;  // Q
-  const int64_t grad_lse = traits.gradients ? sizes.groups * kWarpgroupRows : 1;
-  const int64_t barriers =
-      round_up(16 * (sizes.stages_k + sizes.stages_v + 2) + 16 + 4 * (4 * sizes.groups + grad_lse), 8);
+  const int64_t grad_lse = traits.gradients ? int64_t{sizes.groups} * kWarpgroupRows : 1;
+  const int64_t barriers = round_up(
+      2 * kBarrierBytes * (sizes.stages_k + sizes.stages_v + 2) + kFloatBytes * (4 + 4 * sizes.groups + grad_lse), 8);
   const int64_t step = traits.wide || sizes.groups == 4 ? 8 : 4;
-  const int64_t tokens = sizes.groups * (kWarpgroupRows / head_slots);
+  const int64_t tokens = int64_t{sizes.groups} * (kWarpgroupRows / head_slots);
   return {.rows = sizes.groups * kWarpgroupRows,
           .keys = kBlockKeys,
           .stages = sizes.stages_k,
@@ -147,7 +147,7 @@ constexpr KernelTile backward_keys_tile(TileDims dims) {
   const int32_t rows = key_step_rows(dims.k);
   const int32_t stages = key_stages(dims.k);
   const int64_t part = kHalfBytes * kBlockKeys * (dims.k + dims.v) + row_ring_bytes(dims, rows, stages) +
-                       round_up(4 * stages * (rows + 1) + kPlaces, 1024);
+                       round_up(kFloatBytes * stages * (rows + 1) + kPlaces, 1024);
   return {.rows = rows, .keys = kParts * kBlockKeys, .stages = stages, .dynamic_bytes = kParts * part};
 }
 
@@ -163,7 +163,7 @@ constexpr int64_t kScanBytes = 4256;
 constexpr int32_t kKinds = 256;  // of pieces, of either sort
 
 constexpr KernelTile kCountSegments{.static_bytes = 2 * kScanBytes};
-constexpr KernelTile kListPieces{.static_bytes = kScanBytes + 4 * 2 * kKinds + 2 * 4};
+constexpr KernelTile kListPieces{.static_bytes = kScanBytes + kFloatBytes * (2 * kKinds + 2)};
 
 }  // namespace list_tiles
 }  // namespace nsa

@@ -17,7 +17,7 @@ constexpr KernelTile tile(int32_t width) {
   return {.rows = kWarps,
           .keys = kKeysPerTile,
           .stages = 1,
-          .dynamic_bytes = kWarps * kQueryRecordBytes + int64_t{4} * kKeysPerTile * (width | 1)};
+          .dynamic_bytes = kWarps * kQueryRecordBytes + kFloatBytes * kKeysPerTile * (width | 1)};
 }
 
 }  // namespace select_plain
@@ -36,7 +36,7 @@ constexpr KernelTile tile(int32_t tile_k, int32_t queries_of_warp) {
           .keys = kKeysPerTile,
           .stages = kStages,
           .dynamic_bytes =
-              kHalfBytes * kStages * kKeysPerTile * tile_k + kWarps * queries_of_warp * kQueryRecordBytes + kWorkBytes};
+              kHalfBytes * kStages * kKeysPerTile * tile_k + kQueryRecordBytes * kWarps * queries_of_warp + kWorkBytes};
 }
 
 }  // namespace select_sm80
@@ -70,13 +70,13 @@ constexpr KernelTile tile(int32_t tile_k, int32_t slot, int32_t listed) {
   const int32_t strips = strip_tiles(tile_k, slot, listed);
   const int64_t copied = kHalfBytes * tile_k * (groups * kColumns + stages(tile_k, slot) * kKeysPerTile);
   const int64_t pitch = strip_pitch((strips + 1) * kKeysPerTile);
-  const int64_t of_slot = 4 * pitch + 8 * (kQueue + listed);
-  const int64_t of_group = kColumns / slot * of_slot + 2 * 4 * kColumns;
-  const int64_t barriers = 16 * (groups + stages(tile_k, slot) + groups * strips);
+  const int64_t of_slot = kFloatBytes * pitch + 2 * kFloatBytes * (kQueue + listed);
+  const int64_t of_group = kColumns / slot * of_slot + kFloatBytes * 2 * kColumns;
+  const int64_t barriers = 2 * kBarrierBytes * (groups + stages(tile_k, slot) + groups * strips);
   return {.rows = groups * kColumns / slot,
           .keys = kKeysPerTile,
           .stages = stages(tile_k, slot),
-          .dynamic_bytes = round_up(copied + groups * of_group + round_up(4 * groups, 8) + barriers, 1024)};
+          .dynamic_bytes = round_up(copied + groups * of_group + round_up(kFloatBytes * groups, 8) + barriers, 1024)};
 }
 
 }  // namespace select_sm90
