@@ -15,7 +15,7 @@ _library.load()
 
 from nsa_torch.cache import NSACache  # noqa: E402
 from nsa_torch.checkpoints import convert_state_dict_0_1  # noqa: E402
-from nsa_torch.info import KernelPlan, build_info, which_kernel  # noqa: E402
+from nsa_torch.info import KernelLaunch, KernelPlan, build_info, which_kernel  # noqa: E402
 from nsa_torch.module import NSAAttention  # noqa: E402
 from nsa_torch.ops import (  # noqa: E402
     compress,
@@ -33,6 +33,7 @@ except metadata.PackageNotFoundError:  # run from a checkout that was built in p
     __version__ = "0+checkout"
 
 __all__ = [
+    "KernelLaunch",
     "KernelPlan",
     "NSAAttention",
     "NSACache",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["KernelPlan", "build_info", "which_kernel"]
+if TYPE_CHECKING:
+    from nsa_torch import _C
+
+__all__ = ["KernelLaunch", "KernelPlan", "build_info", "which_kernel"]
 
 
 def build_info() -> dict[str, Any]:
@@ -24,23 +28,50 @@ def build_info() -> dict[str, Any]:
     return _C.build_info()
 
 
+@dataclass(frozen=True)
+class KernelLaunch:
+    """A kernel that a call launches.
+
+    Attributes:
+        kernel: its name, as a profile shows it; on the CPU, what computes it.
+        tile: (rows or queries, keys) of a block of threads: those that it holds, and those of a step. None: it has no
+            tiles.
+        stages: buffers of what passes by; 0 where it has none.
+        shared_bytes: shared memory of a block of threads, what the kernel declares and what the launch adds.
+        count: how often it is launched.
+    """
+
+    kernel: str
+    tile: tuple[int, int] | None = None
+    stages: int = 0
+    shared_bytes: int = 0
+    count: int = 1
+
+
 class KernelPlan(tuple[str, str]):
     """What `which_kernel` answers: the pair (kernel, reason), with the rest of the plan as attributes.
 
     Attributes:
         kernel, reason: the kernels' names, joined by " + ", and why these, in words.
-        kernels: the names, as a profile shows them.
+        kernels: the names, each once, in the order of their first launch.
+        launches: a `KernelLaunch` for each kernel, in order. Products are cuBLAS's, sorting is CUB's: neither is
+            among them.
         splits: into how many the rows that see a tile of keys are cut, backward.
         workspace_bytes: what the call takes beside its results.
     """
 
     kernels: tuple[str, ...]
+    launches: tuple[KernelLaunch, ...]
     splits: int
     workspace_bytes: int
 
-    def __new__(cls, kernels: Sequence[str], reason: str, splits: int = 1, workspace_bytes: int = 0) -> KernelPlan:
+    def __new__(
+        cls, launches: Sequence[KernelLaunch], reason: str, splits: int = 1, workspace_bytes: int = 0
+    ) -> KernelPlan:
+        kernels = tuple(dict.fromkeys(launch.kernel for launch in launches))
         plan = super().__new__(cls, (" + ".join(kernels), reason))
-        plan.kernels, plan.splits, plan.workspace_bytes = tuple(kernels), splits, workspace_bytes
+        plan.kernels, plan.launches = kernels, tuple(launches)
+        plan.splits, plan.workspace_bytes = splits, workspace_bytes
         return plan
 
     @property
@@ -53,7 +84,8 @@ class KernelPlan(tuple[str, str]):
 
     def __repr__(self) -> str:
         rest = f"splits={self.splits}, workspace_bytes={self.workspace_bytes}"
-        return f"KernelPlan(kernel={self.kernel!r}, reason={self.reason!r}, {rest})"
+        launches = "".join(f"\n  {launch}," for launch in self.launches)
+        return f"KernelPlan(kernel={self.kernel!r}, reason={self.reason!r}, {rest}, launches=[{launches}\n])"
 
 
 def which_kernel(
@@ -75,6 +107,9 @@ def which_kernel(
     select_size: int = 64,
     num_selected: int = 16,
     window: int = 512,
+    compression: str = "mlp",
+    hidden_size: int | None = None,
+    per_head: bool = False,
 ) -> KernelPlan:
     """Which kernels an op runs for given shapes, and why: what the call itself would decide.
 
@@ -89,6 +124,8 @@ def which_kernel(
         num_heads, num_kv_heads: query heads, and key/value heads, which divide them.
         head_dim, v_head_dim: of queries and keys, and of values (default `head_dim`).
         block_size, block_stride, select_size, num_selected, window: as the ops take them.
+        compression, hidden_size, per_head: of `compress`, which the layer has as well: "mlp", "linear" or
+            "mean"; the rows of w1 of an mlp (default 2 `head_dim`); whether each KV head has weights of its own.
 
     Returns:
         (kernel, reason), a pair with more attributes: see `KernelPlan`. Tensors are taken to be contiguous.
@@ -99,7 +136,8 @@ def which_kernel(
     from nsa_torch import _C
 
     if device == "cuda" and capability is None and _C.build_info()["cuda"] is None:
-        return KernelPlan(["cpu_fallback"], "this build has no CUDA kernels: tensors are copied to the CPU and back")
+        launches = [KernelLaunch("cpu_fallback")]
+        return KernelPlan(launches, "this build has no CUDA kernels: tensors are copied to the CPU and back")
     query = _C.KernelQuery()
     query.op, query.device, query.dtype, query.backward = op, device, dtype, backward
     if capability is None and device == "cuda" and torch.cuda.is_available():
@@ -110,5 +148,14 @@ def which_kernel(
     query.num_queries, query.num_keys = num_keys if num_queries is None else num_queries, num_keys
     query.block_size, query.block_stride, query.select_size = block_size, block_stride, select_size
     query.num_selected, query.window = num_selected, window
+    query.compression, query.per_head = compression, per_head
+    query.hidden_size = 2 * head_dim if hidden_size is None else hidden_size
     report = _C.which_kernel(query)
-    return KernelPlan(report.kernels, report.reason, report.splits, report.workspace_bytes)
+    launches = [_launch(each) for each in report.launches]
+    return KernelPlan(launches, report.reason, report.splits, report.workspace_bytes)
+
+
+def _launch(reported: _C.ReportedLaunch) -> KernelLaunch:
+    tile = reported.tile
+    sizes = (tile.rows, tile.keys) if tile.rows > 0 else None
+    return KernelLaunch(reported.kernel, sizes, tile.stages, tile.static_bytes + tile.dynamic_bytes, reported.count)

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "common/tiles.h"
 
 namespace nsa {
 
@@ -26,6 +27,38 @@ struct KernelChoice {
   const char* why;
 };
 
+// A kernel that a call launches, its tile, and how often it is launched.
+struct KernelLaunch {
+  const char* kernel = nullptr;  // by the name that a profile shows
+  KernelTile tile;
+  int64_t count = 1;
+};
+
+// Those of a plan, in their order: all of this library's, not those of cuBLAS and CUB.
+struct Launches {
+  static constexpr int kMost = 8;
+  KernelLaunch of[kMost];
+  int count = 0;
+
+  void add(const char* kernel, const KernelTile& tile, int64_t times = 1) {
+    of[count] = {kernel, tile, times};
+    ++count;
+  }
+  const KernelLaunch* begin() const { return of; }
+  const KernelLaunch* end() const { return of + count; }
+};
+
+// A kernel's name on each machine.
+struct KernelNames {
+  const char* plain;
+  const char* sm80;
+  const char* sm90;
+
+  constexpr const char* on(Machine machine) const {
+    return machine == Machine::kPlain ? plain : machine == Machine::kSm80 ? sm80 : sm90;
+  }
+};
+
 // `not_for_sm90`: why a call does not suit the kernel for Hopper, or null.
 inline KernelChoice choose_kernel(ElementType type, const Device& device, const char* not_for_sm90) {
   if (type == ElementType::kFloat32) {
@@ -44,6 +77,8 @@ inline KernelChoice choose_kernel(ElementType type, const Device& device, const 
 constexpr const char* kDimsTooLarge = "head dimensions above 192 and 128 have no kernel for compute capability 9.0";
 constexpr const char* kNotCopied =
     "the copy engine cannot read these tensors: addresses and strides must be multiples of 16 bytes, none 0";
+constexpr const char* kTooLittleShared =
+    "the kernels for compute capability 9.0 need 227 KB of shared memory for a block of threads";
 constexpr const char* kNoKeys = "there are no keys";
 
 // Whether Hopper's copy engine can read a tensor of 16-bit elements: addresses in units of 16 bytes, and none twice.

@@ -3,8 +3,11 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
+#include <stdexcept>
 
 namespace nsa {
 namespace {
@@ -59,6 +62,22 @@ bool holds_kernels(const std::string& set) { return holds(build_info().kernels, 
 bool portable_kernels_only() {
   const char* wanted = std::getenv("NSA_TORCH_KERNELS");
   return wanted != nullptr && std::string(wanted) == "portable";
+}
+
+int64_t shared_bytes_allowed(int64_t bytes) {
+  constexpr int64_t kLeastKilobytes = 99;  // that every kernel which runs anywhere does with
+  const char* wanted = std::getenv("NSA_TORCH_SHARED_KB");
+  if (wanted == nullptr || *wanted == '\0') {
+    return bytes;
+  }
+  int64_t kilobytes = 0;
+  const char* const end = wanted + std::strlen(wanted);
+  const auto [stop, error] = std::from_chars(wanted, end, kilobytes);
+  if (error != std::errc() || stop != end || kilobytes < kLeastKilobytes || kilobytes > 1 << 20) {
+    throw std::invalid_argument("NSA_TORCH_SHARED_KB must be a whole number of KB from 99 on, got '" +
+                                std::string(wanted) + "'");
+  }
+  return std::min(bytes, kilobytes * 1024);
 }
 
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor) {

@@ -1,6 +1,7 @@
 // What this library was built with, and what a GPU misses in it. No torch.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -22,6 +23,10 @@ bool holds_kernels(const std::string& set);
 
 // Whether kernels made for one GPU are left out, for comparisons: the environment's NSA_TORCH_KERNELS is "portable".
 bool portable_kernels_only();
+
+// The bytes of shared memory that a block of threads may take where the GPU lets it have `bytes`: fewer, for tests, if
+// the environment's NSA_TORCH_SHARED_KB says so. Throws std::invalid_argument unless that is 99 or more.
+int64_t shared_bytes_allowed(int64_t bytes);
 
 // What to tell the user of a GPU of this compute capability if a build for `architectures` lacks kernels that were made
 // for it; "" where it lacks none.

@@ -85,6 +85,11 @@ NsaResults run_forward(const NsaInputs& in, AttentionOptions options, int64_t nu
   check_block_budget(num_selected, forced.initial, forced.local);
   check_nsa(in, options);
   options.seqlen_k = in.k_slc.sym_size(-3);
+#if defined(NSA_CUDA_VERSION)
+  if (in.q.is_cuda() && options.block_indices.has_value()) {
+    cuda::check_lists_fit(in.q, in.v_slc, *options.block_indices);
+  }
+#endif
   auto [out_cmp, lse_cmp] = CompressedBranch::forward(in.q, in.k_cmp, in.v_cmp, options);
   options.block_indices = choose_blocks(in, lse_cmp, num_selected, forced, options);
   auto [out_slc, lse_slc] = SelectedBranch::forward(in.q, in.k_slc, in.v_slc, options);
@@ -124,6 +129,7 @@ auto nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tenso
 // branch is ever stored.
 NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, const std::array<at::Tensor, 3>& outs,
                            const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
+  cuda::check_lists_fit(in.q, in.v_slc, *options.block_indices);
   const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);
   AttentionOptions of_window = options;
   of_window.branch = Branch::kWindow;

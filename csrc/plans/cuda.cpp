@@ -1,7 +1,9 @@
 // What runs on a GPU: calls of these shapes with contiguous tensors, given to the plans.
-#include <algorithm>
+#include <stdexcept>
+#include <utility>
 
-#include "host/build_info.h"
+#include "compression/plan.h"
+#include "gates/tiles.h"
 #include "plans/reports.h"
 #include "range/plan.h"
 #include "selected/plan.h"
@@ -10,10 +12,13 @@
 namespace nsa {
 namespace {
 
-constexpr const char* kSuffixes[] = {"_plain", "_sm80", "_sm90"};
-
-std::string named(const std::string& kernel, const KernelChoice& choice) {
-  return kernel + kSuffixes[static_cast<int>(choice.machine)];
+// What a plan launches, with the rest of the report to come.
+KernelReport report_of(const Launches& launches, std::string reason) {
+  KernelReport report{{}, std::move(reason)};
+  for (const KernelLaunch& launch : launches) {
+    report.launches.push_back({launch.kernel, launch.tile, launch.count});
+  }
+  return report;
 }
 
 // Why both kernels of a backward.
@@ -28,28 +33,6 @@ ElementType element_type(const KernelQuery& query) {
   return query.dtype == "float32"   ? ElementType::kFloat32
          : query.dtype == "float16" ? ElementType::kFloat16
                                     : ElementType::kBFloat16;
-}
-
-// A GPU of this capability, of the kind that has most multiprocessors.
-Device device_of(const std::pair<int, int>& capability) {
-  const auto [major, minor] = capability;
-  struct Model {
-    int major, minor, multiprocessors;
-    int64_t shared_kilobytes;
-  };
-  constexpr Model kModels[] = {{8, 0, 108, 163},  {8, 6, 84, 99},   {8, 7, 16, 163},
-                               {8, 9, 142, 99},   {9, 0, 132, 227}, {10, 0, 148, 227},
-                               {10, 3, 148, 227}, {12, 0, 170, 99}, {12, 1, 48, 99}};
-  const auto* const found = std::find_if(std::begin(kModels), std::end(kModels),
-                                         [&](const Model& m) { return m.major == major && m.minor == minor; });
-  const Model model = found != std::end(kModels) ? *found : Model{major, minor, 108, 99};
-  const bool hopper = major == 9 && minor == 0;
-  const char* no_sm90 = !hopper                   ? "the GPU is not of compute capability 9.0"
-                        : portable_kernels_only() ? "NSA_TORCH_KERNELS=portable"
-                        : !build_info().cuda.empty() && !holds_kernels("sm90a")
-                            ? "the build has no kernels for compute capability 9.0a"
-                            : nullptr;
-  return {major, minor, model.multiprocessors, model.shared_kilobytes * 1024, no_sm90};
 }
 
 // Contiguous, where nothing is read or written.
@@ -105,9 +88,8 @@ RangeForwardPlan range_forward(const KernelQuery& query, const Device& device, b
 
 KernelReport range_report(const KernelQuery& query, const Device& device, bool compressed) {
   if (!query.backward) {
-    const KernelChoice kernel = range_forward(query, device, compressed, false).kernel;
-    const bool plain = kernel.machine == Machine::kPlain;
-    return {{plain ? "forward_plain" : named("range_forward", kernel)}, kernel.why};
+    const RangeForwardPlan plan = range_forward(query, device, compressed, false);
+    return report_of(plan.launches, plan.kernel.why);
   }
   RangeBackwardParams params{};
   set_tensors(params, query, keys_of(query, compressed));
@@ -116,28 +98,32 @@ KernelReport range_report(const KernelQuery& query, const Device& device, bool c
   params.grad_out = contiguous(query.num_queries, query.num_heads, query.v_head_dim);
   params.num_keys = keys_of(query, compressed);
   const RangeBackwardPlan plan = plan_range_backward(params, element_type(query), device);
-  if (plan.keys.machine == Machine::kPlain) {
-    return {{"backward_query_plain", "backward_keys_plain"}, plan.keys.why};
-  }
-  KernelReport report{{named("range_backward_query", plan.query), named("range_backward_keys", plan.keys)},
-                      joined(plan.query, plan.keys),
-                      plan.splits.splits,
-                      plan.splits.partial_floats * 4};
-  if (plan.splits.splits > 1) {
-    report.kernels.push_back(named("range_add_partials", plan.keys));
-  }
+  KernelReport report = report_of(plan.launches, joined(plan.query, plan.keys));
+  report.splits = plan.splits.splits;
+  report.workspace_bytes = plan.splits.partial_floats * 4;
   return report;
 }
 
+// What the op refuses.
+void check_lists_fit(const KernelQuery& query, const Device& device) {
+  const int64_t most = most_listed(query.head_dim, query.v_head_dim, element_type(query), device);
+  if (query.num_selected > most) {
+    throw std::invalid_argument("num_selected must be at most " + std::to_string(most) +
+                                " for these head dimensions and " + std::to_string(device.shared_bytes) +
+                                " bytes of shared memory for a block of threads, got " +
+                                std::to_string(query.num_selected));
+  }
+}
+
 KernelReport selected_report(const KernelQuery& query, const Device& device) {
+  check_lists_fit(query, device);
   if (!query.backward) {
     SelectedForwardParams params{};
     set_tensors(params, query, query.num_keys);
     params.select_size = static_cast<int32_t>(query.select_size);
     params.num_selected = static_cast<int32_t>(query.num_selected);
     const SelectedForwardPlan plan = plan_selected_forward(params, element_type(query), device);
-    const bool plain = plan.kernel.machine == Machine::kPlain;
-    return {{plain ? "forward_plain" : named("selected_forward", plan.kernel)}, plan.kernel.why};
+    return report_of(plan.launches, plan.kernel.why);
   }
   SelectedBackwardParams params{};
   set_tensors(params, query, query.num_keys);
@@ -146,15 +132,9 @@ KernelReport selected_report(const KernelQuery& query, const Device& device) {
   params.chosen_by.blocks = query.batch * ceil_div(query.num_keys, query.select_size) * query.num_kv_heads;
   params.grad_out = contiguous(query.num_queries, query.num_heads, query.v_head_dim);
   const SelectedBackwardPlan plan = plan_selected_backward(params, element_type(query), device);
-  if (plan.keys.machine == Machine::kPlain) {
-    return {{"backward_query_plain", "backward_keys_plain"}, plan.keys.why};
-  }
-  const std::string keys = named("selected_backward_keys", plan.keys);
-  const int64_t bytes = plan.handed_bytes + plan.partial_floats * 4;
-  if (plan.handed_heads > 0) {
-    return {{keys, "selected_query_handed_sm90"}, plan.keys.why, 1, bytes};
-  }
-  return {{named("selected_backward_query", plan.query), keys}, joined(plan.query, plan.keys), 1, bytes};
+  KernelReport report = report_of(plan.launches, plan.handed_heads > 0 ? plan.keys.why : joined(plan.query, plan.keys));
+  report.workspace_bytes = plan.handed_bytes + plan.partial_floats * 4;
+  return report;
 }
 
 KernelReport select_report(const KernelQuery& query, const Device& device) {
@@ -166,39 +146,82 @@ KernelReport select_report(const KernelQuery& query, const Device& device) {
   params.k = contiguous(num_keys, query.num_kv_heads, query.head_dim);
   params.num_keys = num_keys;
   const SelectBlocksPlan plan = plan_select_blocks(params, element_type(query), device);
-  return {{named("select_blocks", plan.kernel)}, plan.kernel.why};
+  return report_of(plan.launches, plan.kernel.why);
 }
 
-void append(std::vector<std::string>& to, const std::vector<std::string>& more) {
-  to.insert(to.end(), more.begin(), more.end());
+void append(KernelReport& to, const KernelReport& more) {
+  to.launches.insert(to.launches.end(), more.launches.begin(), more.launches.end());
+  to.workspace_bytes = max_of(to.workspace_bytes, more.workspace_bytes);
+}
+
+// Nothing is launched for gradients of no keys.
+KernelReport branch_report(const KernelQuery& query, const Device& device, const std::string& branch) {
+  const bool compressed = branch == "compressed_attention";
+  if (query.num_queries == 0 || (query.backward && keys_of(query, compressed) == 0)) {
+    return {{}, "there are no queries or no keys: nothing is computed"};
+  }
+  return branch == "selected_attention" ? selected_report(query, device) : range_report(query, device, compressed);
+}
+
+// A branch's op: its backward first takes <dO, out>.
+KernelReport op_report(const KernelQuery& query, const Device& device, const std::string& branch) {
+  KernelReport report = branch_report(query, device, branch);
+  if (query.backward && query.num_queries > 0) {
+    report.launches.insert(report.launches.begin(), {"delta", gate_tiles::kDelta});
+  }
+  return report;
 }
 
 // The three branches, the choice, and the gates.
 KernelReport whole_report(const KernelQuery& query, const Device& device) {
-  KernelReport report = range_report(query, device, true);
-  const KernelReport selected = selected_report(query, device);
-  const KernelReport window = range_report(query, device, false);
+  const KernelReport compressed = branch_report(query, device, "compressed_attention");
+  const KernelReport selected = branch_report(query, device, "selected_attention");
+  KernelReport report{{},
+                      "of the compressed branch: " + compressed.reason + "; of the selected one: " + selected.reason,
+                      compressed.splits};
+  if (query.num_queries == 0) {
+    return report;
+  }
+  if (query.backward) {
+    report.launches.push_back({"gate_gradients", gate_tiles::kGradients});
+  }
+  append(report, compressed);
   if (!query.backward) {
-    append(report.kernels, select_report(query, device).kernels);
-  } else {
-    report.kernels.insert(report.kernels.begin(), "gate_gradients");
+    append(report, select_report(query, device));
   }
-  append(report.kernels, selected.kernels);
-  append(report.kernels, window.kernels);
+  append(report, selected);
+  append(report, branch_report(query, device, "window_attention"));
   if (!query.backward && !range_forward(query, device, false, true).takes_sum) {
-    report.kernels.emplace_back("combine_gates");
+    report.launches.push_back({"combine_gates", gate_tiles::kCombine});
   }
-  report.reason = "of the compressed branch: " + report.reason + "; of the selected one: " + selected.reason;
-  report.workspace_bytes = max_of(report.workspace_bytes, max_of(selected.workspace_bytes, window.workspace_bytes));
   return report;
 }
 
 KernelReport compress_report(const KernelQuery& query) {
-  const std::vector<std::string> forward{"gather_chunks", "shift_and_add"};
-  const std::vector<std::string> backward{"gather_chunks", "shift_and_spread", "scatter_chunks"};
-  return {query.backward ? backward : forward,
-          "one product of all stride-d chunks with the split weight by cuBLAS, between kernels that gather, shift, add "
-          "and activate; without weights a kernel that takes the mean"};
+  const int64_t blocks = num_compressed_blocks(query.num_keys, query.block_size, query.block_stride);
+  if (blocks == 0) {
+    return {{}, "there are no blocks: nothing is computed"};
+  }
+  const Phi phi = query.compression == "mlp" ? Phi::kMlp : query.compression == "linear" ? Phi::kLinear : Phi::kMean;
+  const CompressSizes sizes{.chunks = query.batch * (blocks + query.block_size / query.block_stride - 1),
+                            .blocks = query.batch * blocks,
+                            .heads = query.num_kv_heads,
+                            .width = query.head_dim,
+                            .hidden = phi == Phi::kMlp ? query.hidden_size : query.v_head_dim,
+                            .result = query.v_head_dim,
+                            .block_size = query.block_size,
+                            .block_stride = query.block_stride,
+                            .phi = phi,
+                            .per_head_1 = query.per_head,
+                            .per_head_2 = query.per_head,
+                            .packed = false};
+  const CompressPlan plan = plan_compress(sizes, element_type(query), query.backward);
+  KernelReport report = report_of(plan.launches, plan.why);
+  if (plan.products > 0) {
+    report.reason += "; products: " + std::to_string(plan.products);
+  }
+  report.workspace_bytes = plan.workspace_bytes;
+  return report;
 }
 
 }  // namespace
@@ -209,18 +232,15 @@ KernelReport cuda_report(const KernelQuery& query) {
     return compress_report(query);
   }
   if (query.op == "rotate") {
-    return {{"rotate_pairs"}, "one kernel, its own backward"};
+    return {{{"rotate_pairs", {}}}, "one kernel, its own backward"};
   }
   if (query.op == "select_blocks") {
     return select_report(query, device);
   }
-  if (query.op == "selected_attention") {
-    return selected_report(query, device);
-  }
   if (query.op == "nsa_attention") {
     return whole_report(query, device);
   }
-  return range_report(query, device, query.op == "compressed_attention");
+  return op_report(query, device, query.op);
 }
 
 }  // namespace nsa

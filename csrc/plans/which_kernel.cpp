@@ -54,6 +54,7 @@ void check(const KernelQuery& query) {
   constexpr int64_t kMost = 0x7fffffff;
   require_one_of("op", query.op, ops_with_kernels());
   require_one_of("device", query.device, {"cpu", "cuda"});
+  require_one_of("compression", query.compression, {"mlp", "linear", "mean"});
   require_one_of("dtype", query.dtype, {"float16", "bfloat16", "float32", "float64"});
   require(query.num_kv_heads >= 1 && query.num_heads >= 1 && query.num_heads % query.num_kv_heads == 0,
           "num_heads must be a multiple of num_kv_heads, got " + std::to_string(query.num_heads) + " and " +
@@ -69,7 +70,8 @@ void check(const KernelQuery& query) {
                                     {"block_stride", query.block_stride},
                                     {"select_size", query.select_size},
                                     {"num_selected", query.num_selected},
-                                    {"window", query.window}}) {
+                                    {"window", query.window},
+                                    {"hidden_size", query.hidden_size}}) {
     require_between(name, value, 1, kMost);
   }
   require(query.device == "cpu" || query.dtype != "float64",

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "common/tiles.h"
+
 namespace nsa {
 
 struct KernelQuery {
@@ -27,10 +29,21 @@ struct KernelQuery {
   int64_t select_size = 64;
   int64_t num_selected = 16;
   int64_t window = 512;
+  // Of compress.
+  std::string compression = "mlp";  // with w1 and w2; "linear": w1 alone; "mean": no weights
+  int64_t hidden_size = 256;        // rows of w1 of an mlp
+  bool per_head = false;            // whether each KV head has weights of its own
+};
+
+// A kernel that a call launches, by the name that a profile shows; on the CPU, what computes it.
+struct ReportedLaunch {
+  std::string kernel;
+  KernelTile tile;
+  int64_t count = 1;  // launches of it
 };
 
 struct KernelReport {
-  std::vector<std::string> kernels;  // by the names that a profile shows, in the order of launch
+  std::vector<ReportedLaunch> launches;  // in their order
   std::string reason;
   int32_t splits = 1;           // that the rows of a tile of keys are cut into, backward
   int64_t workspace_bytes = 0;  // beside the results

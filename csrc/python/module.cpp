@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "host/build_info.h"
+#include "plans/instances.h"
 #include "plans/which_kernel.h"
 
 namespace py = pybind11;
@@ -19,6 +20,34 @@ py::dict build_info() {
   result["architectures"] = info.architectures;
   result["kernels"] = info.kernels;
   return result;
+}
+
+void bind_plans(py::module_& m) {
+  py::class_<nsa::KernelTile>(m, "KernelTile")
+      .def_readonly("rows", &nsa::KernelTile::rows)
+      .def_readonly("keys", &nsa::KernelTile::keys)
+      .def_readonly("stages", &nsa::KernelTile::stages)
+      .def_readonly("static_bytes", &nsa::KernelTile::static_bytes)
+      .def_readonly("dynamic_bytes", &nsa::KernelTile::dynamic_bytes);
+  py::class_<nsa::ReportedLaunch>(m, "ReportedLaunch")
+      .def_readonly("kernel", &nsa::ReportedLaunch::kernel)
+      .def_readonly("tile", &nsa::ReportedLaunch::tile)
+      .def_readonly("count", &nsa::ReportedLaunch::count);
+  py::class_<nsa::KernelReport>(m, "KernelReport")
+      .def_readonly("launches", &nsa::KernelReport::launches)
+      .def_readonly("reason", &nsa::KernelReport::reason)
+      .def_readonly("splits", &nsa::KernelReport::splits)
+      .def_readonly("workspace_bytes", &nsa::KernelReport::workspace_bytes);
+  m.def("which_kernel", &nsa::which_kernel, py::arg("query"),
+        "The kernels of a call. ValueError names the field that is wrong and what is allowed.");
+  py::class_<nsa::KernelInstance>(m, "KernelInstance")
+      .def_readonly("kernel", &nsa::KernelInstance::kernel)
+      .def_readonly("element", &nsa::KernelInstance::element)
+      .def_readonly("dim_k", &nsa::KernelInstance::dim_k)
+      .def_readonly("dim_v", &nsa::KernelInstance::dim_v)
+      .def_readonly("variant", &nsa::KernelInstance::variant)
+      .def_readonly("tile", &nsa::KernelInstance::tile);
+  m.def("kernel_instances", &nsa::kernel_instances, "Every CUDA kernel that there is, and its shared memory.");
 }
 
 }  // namespace
@@ -54,12 +83,9 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("block_stride", &nsa::KernelQuery::block_stride)
       .def_readwrite("select_size", &nsa::KernelQuery::select_size)
       .def_readwrite("num_selected", &nsa::KernelQuery::num_selected)
-      .def_readwrite("window", &nsa::KernelQuery::window);
-  py::class_<nsa::KernelReport>(m, "KernelReport")
-      .def_readonly("kernels", &nsa::KernelReport::kernels)
-      .def_readonly("reason", &nsa::KernelReport::reason)
-      .def_readonly("splits", &nsa::KernelReport::splits)
-      .def_readonly("workspace_bytes", &nsa::KernelReport::workspace_bytes);
-  m.def("which_kernel", &nsa::which_kernel, py::arg("query"),
-        "The kernels of a call. ValueError names the field that is wrong and what is allowed.");
+      .def_readwrite("window", &nsa::KernelQuery::window)
+      .def_readwrite("compression", &nsa::KernelQuery::compression)
+      .def_readwrite("hidden_size", &nsa::KernelQuery::hidden_size)
+      .def_readwrite("per_head", &nsa::KernelQuery::per_head);
+  bind_plans(m);
 }

@@ -169,6 +169,30 @@ RangeSplits split_rows_sm90(const RangeBackwardParams& params, int multiprocesso
   return best;
 }
 
+constexpr KernelNames kForward{"forward_plain", "range_forward_sm80", "range_forward_sm90"};
+constexpr KernelNames kQuery{"backward_query_plain", "range_backward_query_sm80", "range_backward_query_sm90"};
+constexpr KernelNames kKeys{"backward_keys_plain", "range_backward_keys_sm80", "range_backward_keys_sm90"};
+constexpr KernelNames kPartials{nullptr, "range_add_partials_sm80", "range_add_partials_sm90"};
+
+KernelTile forward_tile(Machine machine, const TensorView& q, const TensorView& v) {
+  const TileDims dims = tile_dims(q.width, v.width);
+  return machine == Machine::kPlain  ? plain::forward_tile(plain::columns(q.width, v.width))
+         : machine == Machine::kSm80 ? range_sm80::forward_tile(dims)
+                                     : range_sm90::forward_tile(dims);
+}
+KernelTile query_tile(Machine machine, const TensorView& q, const TensorView& v) {
+  const TileDims dims = tile_dims(q.width, v.width);
+  return machine == Machine::kPlain  ? plain::backward_query_tile(plain::columns(q.width, v.width))
+         : machine == Machine::kSm80 ? range_sm80::backward_query_tile(dims)
+                                     : range_sm90::backward_query_tile(dims);
+}
+KernelTile keys_tile(Machine machine, const TensorView& q, const TensorView& v) {
+  const TileDims dims = tile_dims(q.width, v.width);
+  return machine == Machine::kPlain  ? plain::backward_keys_tile(plain::columns(q.width, v.width))
+         : machine == Machine::kSm80 ? key_gradients_sm80::tile(dims)
+                                     : range_sm90::backward_keys_tile(dims);
+}
+
 }  // namespace
 
 RangeForwardPlan plan_range_forward(const RangeForwardParams& params, ElementType type, const Device& device) {
@@ -178,17 +202,25 @@ RangeForwardPlan plan_range_forward(const RangeForwardParams& params, ElementTyp
   const bool takes_sum = kernel.machine == Machine::kSm90 && sum.out != nullptr && aligned(sum.out) &&
                          aligned(sum.others[0]) && aligned(sum.others[1]) &&
                          range_sm90::takes_sum(tile_dims(params.q.width, params.v.width).k);
-  return {kernel, takes_sum};
+  RangeForwardPlan plan{.kernel = kernel, .takes_sum = takes_sum, .launches = {}};
+  plan.launches.add(kForward.on(kernel.machine), forward_tile(kernel.machine, params.q, params.v));
+  return plan;
 }
 
 RangeBackwardPlan plan_range_backward(const RangeBackwardParams& params, ElementType type, const Device& device) {
   RangeBackwardPlan plan{.query = choose_kernel(type, device, query_not_for_sm90(params)),
                          .keys = choose_kernel(type, device, keys_not_for_sm90(params)),
-                         .splits = {1, 0, 0}};
+                         .splits = {1, 0, 0},
+                         .launches = {}};
   if (plan.keys.machine == Machine::kSm80) {
     plan.splits = split_rows_sm80(params, device.multiprocessors);
   } else if (plan.keys.machine == Machine::kSm90) {
     plan.splits = split_rows_sm90(params, device.multiprocessors);
+  }
+  plan.launches.add(kQuery.on(plan.query.machine), query_tile(plan.query.machine, params.q, params.v));
+  plan.launches.add(kKeys.on(plan.keys.machine), keys_tile(plan.keys.machine, params.q, params.v));
+  if (plan.splits.splits > 1) {
+    plan.launches.add(kPartials.on(plan.keys.machine), {});
   }
   return plan;
 }

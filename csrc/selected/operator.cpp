@@ -45,6 +45,7 @@ OutAndLse selected_attention(const at::Tensor& q, const at::Tensor& k, const at:
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
+    cuda::check_lists_fit(q, v, block_indices);
     cuda::selected_attention_forward(q, k, v, selected_options(select_size, scale, block_indices, packing), out, lse);
   }
 #endif
@@ -69,6 +70,7 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
+    cuda::check_lists_fit(q, v, block_indices);
     return cuda::selected_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
                                              selected_options(select_size, scale, block_indices, packing));
   }

@@ -2,6 +2,7 @@
 
 #include "common/dispatch.h"
 #include "selected/pieces.h"
+#include "selected/plan_launches.h"
 
 namespace nsa {
 namespace {
@@ -120,13 +121,36 @@ int64_t segment_sums(const SelectedBackwardParams& params, int64_t pairs, int32_
   return 2 * (pairs / segment) * tiles * kKeysPerGradientTile * tile_row_size(params.q.width, params.v.width);
 }
 
+// What the gradients of keys by pieces need.
+void share_out_pieces(SelectedBackwardPlan& plan, const SelectedBackwardParams& params, int64_t pairs,
+                      const Device& device) {
+  plan.keys_heads = heads_by_pieces(params);
+  if (plan.query.machine == Machine::kSm90) {
+    plan.handed_heads = static_cast<int32_t>(min_of(heads_handed(params), plan.keys_heads));
+  }
+  if (plan.handed_heads > 0) {
+    constexpr int64_t kEnd = 4096;  // bytes after the last that rows of no head may read
+    plan.keys_heads = plan.handed_heads;
+    plan.handed_bytes = plan.handed_heads * handed_head_bytes(params) + kEnd;
+  }
+  plan.pieces =
+      plan_key_pieces(params.sequences, params.num_selected, pairs, params.chosen_by.blocks,
+                      int64_t{2} * (params.q.width + params.v.width), plan.keys_heads, device.multiprocessors);
+  plan.partial_floats = plan.keys_heads * head_sums(params);
+}
+
 }  // namespace
 
 SelectedForwardPlan plan_selected_forward(const SelectedForwardParams& params, ElementType type, const Device& device) {
   const char* why = params.scale == 0.f ? "a scale of 0 has no kernel for compute capability 9.0"
                                         : union_not_for_sm90(params.sequences, params.select_size, params.num_selected,
                                                              params.q, params.k, params.v);
-  return {choose_kernel(type, device, why), forward_kind(params.sequences, params.num_selected)};
+  SelectedForwardPlan plan{.kernel = choose_kernel(type, device, why),
+                           .kind = forward_kind(params.sequences, params.num_selected),
+                           .tile = {},
+                           .launches = {}};
+  set_launches(plan, params, device);
+  return plan;
 }
 
 SelectedBackwardPlan plan_selected_backward(const SelectedBackwardParams& params, ElementType type,
@@ -140,23 +164,10 @@ SelectedBackwardPlan plan_selected_backward(const SelectedBackwardParams& params
   plan.segment = longest_segment(pairs, device);
   if (plan.keys.machine == Machine::kSm80) {
     plan.partial_floats = segment_sums(params, pairs, plan.segment);
+  } else if (plan.keys.machine == Machine::kSm90) {
+    share_out_pieces(plan, params, pairs, device);
   }
-  if (plan.keys.machine != Machine::kSm90) {
-    return plan;
-  }
-  plan.keys_heads = heads_by_pieces(params);
-  if (plan.query.machine == Machine::kSm90) {
-    plan.handed_heads = static_cast<int32_t>(min_of(heads_handed(params), plan.keys_heads));
-  }
-  if (plan.handed_heads > 0) {
-    constexpr int64_t kEnd = 4096;  // bytes after the last that rows of no head may read
-    plan.keys_heads = plan.handed_heads;
-    plan.handed_bytes = plan.handed_heads * handed_head_bytes(params) + kEnd;
-  }
-  plan.pieces =
-      plan_key_pieces(s, params.num_selected, pairs, params.chosen_by.blocks,
-                      int64_t{2} * (params.q.width + params.v.width), plan.keys_heads, device.multiprocessors);
-  plan.partial_floats = plan.keys_heads * head_sums(params);
+  set_launches(plan, params, pairs, device);
   return plan;
 }
 

@@ -27,6 +27,22 @@ const char* not_for_sm90(const SelectBlocksParams& params, const SelectBlocksPla
   return nullptr;
 }
 
+constexpr KernelNames kNames{"select_blocks_plain", "select_blocks_sm80", "select_blocks_sm90"};
+
+// Of a block of threads; of large groups several warps, or slots, share a query.
+KernelTile tile_of(const SelectBlocksParams& params, const SelectBlocksPlan& plan) {
+  const int32_t group = params.sequences.group;
+  const int32_t tile_k = tile_dims(params.q.width, 0).k;
+  if (plan.kernel.machine == Machine::kPlain) {
+    return select_plain::tile(params.k.width);
+  }
+  const bool hopper = plan.kernel.machine == Machine::kSm90;
+  KernelTile tile = hopper ? select_sm90::tile(tile_k, plan.slot, plan.listed)
+                           : select_sm80::tile(tile_k, select_sm80::queries(group));
+  tile.rows /= static_cast<int32_t>(ceil_div(group, hopper ? plan.slot : select_sm80::kHeadsPerWarp));
+  return tile;
+}
+
 }  // namespace
 
 SelectBlocksPlan plan_select_blocks(const SelectBlocksParams& params, ElementType type, const Device& device) {
@@ -35,6 +51,7 @@ SelectBlocksPlan plan_select_blocks(const SelectBlocksParams& params, ElementTyp
   plan.slot = group <= 4 ? 4 : group <= 8 ? 8 : select_sm90::kLargestSlot;
   plan.listed = params.num_selected <= 16 ? 16 : params.num_selected <= 32 ? 32 : select_sm90::kMostListed;
   plan.kernel = choose_kernel(type, device, not_for_sm90(params, plan));
+  plan.launches.add(kNames.on(plan.kernel.machine), tile_of(params, plan));
   return plan;
 }
 

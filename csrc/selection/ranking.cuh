@@ -9,12 +9,11 @@
 
 #include "common/rows.cuh"
 #include "selection/params.h"
+#include "selection/tiles.h"
 
 namespace nsa {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kKeysPerTile = 64;  // compressed blocks whose probabilities are computed together
-constexpr int kRing = 128;        // a tile, and up to kMostPieces - 1 before it
 static_assert(kRing >= kKeysPerTile + kMostPieces - 1 && kKeysPerTile >= kMostPieces);
 
 struct QueryRecord {
@@ -25,7 +24,7 @@ struct QueryRecord {
   int32_t free;         // places of the list that aren't forced
   int32_t padding[14];  // records lie 16 banks apart: two queries' strips are written without conflicts
 };
-static_assert(sizeof(QueryRecord) % 128 == 64);
+static_assert(sizeof(QueryRecord) % 128 == 64 && sizeof(QueryRecord) == kQueryRecordBytes);
 
 // A tile ends where a selection block does: it ranks `blocks` of them, and the next tile begins `keys` further.
 struct TileSteps {

@@ -166,9 +166,9 @@ void launch_backward(const typename Branch::Backward& params, int64_t num_keys, 
   if (s.batch == 0) {
     return;
   }
-  with_columns(name, params.q.width, params.v.width, [&](auto columns) {
-    launch(backward_query_plain<Branch, columns()>, ceil_div(count_rows(s), kWarps), kThreads, 0, stream, name, params);
-    launch(backward_keys_plain<Branch, columns()>, (s.packed() ? num_keys : s.batch * num_keys) * s.heads_kv, kThreads,
+  with_columns(name, params.q.width, params.v.width, [&](auto of_tile) {
+    launch(backward_query_plain<Branch, of_tile()>, ceil_div(count_rows(s), kWarps), kThreads, 0, stream, name, params);
+    launch(backward_keys_plain<Branch, of_tile()>, (s.packed() ? num_keys : s.batch * num_keys) * s.heads_kv, kThreads,
            0, stream, name, params);
   });
 }

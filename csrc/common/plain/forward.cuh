@@ -24,14 +24,12 @@
 #include "common/launch.cuh"
 #include "common/rows.cuh"
 #include "common/threads.cuh"
+#include "common/tiles.h"
 
 namespace nsa::plain {
 
-constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kBlocksPerSM = 4;  // at least: up to 128 registers, and no spills
-constexpr int kMaxWidth = 256;
-constexpr int kPitch = 33;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 using Staging = float[32 * kPitch];
@@ -232,16 +230,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 // Calls launch(integral constant) with the columns that hold both widths.
 template <typename Launch>
 void with_columns(const char* name, int32_t width_k, int32_t width_v, const Launch& launch_with) {
-  const int32_t width = width_k > width_v ? width_k : width_v;
-  if (width > kMaxWidth) {
+  if (width_k > kLargestHeadDim || width_v > kLargestHeadDim) {
     throw std::runtime_error(std::string("nsa_torch: ") + name + ": head dimensions above 256 have no kernel");
   }
-  if (width <= 64) {
-    launch_with(std::integral_constant<int, 64>());
-  } else if (width <= 128) {
-    launch_with(std::integral_constant<int, 128>());
-  } else {
-    launch_with(std::integral_constant<int, 256>());
+  switch (columns(width_k, width_v)) {
+    case kColumns[0]:
+      return launch_with(std::integral_constant<int, kColumns[0]>());
+    case kColumns[1]:
+      return launch_with(std::integral_constant<int, kColumns[1]>());
+    default:
+      return launch_with(std::integral_constant<int, kColumns[2]>());
   }
 }
 
@@ -250,8 +248,8 @@ void launch_forward(const typename Branch::Forward& params, cudaStream_t stream,
   if (params.sequences.batch == 0) {
     return;
   }
-  with_columns(name, params.q.width, params.v.width, [&](auto columns) {
-    launch(forward_plain<Branch, columns()>, ceil_div(count_rows(params.sequences), kWarps), kThreads, 0, stream, name,
+  with_columns(name, params.q.width, params.v.width, [&](auto of_tile) {
+    launch(forward_plain<Branch, of_tile()>, ceil_div(count_rows(params.sequences), kWarps), kThreads, 0, stream, name,
            params);
   });
 }

@@ -8,6 +8,7 @@
 #include "common/sm80/tile.cuh"
 #include "common/softmax.cuh"
 #include "common/tile_dims.h"
+#include "common/tiles.h"
 
 namespace nsa {
 
@@ -23,18 +24,20 @@ struct KeyGradientsShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kKeys = 16 * kWarps;
   static constexpr int kRows = kRows_;
   static constexpr int kStages = kStages_;
-  static constexpr int kRowNumbers = 3;  // lse, delta, gate of every row of a stage
-  static constexpr int kSharedBytes =
-      sizeof(Element) * (kKeys + kStages * kRows) * (kDimK + kDimV) + 4 * kStages * kRows * kRowNumbers + 8 * 2 * kRows;
-  static_assert(kStages <= 2);
+  static_assert(kKeys == kKeysPerGradientTile && kStages <= 2);
   static_assert(kRows <= 64);  // a bit for each score of a lane
 };
+
+template <typename Element, int kDimK, int kDimV>
+using KeyGradientsShapeFor = KeyGradientsShape<Element, kDimK, kDimV, key_gradients_sm80::kRows,
+                                               key_gradients_sm80::stages(kDimK), key_gradients_sm80::parts(kDimK)>;
 
 // A row source says which row of the tensors row number `row` is: `PlacedRow operator()(int32_t row) const`.
 struct PlacedRow {
   int32_t token;  // within the tensors
   int32_t head;
 };
+static_assert(sizeof(PlacedRow) == key_gradients_sm80::kPlaceBytes);
 
 struct KeyTile {
   const void* k;  // of the first key
@@ -121,6 +124,7 @@ template <typename Shape>
 struct KeyGradientsTiles {
   using Element = typename Shape::Element;
   static constexpr int kRows = Shape::kRows;
+  static constexpr int kRowNumbers = key_gradients_sm80::kRowNumbers;
   using KTile = SharedTile<Element, Shape::kKeys, Shape::kDimK>;
   using VTile = SharedTile<Element, Shape::kKeys, Shape::kDimV>;
   using QTile = SharedTile<Element, kRows, Shape::kDimK>;
@@ -136,11 +140,11 @@ struct KeyGradientsTiles {
   __device__ explicit KeyGradientsTiles(unsigned char* shared)
       : k{reinterpret_cast<Element*>(shared)}, v{k.data + KTile::kSize}, stages(v.data + VTile::kSize) {
     numbers = reinterpret_cast<float*>(stages + Shape::kStages * (QTile::kSize + GradOutTile::kSize));
-    all_placed = reinterpret_cast<PlacedRow*>(numbers + Shape::kStages * kRows * Shape::kRowNumbers);
+    all_placed = reinterpret_cast<PlacedRow*>(numbers + Shape::kStages * kRows * kRowNumbers);
   }
   __device__ QTile q(int stage) const { return {stages + stage * (QTile::kSize + GradOutTile::kSize)}; }
   __device__ GradOutTile grad_out(int stage) const { return {q(stage).data + QTile::kSize}; }
-  __device__ float* lse(int stage) const { return numbers + stage * kRows * Shape::kRowNumbers; }
+  __device__ float* lse(int stage) const { return numbers + stage * kRows * kRowNumbers; }
   __device__ float* delta(int stage) const { return lse(stage) + kRows; }
   __device__ float* gate(int stage) const { return lse(stage) + 2 * kRows; }
   __device__ PlacedRow* placed(int32_t tile) const { return all_placed + tile % 2 * kRows; }

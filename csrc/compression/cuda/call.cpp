@@ -21,17 +21,37 @@ void lay_out_packed(CompressCall& call, const at::Tensor& cu_seqlens) {
   launch_packed_layout(layout, call.stream);
 }
 
+CompressSizes sizes_of(const at::Tensor& x, const PhiWeights& weights, const BlockLayout& layout, bool packed) {
+  const int64_t hidden = weights.w1.has_value() ? weights.w1->size(-2) : 0;
+  return {.chunks = layout.num_chunks,
+          .blocks = layout.num_blocks,
+          .heads = x.size(-2),
+          .width = x.size(-1),
+          .hidden = hidden,
+          .result = weights.w2.has_value() ? weights.w2->size(-2) : hidden,
+          .block_size = layout.block_size,
+          .block_stride = layout.block_stride,
+          .phi = weights.w2.has_value()   ? Phi::kMlp
+                 : weights.w1.has_value() ? Phi::kLinear
+                                          : Phi::kMean,
+          .per_head_1 = weights.w1.has_value() && weights.w1->dim() == 3,
+          .per_head_2 = weights.w2.has_value() && weights.w2->dim() == 3,
+          .packed = packed};
+}
+
 void* data_of(const at::Tensor& tensor) { return const_cast<void*>(tensor.const_data_ptr()); }
 
 }  // namespace
 
 bool has_blocks(const at::Tensor& x, int64_t block_size) { return x.numel() > 0 && x.size(-3) >= block_size; }
 
-CompressCall lay_out(const at::Tensor& x, int64_t block_size, int64_t block_stride, const Packing& packing) {
+CompressCall lay_out(const at::Tensor& x, const PhiWeights& weights, int64_t block_size, int64_t block_stride,
+                     const Packing& packing, bool backward) {
   CompressCall call{.type = element_type("x", x),
                     .heads = static_cast<int32_t>(x.size(-2)),
                     .stream = at::cuda::getCurrentCUDAStream(),
-                    .layout = {}};
+                    .layout = {},
+                    .plan = {}};
   BlockLayout& layout = call.layout;
   layout.tokens = x.size(-3);
   layout.batch = packing.packed() ? packing.cu_seqlens_k->size(0) - 1 : x.size(0);
@@ -44,16 +64,19 @@ CompressCall lay_out(const at::Tensor& x, int64_t block_size, int64_t block_stri
                     layout.num_groups);
   if (packing.packed()) {
     layout.num_blocks = layout.num_chunks = layout.tokens / block_stride;
-    lay_out_packed(call, *packing.cu_seqlens_k);
-    return call;
+  } else {
+    layout.blocks = num_compressed_blocks(layout.tokens, block_size, block_stride);
+    layout.chunks = layout.blocks + layout.pieces - 1;
+    layout.num_blocks = layout.batch * layout.blocks;
+    layout.num_chunks = layout.batch * layout.chunks;
+    layout.by_blocks = Divisor(static_cast<uint32_t>(layout.blocks));
+    layout.by_chunks = Divisor(static_cast<uint32_t>(layout.chunks));
+    layout.by_groups = Divisor(static_cast<uint32_t>(groups));
   }
-  layout.blocks = num_compressed_blocks(layout.tokens, block_size, block_stride);
-  layout.chunks = layout.blocks + layout.pieces - 1;
-  layout.num_blocks = layout.batch * layout.blocks;
-  layout.num_chunks = layout.batch * layout.chunks;
-  layout.by_blocks = Divisor(static_cast<uint32_t>(layout.blocks));
-  layout.by_chunks = Divisor(static_cast<uint32_t>(layout.chunks));
-  layout.by_groups = Divisor(static_cast<uint32_t>(groups));
+  call.plan = plan_compress(sizes_of(x, weights, layout, packing.packed()), call.type, backward);
+  if (packing.packed()) {
+    lay_out_packed(call, *packing.cu_seqlens_k);
+  }
   return call;
 }
 

@@ -4,7 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <cuda_runtime_api.h>
 
+#include "compression/cpu/phi.h"
 #include "compression/params.h"
+#include "compression/plan.h"
 #include "host/cuda/params.h"
 #include "host/packing.h"
 
@@ -16,6 +18,7 @@ struct CompressCall {
   int32_t heads;
   cudaStream_t stream;
   BlockLayout layout;
+  CompressPlan plan;
   at::Tensor cumulative_tokens, cumulative_blocks, block_chunks, packed_chunks;
 };
 
@@ -23,7 +26,8 @@ struct CompressCall {
 bool has_blocks(const at::Tensor& x, int64_t block_size);
 
 // For x that has_blocks, on the current device and stream.
-CompressCall lay_out(const at::Tensor& x, int64_t block_size, int64_t block_stride, const Packing& packing);
+CompressCall lay_out(const at::Tensor& x, const PhiWeights& weights, int64_t block_size, int64_t block_stride,
+                     const Packing& packing, bool backward);
 
 // (rows, H, ...), contiguous within a head.
 ChunkRows chunk_rows_of(const at::Tensor& tensor);

@@ -25,8 +25,8 @@ at::Tensor multiply(const at::Tensor& a, const at::Tensor& b, bool wide) {
 }
 
 // (N, H, K) by weights (K, O) that heads share, or (H, K, O): (N, H, O), of unit columns.
-at::Tensor multiply_heads(const at::Tensor& x, const at::Tensor& weight, bool wide) {
-  if (weight.dim() == 2) {
+at::Tensor multiply_heads(Product product, const at::Tensor& x, const at::Tensor& weight, bool wide) {
+  if (product == Product::kShared) {
     return multiply(x.reshape({x.size(0) * x.size(1), x.size(2)}), weight, wide)
         .view({x.size(0), x.size(1), weight.size(1)});
   }
@@ -34,8 +34,8 @@ at::Tensor multiply_heads(const at::Tensor& x, const at::Tensor& weight, bool wi
 }
 
 // The gradient of a weight (O, K) or (H, O, K), float32, from (N, H, O) and (N, H, K).
-at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x, bool per_head) {
-  if (per_head) {
+at::Tensor weight_gradient(Product product, const at::Tensor& grad, const at::Tensor& x) {
+  if (product == Product::kPerHead) {
     return multiply(grad.permute({1, 2, 0}), x.transpose(0, 1), /*wide=*/true);
   }
   const int64_t rows = x.size(0) * x.size(1);
@@ -43,15 +43,15 @@ at::Tensor weight_gradient(const at::Tensor& grad, const at::Tensor& x, bool per
 }
 
 // W1 vec(PE) + b1.
-at::Tensor first_bias(const PhiWeights& weights, int64_t heads) {
+at::Tensor first_bias(const CompressCall& call, const PhiWeights& weights) {
   at::Tensor bias;
   if (weights.pe.has_value()) {
     const at::Tensor& w1 = *weights.w1;
     const at::Tensor pe = weights.pe->reshape({-1, w1.size(-1)});  // (1, l D) or (H, l D)
-    if (w1.dim() == 2) {
+    if (call.plan.first == Product::kShared) {
       bias = multiply(pe, w1.t(), /*wide=*/true);
     } else {
-      bias = multiply(pe.expand({heads, -1}).unsqueeze(1), w1.transpose(1, 2), /*wide=*/true).squeeze(1);
+      bias = multiply(pe.expand({call.heads, -1}).unsqueeze(1), w1.transpose(1, 2), /*wide=*/true).squeeze(1);
     }
   }
   if (weights.b1.has_value()) {
@@ -74,8 +74,8 @@ at::Tensor gather_chunks(const CompressCall& call, const at::Tensor& x) {
   return chunks;
 }
 
-at::Tensor multiply_parts(const FirstLayer& first) {
-  return multiply_heads(first.chunks, first.weight.transpose(-1, -2), /*wide=*/true);
+at::Tensor multiply_parts(const CompressCall& call, const FirstLayer& first) {
+  return multiply_heads(call.plan.first, first.chunks, first.weight.transpose(-1, -2), /*wide=*/true);
 }
 
 // out = act(parts, shifted and added, + bias)
@@ -148,9 +148,9 @@ void first_layer_backward(const CompressCall& call, const FirstLayer& first, con
                             .bias = bias_of(first.bias),
                             .grad_parts = chunk_rows_of(grad_parts)};
   launch_shift_and_spread(params, activation, call.type, call.stream);
-  const at::Tensor grad_chunks = multiply_heads(grad_parts, first.weight, /*wide=*/false);
+  const at::Tensor grad_chunks = multiply_heads(call.plan.first, grad_parts, first.weight, /*wide=*/false);
   launch_scatter_chunks(layout, chunk_rows_of(grad_chunks), call.heads, view_of(grads.x), call.type, call.stream);
-  grads.w1 = join_weight(weight_gradient(grad_parts, first.chunks, weights.w1->dim() == 3), layout.pieces);
+  grads.w1 = join_weight(weight_gradient(call.plan.first, grad_parts, first.chunks), layout.pieces);
   if (weights.b1.has_value() || weights.pe.has_value()) {
     // The first piece of a chunk is the gradient of the block that starts there.
     bias_gradients(at::sum(grad_parts.narrow(2, 0, width), {0}, /*keepdim=*/false, at::kFloat), weights, grads);
@@ -167,24 +167,24 @@ void phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t block_s
     out.zero_();
     return;
   }
-  const CompressCall call = lay_out(x, block_size, block_stride, packing);
+  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, /*backward=*/false);
   const at::Tensor x_read = unit_stride(x);
   const at::Tensor rows = out.view({call.layout.num_blocks, call.heads, out.size(-1)});
-  if (!weights.w1.has_value()) {
+  if (call.plan.phi == Phi::kMean) {
     launch_mean_forward(call.layout, view_of(x_read), call.heads, chunk_rows_of(rows), call.type, call.stream);
     return;
   }
   FirstLayer first{.chunks = gather_chunks(call, x_read),
                    .weight = split_weight(*weights.w1, call.layout.pieces),
-                   .bias = first_bias(weights, call.heads),
+                   .bias = first_bias(call, weights),
                    .parts = {}};
-  first.parts = multiply_parts(first);
-  if (!weights.w2.has_value()) {
+  first.parts = multiply_parts(call, first);
+  if (call.plan.phi == Phi::kLinear) {
     shift_and_add(call, first, Activation::kNone, rows);
     return;
   }
   const at::Tensor hidden = hidden_layer(call, first);
-  const at::Tensor product = multiply_heads(hidden, weights.w2->transpose(-1, -2), /*wide=*/true);
+  const at::Tensor product = multiply_heads(call.plan.second, hidden, weights.w2->transpose(-1, -2), /*wide=*/true);
   const at::Tensor bias = weights.b2.has_value() ? weights.b2->to(at::kFloat).contiguous() : at::Tensor();
   launch_shift_and_add(copy_blocks(call, product, bias, rows), Activation::kNone, call.type, call.stream);
 }
@@ -196,11 +196,11 @@ PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const
   if (!has_blocks(x, block_size)) {
     return zero_gradients(x, weights);
   }
-  const CompressCall call = lay_out(x, block_size, block_stride, packing);
+  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, /*backward=*/true);
   PhiGradients grads;
   grads.x = at::empty(x.sizes(), x.options());
   const at::Tensor grad = as_rows(call, grad_out);
-  if (!weights.w1.has_value()) {
+  if (call.plan.phi == Phi::kMean) {
     launch_mean_backward(call.layout, chunk_rows_of(grad), call.heads, view_of(grads.x), call.type, call.stream);
     return grads;
   }
@@ -208,23 +208,23 @@ PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const
                    .weight = split_weight(*weights.w1, call.layout.pieces),
                    .bias = {},
                    .parts = {}};
-  if (!weights.w2.has_value()) {
+  if (call.plan.phi == Phi::kLinear) {
     first_layer_backward(call, first, grad, Activation::kNone, weights, grads);
     return grads;
   }
-  first.bias = first_bias(weights, call.heads);
-  first.parts = multiply_parts(first);
+  first.bias = first_bias(call, weights);
+  first.parts = multiply_parts(call, first);
   at::Tensor blocks = grad;
   if (packing.packed()) {  // what came for rows without a block counts nowhere
     blocks = at::empty(grad.sizes(), grad.options());
     launch_mask_blocks(copy_blocks(call, grad, {}, blocks), call.type, call.stream);
   }
-  grads.w2 = weight_gradient(blocks, hidden_layer(call, first), weights.w2->dim() == 3);
+  grads.w2 = weight_gradient(call.plan.second, blocks, hidden_layer(call, first));
   if (weights.b2.has_value()) {
     grads.b2 = sum_to(at::sum(blocks, {0}, /*keepdim=*/false, at::kFloat), *weights.b2, 1);
   }
-  first_layer_backward(call, first, multiply_heads(blocks, *weights.w2, /*wide=*/true), Activation::kGelu, weights,
-                       grads);
+  first_layer_backward(call, first, multiply_heads(call.plan.second, blocks, *weights.w2, /*wide=*/true),
+                       Activation::kGelu, weights, grads);
   return grads;
 }
 

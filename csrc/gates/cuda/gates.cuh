@@ -17,7 +17,7 @@ namespace nsa {
 constexpr unsigned kGateThreads = 256;
 constexpr int kLanes = 8;
 constexpr unsigned kRowsAtOnce = kGateThreads / kLanes;
-constexpr unsigned kRows = 64;  // of a block, at most
+constexpr unsigned kRows = gate_tiles::kRows;
 constexpr unsigned kHeadsWanted = 8;
 
 // Heads are shared out evenly to tiles of at most kHeadsWanted; tokens fill up the rest of kRows.

@@ -3,10 +3,11 @@
 #pragma once
 
 #include "common/params.h"
+#include "gates/tiles.h"
 
 namespace nsa {
 
-constexpr int kBranches = 3;  // compressed, selected, window
+constexpr int kBranches = gate_tiles::kBranches;  // compressed, selected, window
 
 struct RowCounts {
   int64_t batch;

@@ -13,12 +13,15 @@
 namespace nsa::cuda {
 namespace {
 
-const char* why_no_sm90(const cudaDeviceProp& properties) {
+const char* why_no_sm90(const cudaDeviceProp& properties, int64_t shared_bytes) {
   if (properties.major != 9 || properties.minor != 0) {
     return "the GPU is not of compute capability 9.0";
   }
   if (portable_kernels_only()) {
     return "NSA_TORCH_KERNELS=portable";
+  }
+  if (shared_bytes < kHopperSharedBytes) {
+    return kTooLittleShared;
   }
   if (!holds_kernels("sm90a")) {
     TORCH_WARN(missing_kernels(build_info().architectures, properties.major, properties.minor));
@@ -32,11 +35,12 @@ const char* why_no_sm90(const cudaDeviceProp& properties) {
 
 Device describe(c10::DeviceIndex index) {
   const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(index);
+  const int64_t shared_bytes = shared_bytes_allowed(static_cast<int64_t>(properties.sharedMemPerBlockOptin));
   return {.major = properties.major,
           .minor = properties.minor,
           .multiprocessors = properties.multiProcessorCount,
-          .shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin),
-          .no_sm90 = why_no_sm90(properties)};
+          .shared_bytes = shared_bytes,
+          .no_sm90 = why_no_sm90(properties, shared_bytes)};
 }
 
 }  // namespace

@@ -10,7 +10,6 @@ namespace nsa {
 template <typename Element, int kDimK, int kDimV, int kWarps, int kRowTiles, int kKeys, int kStages_>
 struct RangeBackwardQueryShape : RangeRowTileShape<Element, kDimK, kDimV, kWarps, kRowTiles, kKeys> {
   static constexpr int kStages = kStages_;
-  static constexpr int kSharedBytes = sizeof(Element) * (16 * kRowTiles * kWarps + kStages * kKeys) * (kDimK + kDimV);
 };
 
 // The shared memory: the tile of rows, then the stages of keys.

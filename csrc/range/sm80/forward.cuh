@@ -9,7 +9,6 @@ namespace nsa {
 
 template <typename Element, int kDimK, int kDimV, int kWarps, int kRowTiles, int kKeys>
 struct RangeForwardShape : RangeRowTileShape<Element, kDimK, kDimV, kWarps, kRowTiles, kKeys> {
-  static constexpr int kSharedBytes = sizeof(Element) * (16 * kRowTiles * kWarps * kDimK + kKeys * (kDimK + kDimV));
   static_assert(kDimV <= kDimK, "the output is staged where the queries were");
 };
 

@@ -81,7 +81,6 @@ struct RangeForwardSm90Shape : ConsumersShape<Element_, kDimK_, kDimV_, kConsume
     // Filled by all consumers, drained by the storing warp.
     Barrier out_full, out_empty;
   };
-  static_assert(sizeof(Shared) <= 232448);
 };
 
 // Named barriers: a consumer's turn to start products, and the threads of a consumer.

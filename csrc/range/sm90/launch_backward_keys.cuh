@@ -13,7 +13,7 @@ namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
 using RangeKeysSm90Shape =
-    KeyGradientsSm90Shape<Element, kDimK, kDimV, (kDimK <= 128 ? 64 : 32), (kDimK <= 64 ? 6 : 4)>;
+    KeyGradientsSm90Shape<Element, kDimK, kDimV, range_sm90::key_step_rows(kDimK), range_sm90::key_stages(kDimK)>;
 
 // In which order first splits go: as they come where all are of one length, or tiles are too many or not known here.
 inline RangeKeyOrder order_range_key_tiles(const RangeBackwardParams& params) {
@@ -69,7 +69,7 @@ void launch_range_backward_keys_shape(const RangeBackwardParams& range, cudaStre
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_keys_sm90(const RangeBackwardParams& params, cudaStream_t stream) {
   using Shape = RangeKeysSm90Shape<Element, kDimK, kDimV>;
-  static_assert(Shape::kRows == range_sm90::key_step_rows(kDimK));
+  static_assert(sizeof(RangeBackwardKeysShared<Shape>) == range_sm90::backward_keys_tile({kDimK, kDimV}).dynamic_bytes);
   static_assert(2 * Shape::kKeys == range_sm90::kKeysPerGradientTile);
   launch_range_backward_keys_shape<Shape>(params, stream);
 }

@@ -1,8 +1,6 @@
 // Launch of Hopper's kernel for the gradient of q, and the tile sizes it runs with.
 #pragma once
 
-#include <type_traits>
-
 #include "common/sm90/launch.cuh"
 #include "range/cuda/kernels.h"
 #include "range/plan.h"
@@ -47,16 +45,15 @@ void launch_range_backward_query_shape(const RangeBackwardParams& range, cudaStr
          sizeof(typename Shape::Shared), stream, kName, params);
 }
 
-// Three warpgroups where their registers hold the sums: docs/notes/hopper_query_gradient.md.
-template <typename Element, int kDimK, int kDimV>
-using GradQuerySm90ShapeFor = std::conditional_t<
-    (kDimK <= 64), RangeBackwardQuerySm90Shape<Element, kDimK, kDimV, 3, 80, 6, 4, 4>,
-    std::conditional_t<(kDimK <= 128), RangeBackwardQuerySm90Shape<Element, kDimK, kDimV, 3, 64, 4, 3, 3>,
-                       RangeBackwardQuerySm90Shape<Element, kDimK, kDimV, 2, 80, 2, 3, 2>>>;
+template <typename Element, int kDimK, int kDimV, range_sm90::QuerySizes kSizes = range_sm90::query_sizes(kDimK)>
+using GradQuerySm90ShapeFor = RangeBackwardQuerySm90Shape<Element, kDimK, kDimV, kSizes.groups, kSizes.keys,
+                                                          kSizes.row_slots, kSizes.k_stages, kSizes.v_stages>;
 
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_query_sm90(const RangeBackwardParams& params, cudaStream_t stream) {
-  launch_range_backward_query_shape<GradQuerySm90ShapeFor<Element, kDimK, kDimV>>(params, stream);
+  using Shape = GradQuerySm90ShapeFor<Element, kDimK, kDimV>;
+  static_assert(sizeof(typename Shape::Shared) == range_sm90::backward_query_tile({kDimK, kDimV}).dynamic_bytes);
+  launch_range_backward_query_shape<Shape>(params, stream);
 }
 
 }  // namespace nsa

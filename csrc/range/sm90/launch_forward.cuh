@@ -51,15 +51,16 @@ void launch_range_forward_shape(const RangeForwardParams& range, cudaStream_t st
          sizeof(typename Shape::Shared), stream, kName, params);
 }
 
-// Three warpgroups with as many keys a step as their registers hold are the fastest: docs/notes/hopper_range.md.
 template <typename Element, int kDimK, int kDimV>
 using ForwardSm90Shape =
-    RangeForwardSm90Shape<Element, kDimK, kDimV, 3, (kDimK <= 64 ? 96 : 80), 2, (kDimK <= 128 ? 2 : 1)>;
+    RangeForwardSm90Shape<Element, kDimK, kDimV, range_sm90::kForwardGroups, range_sm90::forward_keys(kDimK),
+                          range_sm90::kForwardStages, range_sm90::forward_q_stages(kDimK)>;
 
 template <typename Element, int kDimK, int kDimV>
 void launch_range_forward_sm90(const RangeForwardParams& params, cudaStream_t stream) {
   using Shape = ForwardSm90Shape<Element, kDimK, kDimV>;
-  static_assert(Shape::kSums == range_sm90::takes_sum(kDimK));
+  static_assert(Shape::kSums == range_sm90::takes_sum(kDimK) && Shape::kTiles == range_sm90::kForwardTiles);
+  static_assert(sizeof(typename Shape::Shared) == range_sm90::forward_tile({kDimK, kDimV}).dynamic_bytes);
   launch_range_forward_shape<Shape>(params, stream);
 }
 

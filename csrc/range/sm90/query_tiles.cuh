@@ -44,7 +44,6 @@ struct RangeBackwardQuerySm90Shape : ConsumersShape<Element_, kDimK_, kDimV_, kC
     Barrier k_full[kKStages], k_empty[kKStages];
     Barrier v_full[kVStages], v_empty[kVStages];
   };
-  static_assert(sizeof(Shared) <= 232448);
 };
 
 namespace grad_q {

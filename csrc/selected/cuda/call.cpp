@@ -95,6 +95,16 @@ InvertedLists invert_lists(const SelectedBackwardParams& params, const at::Tenso
 
 }  // namespace
 
+void check_lists_fit(const at::Tensor& q, const at::Tensor& v, const at::Tensor& block_indices) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Device& device = current_device();
+  const int64_t most = most_listed(q.size(-1), v.size(-1), element_type("q", q), device);
+  TORCH_CHECK_VALUE(block_indices.size(-1) <= most, "block_indices must list at most ", most,
+                    " blocks for head dimensions ", q.size(-1), " and ", v.size(-1), " on a GPU with ",
+                    device.shared_bytes, " bytes of shared memory for a block of threads, got ",
+                    block_indices.size(-1));
+}
+
 void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const AttentionOptions& options, const at::Tensor& out, const at::Tensor& lse) {
   const ElementType type = element_type("q", q);

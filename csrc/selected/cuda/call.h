@@ -8,6 +8,9 @@
 
 namespace nsa::cuda {
 
+// ValueError where the shared memory of the GPU has no room for lists of this length. To be called before any kernel.
+void check_lists_fit(const at::Tensor& q, const at::Tensor& v, const at::Tensor& block_indices);
+
 // Writes out and lse, which are allocated. Lists can't be checked without waiting for the device: entries that are no
 // block of the query's past are skipped.
 void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

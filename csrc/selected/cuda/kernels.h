@@ -8,12 +8,12 @@
 namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_forward_sm80(const SelectedForwardParams&, cudaStream_t);
+void launch_selected_forward_sm80(const SelectedForwardParams&, const KernelTile&, cudaStream_t);
 template <typename Element, int kDimK, int kDimV>
 void launch_selected_forward_sm90(const SelectedForwardParams&, const SelectedForwardPlan&, cudaStream_t);
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_query_sm80(const SelectedBackwardParams&, cudaStream_t);
+void launch_selected_backward_query_sm80(const SelectedBackwardParams&, const KernelTile&, cudaStream_t);
 template <typename Element, int kDimK, int kDimV>
 void launch_selected_backward_query_sm90(const SelectedBackwardParams&, const SelectedBackwardPlan&, cudaStream_t);
 

@@ -14,7 +14,7 @@ void launch_selected_forward(const SelectedForwardParams& params, const Selected
     if constexpr (on == Machine::kSm90) {
       launch_selected_forward_sm90<decltype(element), k, v>(params, plan, stream);
     } else {
-      launch_selected_forward_sm80<decltype(element), k, v>(params, stream);
+      launch_selected_forward_sm80<decltype(element), k, v>(params, plan.tile, stream);
     }
   });
 }
@@ -29,7 +29,7 @@ void launch_selected_backward(const SelectedBackwardParams& params, const Select
       if constexpr (on == Machine::kSm90) {
         launch_selected_backward_query_sm90<decltype(element), k, v>(params, plan, stream);
       } else {
-        launch_selected_backward_query_sm80<decltype(element), k, v>(params, stream);
+        launch_selected_backward_query_sm80<decltype(element), k, v>(params, plan.query_tile, stream);
       }
     });
   }

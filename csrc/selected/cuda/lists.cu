@@ -10,8 +10,9 @@
 namespace nsa {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kScanThreads = 1024;
+using list_tiles::kKinds;
+using list_tiles::kScanThreads;
+using list_tiles::kThreads;
 
 __device__ inline bool readable_block(const InvertListsParams& params, const SequencePlace& place, const Tile& at,
                                       int64_t block) {
@@ -79,6 +80,7 @@ __global__ void find_begins(const __grid_constant__ InvertListsParams params) {
 // One block of threads walks all blocks: running sums of their segments, and of those of blocks that have several.
 __global__ void __launch_bounds__(kScanThreads) count_segments(const __grid_constant__ InvertListsParams params) {
   using Scan = cub::BlockScan<int32_t, kScanThreads>;
+  static_assert(sizeof(typename Scan::TempStorage) <= list_tiles::kScanBytes);
   __shared__ typename Scan::TempStorage segments_storage;
   __shared__ typename Scan::TempStorage partials_storage;
   int32_t segments_before = 0;
@@ -204,8 +206,6 @@ struct OrderOfPieces {
 
 // Kinds of pieces, in the order of their ranks: first those that share their block, by their number in it, then the
 // others, by their length.
-constexpr int kKinds = 256;  // of either
-
 __device__ inline int kind_of(const PiecesOfChunk& of, int32_t i, int32_t most) {
   return of.pieces > 1 ? static_cast<int>(int64_t{i} * kKinds / of.pieces)
                        : kKinds + static_cast<int>(int64_t{most - of.queries} * kKinds / (most + 1));

@@ -7,12 +7,6 @@
 
 namespace nsa {
 
-template <typename Shape>
-constexpr int64_t selected_backward_query_shared_bytes(int32_t num_selected) {
-  return selected_forward_shared_bytes<Shape>(num_selected) +
-         sizeof(typename Shape::Element) * Shape::GradOutTile::kSize;
-}
-
 // What a lane's two rows bring to the gradients of their scores.
 struct TokenGradients {
   RowGradient of_row[2];

@@ -11,42 +11,49 @@
 
 namespace nsa {
 
-template <typename Element, int kDimK, int kDimV>
-using SelectedKeysShapeFor = KeyGradientsShape<Element, kDimK, kDimV, 32, (kDimK <= 192 ? 2 : 1),
-                                               (kDimK <= 128   ? 1
-                                                : kDimK <= 192 ? 2
-                                                               : 4)>;
+// Calls with the shape that has the stages of the plan's tile.
+template <typename Element, int kDimK, int kDimV, typename Launch>
+void with_stages(const KernelTile& tile, const Launch& launch_shape) {
+  if constexpr (selected_sm80::least_stages({kDimK, kDimV}) == 1) {
+    if (tile.stages == 1) {
+      return launch_shape(TokenShape<Element, kDimK, kDimV, 1>());
+    }
+  }
+  launch_shape(TokenShape<Element, kDimK, kDimV, selected_sm80::kMostStages>());
+}
 
 template <typename Kernel, typename Params>
-void launch_per_token(Kernel kernel, int threads, int64_t shared_bytes, cudaStream_t stream, const char* name,
+void launch_per_token(Kernel kernel, const KernelTile& tile, cudaStream_t stream, const char* name,
                       const Params& params) {
   const SequenceLayout& s = params.sequences;
   const int64_t tokens = s.packed() ? s.length_q : s.batch * s.length_q;
-  launch(kernel, tokens * s.heads_kv * ceil_div(s.group, 16), threads, shared_bytes, stream, name, params);
+  launch(kernel, tokens * s.heads_kv * ceil_div(s.group, selected_sm80::kRows), kTokenThreads, tile.dynamic_bytes,
+         stream, name, params);
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_forward_sm80(const SelectedForwardParams& params, cudaStream_t stream) {
-  using Shape = TokenShape<Element, kDimK, kDimV, 2>;
-  launch_per_token(selected_forward_sm80<Shape>, Shape::kThreads,
-                   selected_forward_shared_bytes<Shape>(params.num_selected), stream, "selected attention", params);
+void launch_selected_forward_sm80(const SelectedForwardParams& params, const KernelTile& tile, cudaStream_t stream) {
+  with_stages<Element, kDimK, kDimV>(tile, [&](auto shape) {
+    launch_per_token(selected_forward_sm80<decltype(shape)>, tile, stream, "selected attention", params);
+  });
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_query_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
-  using Shape = TokenShape<Element, kDimK, kDimV, 2>;
-  launch_per_token(selected_backward_query_sm80<Shape>, Shape::kThreads,
-                   selected_backward_query_shared_bytes<Shape>(params.num_selected), stream,
-                   "gradient of q of selected attention", params);
+void launch_selected_backward_query_sm80(const SelectedBackwardParams& params, const KernelTile& tile,
+                                         cudaStream_t stream) {
+  with_stages<Element, kDimK, kDimV>(tile, [&](auto shape) {
+    launch_per_token(selected_backward_query_sm80<decltype(shape)>, tile, stream, "gradient of q of selected attention",
+                     params);
+  });
 }
 
 template <typename Element, int kDimK, int kDimV>
 void launch_selected_backward_keys_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
-  using KeyShape = SelectedKeysShapeFor<Element, kDimK, kDimV>;
-  static_assert(KeyShape::kKeys == kKeysPerGradientTile);
+  using KeyShape = KeyGradientsShapeFor<Element, kDimK, kDimV>;
   const int64_t tiles = ceil_div(params.select_size, KeyShape::kKeys);
   launch(selected_backward_keys_sm80<KeyShape>, params.chosen_by.max_segments * tiles * KeyShape::kParts,
-         KeyShape::kThreads, KeyShape::kSharedBytes, stream, "gradients of k and v of selected attention", params);
+         KeyShape::kThreads, key_gradients_sm80::tile({kDimK, kDimV}).dynamic_bytes, stream,
+         "gradients of k and v of selected attention", params);
   if (params.chosen_by.full_segments > 0) {
     launch(selected_add_partials_sm80<KeyShape>, params.chosen_by.blocks * tiles, 256, 0, stream,
            "sums of gradients of selected attention", params);

@@ -8,10 +8,11 @@
 #include "common/sm80/tile.cuh"
 #include "common/softmax.cuh"
 #include "common/tile_dims.h"
+#include "selected/tiles.h"
 
 namespace nsa {
 
-constexpr int kTokenWarps = 4;
+constexpr int kTokenWarps = selected_sm80::kWarps;
 constexpr int kTokenThreads = 32 * kTokenWarps;
 
 template <typename Element, int kDimK, int kDimV, int kStages_>
@@ -19,8 +20,8 @@ struct TokenShape : TileDimsOf<Element, kDimK, kDimV> {
   static constexpr int kStages = kStages_;
   static constexpr int kWarps = kTokenWarps;
   static constexpr int kThreads = kTokenThreads;
-  static constexpr int kRows = 16;
-  static constexpr int kKeys = 16;
+  static constexpr int kRows = selected_sm80::kRows;
+  static constexpr int kKeys = selected_sm80::kWarpKeys;
   static constexpr int kStageSize = kKeys * (kDimK + kDimV);  // elements
   using QTile = SharedTile<Element, kRows, kDimK>;
   using GradOutTile = SharedTile<Element, kRows, kDimV>;
@@ -29,12 +30,6 @@ struct TokenShape : TileDimsOf<Element, kDimK, kDimV> {
   // One warp's float32 sums lie where its buffers were.
   static_assert(kStages * kStageSize * sizeof(Element) >= kRows * kDimK * sizeof(float));
 };
-
-template <typename Shape>
-constexpr int64_t selected_forward_shared_bytes(int32_t num_selected) {
-  return sizeof(typename Shape::Element) * (Shape::QTile::kSize + Shape::kWarps * Shape::kStages * Shape::kStageSize) +
-         4 * num_selected;
-}
 
 // The query, its sequence, and the heads of this block of threads.
 struct TokenPlace {

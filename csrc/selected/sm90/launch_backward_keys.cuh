@@ -10,7 +10,7 @@ namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
 using SelectedKeysSm90Shape =
-    KeyGradientsSm90Shape<Element, kDimK, kDimV, selected_sm90::key_step_rows(kDimK), (kDimK <= 64 ? 5 : 3)>;
+    KeyGradientsSm90Shape<Element, kDimK, kDimV, selected_sm90::key_step_rows(kDimK), selected_sm90::key_stages(kDimK)>;
 
 // Of the KV heads [first_head, first_head + heads).
 template <typename Shape>
@@ -18,6 +18,8 @@ void launch_selected_backward_keys_heads(const SelectedBackwardParams& selected,
                                          cudaStream_t stream) {
   constexpr const char* kName = "gradients of k and v of selected attention";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
+  static_assert(sizeof(SelectedBackwardKeysShared<Shape>) ==
+                selected_sm90::backward_keys_tile({Shape::kDimK, Shape::kDimV}).dynamic_bytes);
   const SequenceLayout& s = selected.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;

@@ -7,15 +7,10 @@
 
 namespace nsa {
 
-template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1>
-using SelectedBackwardQueryShapeFor = UnionShape<Element, kDimK, kDimV, true, 2,
-                                                 (kDimK == 64    ? (kWide ? 12 : 13)
-                                                  : kDimK == 128 ? (kWide ? 6 : 7)
-                                                                 : 4),
-                                                 (kDimK == 64    ? (kWide ? 12 : 13)
-                                                  : kDimK == 128 ? (kWide ? 6 : 7)
-                                                                 : (kWide ? 3 : 4)),
-                                                 kWide, kMostAlone>;
+template <typename Element, int kDimK, int kDimV, bool kWide, int kMostAlone = 1,
+          selected_sm90::UnionSizes kSizes = selected_sm90::query_sizes(kDimK, kWide)>
+using SelectedBackwardQueryShapeFor =
+    UnionShape<Element, kDimK, kDimV, true, kSizes.groups, kSizes.stages_k, kSizes.stages_v, kWide, kMostAlone>;
 
 template <typename Shape>
 void launch_selected_backward_query_shape(const SelectedBackwardParams& selected, cudaStream_t stream) {
@@ -36,8 +31,12 @@ void launch_selected_backward_query_sm90(const SelectedBackwardParams& params, c
                                          cudaStream_t stream) {
   using Narrow = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, false>;
   using Wide = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, true>;
-  static_assert(union_shared_bytes<Narrow>(8, 16) <= kMostUnionSharedBytes &&
-                union_shared_bytes<Wide>(16, selected_sm90::kMostSelected) <= kMostUnionSharedBytes);
+  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::backward_query_tile({kDimK, kDimV}, kind, 1, num_selected).dynamic_bytes;
+  };
+  constexpr int32_t kMost = selected_sm90::kMostSelected;
+  static_assert(union_shared_bytes<Narrow>(8, 16) == kBytes(UnionKind::kNarrow, 16) &&
+                union_shared_bytes<Wide>(16, kMost) == kBytes(UnionKind::kWide, kMost));
   if (plan.kind == UnionKind::kNarrow) {
     launch_selected_backward_query_shape<Narrow>(params, stream);
   } else {

@@ -9,16 +9,10 @@ namespace nsa {
 
 // kHeadSlots: 16, 8 where a group has at most 8 heads, or 4. kLong: lists of more than 16 blocks.
 template <typename Element, int kDimK, int kDimV, int kHeadSlots, bool kLong,
-          int kMostAlone = kDimK == 64 || kHeadSlots == 4 ? 3 : 2>
-using SelectedForwardShapeFor = UnionShape < Element,
-      kDimK, kDimV, false, 3,
-      (kDimK == 64    ? (kHeadSlots < 16 ? 12 : 13)
-       : kDimK == 128 ? (kLong ? 6 : 7)
-                      : (kHeadSlots < 16 ? 3 : 4)),
-      (kDimK == 64    ? (kHeadSlots < 16 ? 12 : 13)
-       : kDimK == 128 ? (kLong ? 6 : 7)
-                      : 3),
-      kHeadSlots<16, kMostAlone, kHeadSlots>;
+          int kMostAlone = kDimK == 64 || kHeadSlots == 4 ? 3 : 2,
+          selected_sm90::UnionSizes kSizes = selected_sm90::forward_sizes(kDimK, kHeadSlots, kLong)>
+using SelectedForwardShapeFor = UnionShape<Element, kDimK, kDimV, false, kSizes.groups, kSizes.stages_k,
+                                           kSizes.stages_v, (kHeadSlots < 16), kMostAlone, kHeadSlots>;
 
 template <typename Shape>
 void launch_selected_forward_shape(const SelectedForwardParams& selected, cudaStream_t stream) {
@@ -38,10 +32,14 @@ void launch_selected_forward_sm90(const SelectedForwardParams& params, const Sel
   using Long = SelectedForwardShapeFor<Element, kDimK, kDimV, 16, kDimK == 128>;  // elsewhere both fit
   using Wide = SelectedForwardShapeFor<Element, kDimK, kDimV, 8, true>;
   using Widest = SelectedForwardShapeFor<Element, kDimK, kDimV, 4, true>;
-  static_assert(union_shared_bytes<Narrow>(12, 16) <= kMostUnionSharedBytes &&
-                union_shared_bytes<Long>(12, selected_sm90::kMostSelected) <= kMostUnionSharedBytes &&
-                union_shared_bytes<Wide>(24, selected_sm90::kMostSelected) <= kMostUnionSharedBytes &&
-                union_shared_bytes<Widest>(48, 16) <= kMostUnionSharedBytes);
+  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::forward_tile({kDimK, kDimV}, kind, num_selected).dynamic_bytes;
+  };
+  constexpr int32_t kMost = selected_sm90::kMostSelected;
+  static_assert(union_shared_bytes<Narrow>(12, 16) == kBytes(UnionKind::kNarrow, 16) &&
+                union_shared_bytes<Long>(12, kMost) == kBytes(UnionKind::kLong, kMost) &&
+                union_shared_bytes<Wide>(24, kMost) == kBytes(UnionKind::kWide, kMost) &&
+                union_shared_bytes<Widest>(48, 16) == kBytes(UnionKind::kWidest, 16));
   static_assert(Wide::kMostBlocks == selected_sm90::kMostBlocks &&
                 Widest::kMostBlocks == selected_sm90::kMostWidestBlocks);
   switch (plan.kind) {

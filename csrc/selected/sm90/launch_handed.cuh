@@ -9,12 +9,9 @@
 
 namespace nsa {
 
-template <typename Element, int kDimK, bool kWide>
-using SelectedHandedShape = HandedShape<Element, kDimK, (kDimK <= 128 && !(kWide && kDimK == 128) ? 4 : 3),
-                                        (kDimK == 64    ? 20
-                                         : kDimK == 128 ? (kWide ? 11 : 13)
-                                                        : (kWide ? 7 : 8)),
-                                        kWide, 2>;
+template <typename Element, int kDimK, bool kWide,
+          selected_sm90::UnionSizes kSizes = selected_sm90::handed_sizes(kDimK, kWide)>
+using SelectedHandedShape = HandedShape<Element, kDimK, kSizes.groups, kSizes.stages_k, kWide, 2>;
 
 // The gradient of q of the heads that were handed over.
 template <typename Shape>
@@ -38,9 +35,12 @@ template <typename KeysShape, typename NarrowShape, typename WideShape>
 void launch_selected_backward_handed_shapes(const SelectedBackwardParams& all, const SelectedBackwardPlan& plan,
                                             cudaStream_t stream) {
   const SequenceLayout& s = all.sequences;
-  static_assert(union_shared_bytes<NarrowShape>(4 * NarrowShape::kGroups, 16) <= kMostUnionSharedBytes &&
-                union_shared_bytes<WideShape>(8 * WideShape::kGroups, selected_sm90::kMostSelected) <=
-                    kMostUnionSharedBytes);
+  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::handed_tile({KeysShape::kDimK, KeysShape::kDimV}, kind, 1, num_selected).dynamic_bytes;
+  };
+  constexpr int32_t kMost = selected_sm90::kMostSelected;
+  static_assert(union_shared_bytes<NarrowShape>(4 * NarrowShape::kGroups, 16) == kBytes(UnionKind::kNarrow, 16) &&
+                union_shared_bytes<WideShape>(8 * WideShape::kGroups, kMost) == kBytes(UnionKind::kWide, kMost));
   SelectedBackwardParams selected = all;
   selected.handed.queries = s.packed() ? s.length_q : s.batch * s.length_q;
   for (int32_t head = 0; head < s.heads_kv; head += plan.handed_heads) {

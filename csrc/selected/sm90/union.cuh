@@ -49,7 +49,6 @@ struct UnionShape : ConsumersShape<Element_, kDimK_, kDimV_, kGroups_, 64> {
     float grad_lse[kGradients ? kGroups * kRows : 1];  // of each row, over its gate
   };
 };
-constexpr int64_t kMostUnionSharedBytes = 232448;  // what a block of threads may have
 
 struct UnionParams {
   SequenceLayout sequences;

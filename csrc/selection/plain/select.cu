@@ -8,7 +8,7 @@ namespace nsa {
 void launch_select_blocks_plain(const SelectBlocksParams& params, cudaStream_t stream) {
   const SequenceLayout& s = params.sequences;
   launch(select_blocks_plain, count_slots(s, s.length_q, kPlainWarps) * s.heads_kv, 32 * kPlainWarps,
-         plain_select_shared_bytes(params.k.width), stream, "choice of blocks, float32", params);
+         select_plain::tile(params.k.width).dynamic_bytes, stream, "choice of blocks, float32", params);
 }
 
 }  // namespace nsa

@@ -10,13 +10,9 @@
 
 namespace nsa {
 
-constexpr int kPlainWarps = 8;
+constexpr int kPlainWarps = select_plain::kWarps;
 constexpr int kPlainHeads = 4;  // whose scores are computed together
 constexpr int kKeysPerLane = kKeysPerTile / 32;
-
-inline int64_t plain_select_shared_bytes(int32_t width) {
-  return kPlainWarps * sizeof(QueryRecord) + sizeof(float) * kKeysPerTile * (width | 1);
-}
 
 // Adds the probabilities of a few heads, for the keys whose rows are k[0], k[1].
 __device__ inline void add_probabilities(float (&sums)[kKeysPerLane], const SelectBlocksParams& params,

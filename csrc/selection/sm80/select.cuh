@@ -18,15 +18,14 @@
 
 namespace nsa {
 
-constexpr int kHeadsPerWarp = 32;
-constexpr int kWorkBytes = 128;  // of a SelectWork
+constexpr int kHeadsPerWarp = select_sm80::kHeadsPerWarp;
 
 template <typename Element_, int kDim_, int kQueries_>
 struct SelectShape {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kQueries = kQueries_;  // of a warp
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = select_sm80::kWarps;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kBlocksPerSM = kDim <= 128 ? 2 : 1;
   // Of 16 keys, computed together: with few warps, one's exponentials should meet the other's products.
@@ -35,7 +34,6 @@ struct SelectShape {
   static constexpr int kTilesPerQuery = kColumnTiles / kQueries;
   using KTile = SharedTile<Element, kKeysPerTile, kDim>;
   static constexpr int kStageBytes = KTile::kSize * sizeof(Element);
-  static constexpr int kSharedBytes = 2 * kStageBytes + kWarps * kQueries * sizeof(QueryRecord) + kWorkBytes;
 };
 
 // A warp's queries, as the right operand of the product, and what their scores are shifted by.
@@ -178,7 +176,7 @@ struct SelectWork {
   }
 };
 
-static_assert(sizeof(SelectWork) <= kWorkBytes);
+static_assert(sizeof(SelectWork) <= select_sm80::kWorkBytes);
 
 // Starts to copy a tile of keys; those that the last query doesn't see become zeros.
 template <typename Shape>

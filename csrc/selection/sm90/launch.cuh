@@ -7,24 +7,18 @@
 
 namespace nsa {
 
-// Small slots have many lists: where ranking takes longer than the products of two consumers, twice as many warps rank.
-// As many stages of keys and steps of strips as shared memory holds.
-template <int kDim, int kSlot, int kListed>
-constexpr int kBestConsumers = kSlot == 4 || (kSlot == 8 && (kDim > 128 || kListed == 64)) ? 2 : 3;
-template <int kDim, int kSlot, int kListed>
-constexpr int kMostStripTiles = kSlot < select_sm90::kLargestSlot ? (kDim > 128 && kSlot == 4 ? 1 : 3)
-                                : kDim > 128                      ? 1
-                                : kListed == 64                   ? 3
-                                                                  : 7;
 template <typename Element, int kDim, int kSlot, int kListed>
 using BestSelectSm90Shape =
-    SelectSm90Shape<Element, kDim, kSlot, kListed, kBestConsumers<kDim, kSlot, kListed>,
-                    (kBestConsumers<kDim, kSlot, kListed> == 2 ? 4 : 2),
-                    (kDim <= 128 && kSlot == select_sm90::kLargestSlot ? 4 : 2), kMostStripTiles<kDim, kSlot, kListed>>;
+    SelectSm90Shape<Element, kDim, kSlot, kListed, select_sm90::consumers(kDim, kSlot, kListed),
+                    (select_sm90::consumers(kDim, kSlot, kListed) == 2 ? 4 : 2), select_sm90::stages(kDim, kSlot),
+                    select_sm90::strip_tiles(kDim, kSlot, kListed)>;
+
 template <typename Shape>
 void launch_select_shape_sm90(const SelectBlocksParams& select, cudaStream_t stream) {
   constexpr const char* kName = "choice of blocks";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
+  static_assert(sizeof(typename Shape::Shared) ==
+                select_sm90::tile(Shape::kDim, Shape::kSlot, Shape::kListed).dynamic_bytes);
   const SequenceLayout& s = select.sequences;
   const int32_t parts = static_cast<int32_t>(ceil_div(s.group, Shape::kSlot));
   const int32_t queries = Shape::kSlots / parts;

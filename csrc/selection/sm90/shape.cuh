@@ -27,9 +27,6 @@ struct SelectSm90Params {
   CUtensorMap k;  // boxes of 64 columns, one head, kKeysPerTile compressed keys
 };
 
-// Neighbours lie 16 banks apart: both are written without conflicts.
-constexpr int strip_pitch(int ring) { return ring + 16; }
-
 // Scores in lists and queues are integers of the same order: see order_of.
 template <int kLength_>
 struct BlockList {
@@ -38,7 +35,7 @@ struct BlockList {
   int32_t blocks[kLength];
 };
 
-constexpr int kQueue = 32;
+constexpr int kQueue = select_sm90::kQueue;
 
 // What waits to be merged with a query's list.
 struct CandidateQueue {
@@ -61,9 +58,9 @@ struct SelectSm90Shape {
   static constexpr int kStages = kStages_;
   static constexpr int kStripTiles = kStripTiles_;  // steps whose strips may wait to be ranked
   static constexpr int kStripRing = (kStripTiles + 1) * kKeysPerTile;
-  static constexpr int kStripPitch = strip_pitch(kStripRing);
+  static constexpr int kStripPitch = select_sm90::strip_pitch(kStripRing);
   static_assert(kStripRing >= kRing && (kStripRing & (kStripRing - 1)) == 0);
-  static constexpr int kColumns = 128;
+  static constexpr int kColumns = select_sm90::kColumns;
   static constexpr int kSlots = kColumns / kSlot;
   static constexpr int kThreads = (kConsumers + kHelpers) * kWarpgroup;
   static constexpr int kHelperRegisters = kSlot == 16 ? 72 : 80;
@@ -92,7 +89,6 @@ struct SelectSm90Shape {
     // Filled by the warps of one consumer, drained by those that rank.
     Barrier strips_full[kConsumers][kStripTiles], strips_empty[kConsumers][kStripTiles];
   };
-  static_assert(sizeof(Shared) <= 232448);
 };
 
 // Named barriers, and the next ones: of each consumer's threads; each consumer's turn to start a product.

@@ -1,7 +1,9 @@
 #include "selected/sm80/launch.cuh"
 
 namespace nsa {
-template void launch_selected_forward_sm80<BFloat16, 256, 256>(const SelectedForwardParams&, cudaStream_t);
-template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+template void launch_selected_forward_sm80<BFloat16, 256, 256>(const SelectedForwardParams&, const KernelTile&,
+                                                               cudaStream_t);
+template void launch_selected_backward_query_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, const KernelTile&,
+                                                                      cudaStream_t);
 template void launch_selected_backward_keys_sm80<BFloat16, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
 }  // namespace nsa
