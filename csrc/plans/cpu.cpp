@@ -1,8 +1,7 @@
 // What runs on the CPU.
 #include "common/geometry.h"
-#include "host/cpu/chunks.h"
+#include "host/cpu/tile_sizes.h"
 #include "plans/reports.h"
-#include "selected/cpu/block_lists.h"
 
 namespace nsa {
 

@@ -1,7 +1,7 @@
 // What runs on a GPU: calls of these shapes with contiguous tensors, given to the plans.
 #include <algorithm>
 
-#include "host/build_info.h"
+#include "common/build_info.h"
 #include "plans/reports.h"
 #include "range/plan.h"
 #include "selected/plan.h"

@@ -7,13 +7,9 @@
 
 #include "common/geometry.h"
 #include "host/cpu/tile.h"
+#include "host/cpu/tile_sizes.h"
 
 namespace nsa::cpu {
-
-constexpr int64_t kKeysPerChunk = 128;
-constexpr int64_t kRowsPerTile = 256;
-
-inline int64_t tokens_per_tile(int64_t group) { return std::max<int64_t>(kRowsPerTile / group, 1); }
 
 struct Chunk {
   KeyRange keys;
