@@ -33,6 +33,11 @@ def minor_version() -> str:
     return ".".join(torch.__version__.split(".")[:2])
 
 
+def path() -> Path:
+    """The library for the torch that is there."""
+    return PACKAGE / "lib" / f"libnsa_torch_{minor_version().replace('.', '_')}.so"
+
+
 def _check_torch(built: dict[str, Any]) -> None:
     minor, held = minor_version(), list(built["torches"])
     if minor not in held:
@@ -51,12 +56,10 @@ def _check_torch(built: dict[str, Any]) -> None:
 
 def load() -> None:
     """Raises ImportError when the library is not built, or does not fit the torch that is there."""
-    found = built()
-    _check_torch(found)
-    library = PACKAGE / "lib" / f"libnsa_torch_{minor_version().replace('.', '_')}.so"
+    _check_torch(built())
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(path()))
     except OSError as error:
         raise ImportError(
-            f"nsa_torch cannot load {library}: {error}. Build nsa_torch for the torch you have: {SOURCE}."
+            f"nsa_torch cannot load {path()}: {error}. Build nsa_torch for the torch you have: {SOURCE}."
         ) from None

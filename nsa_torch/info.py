@@ -16,11 +16,11 @@ def build_info() -> dict[str, Any]:
     """What the loaded library was built with.
 
     Returns:
-        ``torch`` (the version that it was built against), ``torches`` (the same of every library that the package holds,
-        by minor version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool: whether the
-        CPU kernels run in parallel), ``architectures`` (compute capabilities that CUDA kernels were compiled for, such as
-        ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``, ``"sm80"``, the portable ones, ``"sm90a"``, those
-        for Hopper).
+        ``torch`` (the version that it was built against), ``torches`` (the same of every library that the package
+        holds, by minor version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
+        whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that CUDA kernels were made
+        for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``, ``"sm80"``, the portable ones,
+        ``"sm90a"``, those for Hopper).
     """
     from nsa_torch import _C
 

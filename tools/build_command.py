@@ -24,8 +24,12 @@ class Build(BuildExtension):
 
     info: dict[str, Any]
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        check_build.demand(check_build.for_compiling())  # torch's own would warn, and compile without ninja
+        super().__init__(*arguments, **options)
+
     def get_ext_filename(self, name: str) -> str:
-        if name.split(".")[-1].startswith("lib"):  # the whole dotted name, or its last part
+        if name.rsplit(".", maxsplit=1)[-1].startswith("lib"):  # the whole dotted name, or its last part
             return os.path.join(*name.split(".")) + ".so"
         return super().get_ext_filename(name)
 
@@ -38,7 +42,6 @@ class Build(BuildExtension):
     def run(self) -> None:
         if os.environ.get("NSA_BUILD") == "0":  # the Makefile installs the links first, and builds in place afterwards
             return
-        check_build.demand(check_build.for_compiling())
         for left in Path(self.build_lib, "nsa_torch").rglob("*.so"):  # by a build for other versions of torch
             left.unlink()
         (layers.ROOT / "nsa_torch" / "lib").mkdir(exist_ok=True)
@@ -56,9 +59,9 @@ class Build(BuildExtension):
 
     @contextmanager
     def _apart(self, name: str) -> Iterator[None]:
-        """Objects in a folder of their own, since a source is compiled for several versions of torch; no Python's headers."""
+        """Objects in a folder of their own: a source is compiled for several versions of torch. No Python's headers."""
         before = self.build_temp, self.compiler.include_dirs
-        self.build_temp = os.path.join(self.build_temp, name)
+        self.build_temp = f"{self.build_temp}-{name}"
         if name != "_C":
             print(f"nsa_torch: compiling {name}.so", flush=True)
             self.compiler.set_include_dirs([])

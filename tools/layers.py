@@ -1,8 +1,8 @@
 """What is compiled, and for what: two layers of libraries and a small Python module.
 
-    nsa_torch/lib/libnsa_torch_kernels.so   kernels and plans. No torch: compiled once
-    nsa_torch/lib/libnsa_torch_2_11.so      the ops, for one minor version of torch: links the kernels and that torch
-    nsa_torch/_C.*.so                       pybind11: what the kernels' library says of itself. No torch
+nsa_torch/lib/libnsa_torch_kernels.so   kernels and plans. No torch: compiled once
+nsa_torch/lib/libnsa_torch_2_11.so      the ops, for one minor version of torch: links the kernels and that torch
+nsa_torch/_C.*.so                       pybind11: what the kernels' library says of itself. No torch
 """
 
 from __future__ import annotations

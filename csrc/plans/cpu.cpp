@@ -1,6 +1,6 @@
 // What runs on the CPU.
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
-#include "host/cpu/tile_sizes.h"
 #include "plans/reports.h"
 
 namespace nsa {

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
 #include "host/cpu/tile.h"
-#include "host/cpu/tile_sizes.h"
 
 namespace nsa::cpu {
 

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
 #include "host/cpu/tile.h"
-#include "host/cpu/tile_sizes.h"
 
 namespace nsa::cpu {
 
