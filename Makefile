@@ -83,7 +83,7 @@ docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 build: $(STAMPS)/build  ## compile, and install the package editable in .venv
 
 # Of each torch only headers and libraries are needed. What the wheel links is torch's to bring, and stays outside it.
-TORCHES := $(TORCH:%=build/torches/%)
+TORCHES := $(if $(filter-out 0 1,$(words $(TORCH))),$(TORCH:%=build/torches/%))
 empty :=
 wheel: export NSA_TORCHES = $(subst $(empty) $(empty),:,$(strip $(TORCHES)))
 wheel: $(STAMPS)/wheel $(TORCHES:=/torch/version.py)  ## build a wheel into dist/, for the torch of .venv or for those in TORCH="2.11 2.12"
