@@ -179,6 +179,26 @@ def test_the_libraries_of_other_versions_are_chosen_by_minor_version(monkeypatch
         assert _library.path().name == f"libnsa_torch_{name}.so"
 
 
+def test_wheel_imports_without_a_compiler_and_without_a_toolkit(installed: Path, tmp_path: Path) -> None:
+    script = "import nsa_torch; print(nsa_torch.which_kernel('window_attention', device='cuda'))"
+    nowhere = str(tmp_path / "nowhere")
+    result = run("-c", script, cwd=tmp_path, PYTHONPATH=str(installed), PATH=nowhere, CUDA_HOME=nowhere, CXX=nowhere)
+    assert result.returncode == 0, result.stderr
+    assert "KernelPlan" in result.stdout
+
+
+def test_a_machine_without_network_installs_from_a_folder(wheel: Path, tmp_path: Path) -> None:
+    """And keeps its torch."""
+    command = ["-m", "pip", "install", "--dry-run", "--no-index", "--find-links", wheel.parent]
+    there = run(*command, "--report", tmp_path / "report.json", wheel, cwd=tmp_path)
+    assert there.returncode == 0, there.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert {item["metadata"]["name"] for item in report["install"]} <= {"nsa_torch"}
+    missing = run(*command, "--ignore-installed", wheel, cwd=tmp_path)
+    assert missing.returncode != 0
+    assert "ERROR: No matching distribution found for torch<" in missing.stderr
+
+
 def test_importing_what_is_not_built_says_what_to_do(installed: Path, tmp_path: Path) -> None:
     package = shutil.copytree(installed / "nsa_torch", tmp_path / "nsa_torch")
     (package / "build_info.json").unlink()
@@ -235,6 +255,19 @@ def test_build_requirements_are_stated_alike() -> None:
     required = re.search(r"^requires = \[(.*?)\]", pyproject(), flags=re.MULTILINE | re.DOTALL)
     assert required is not None
     assert sorted(listed) == sorted([*re.findall(r'"([^"]+)"', required[1]), torches.requirement(torches.SUPPORTED)])
+
+
+def test_both_ends_of_what_is_supported_are_tested() -> None:
+    """The Makefile's usual torch is the oldest, and .ci/run goes on with the newest, in an environment of its own."""
+    oldest, newest = torches.SUPPORTED[0], torches.SUPPORTED[-1]
+    assert f",$(strip $(TORCH)),{oldest}.0)" in (ROOT / "Makefile").read_text()
+    assert f"make test TORCH={newest}.0 ARGS=@tests/both_ends.txt" in (ROOT / ".ci" / "run").read_text()
+    listed = (ROOT / "tests" / "both_ends.txt").read_text().split()
+    assert [name for name in listed if not (ROOT / name).exists()] == []
+    if shutil.which("make"):
+        plan = ["make", "-n", "test", "TORCH=2.15.0", "ARGS=-x"]
+        said = subprocess.run(plan, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert ".venv-2.15.0/bin/python -m pytest -x" in said
 
 
 def test_hosts_are_checked_by_any_python() -> None:
