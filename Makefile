@@ -1,14 +1,18 @@
 # Everything one does with this repository, each by one command. `make` alone lists them.
 #
-#   PYTHON   the interpreter that .venv is made from (python3)      VENV   where the environment is (.venv)
+#   TORCH    the version of torch (2.11.0); of `wheel`, one or more: TORCH="2.11 2.12"
+#   PYTHON   the interpreter that .venv is made from (python3)      VENV   where the environment is (.venv, or .venv-TORCH)
 #   ARGS     more arguments for what the target runs                NSA_CUDA=0/1   never / always build the CUDA parts
 #   MAX_JOBS compile jobs at once (2: one with templates takes up to 2 GB)
 #   V=1      show every command, of pip and of the compilers too
 #
 # Stamps under $(VENV)/stamps say what is installed and built, so that a second run starts at once.
 
+TORCH ?=
 PYTHON ?= python3
-VENV ?= .venv
+# Each version of torch that is asked for has an environment of its own; several at once are built from the usual one.
+VENV ?= .venv$(if $(filter 1,$(words $(TORCH))),-$(strip $(TORCH)))
+INSTALLED_TORCH := $(if $(filter 1,$(words $(TORCH))),$(strip $(TORCH)),2.11.0)
 ARGS ?=
 MAX_JOBS ?= 2
 V ?=
@@ -44,7 +48,7 @@ help:  ## list the targets
 demo: $(STAMPS)/build $(STAMPS)/test  ## install, build, train on real text with NSA and with dense attention
 	$(Q)$(BIN)/python examples/train.py $(ARGS)
 
-test: $(STAMPS)/build $(STAMPS)/test  ## install, build, run every test
+test: $(STAMPS)/build $(STAMPS)/test  ## install, build, run every test: with another torch by TORCH=2.15.0
 	$(Q)$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMPS)/lint $(STAMPS)/test  ## check layout, types and likely bugs; changes nothing
@@ -78,9 +82,20 @@ docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 
 build: $(STAMPS)/build  ## compile, and install the package editable in .venv
 
-wheel: $(STAMPS)/requirements  ## build a wheel into dist/
+# Of each torch only headers and libraries are needed. What the wheel links is torch's to bring, and stays outside it.
+TORCHES := $(if $(filter-out 0 1,$(words $(TORCH))),$(TORCH:%=build/torches/%))
+empty :=
+wheel: export NSA_TORCHES = $(subst $(empty) $(empty),:,$(strip $(TORCHES)))
+wheel: $(STAMPS)/wheel $(TORCHES:=/torch/version.py)  ## build a wheel into dist/, for the torch of .venv or for those in TORCH="2.11 2.12"
 	$(call say,building a wheel into dist/)
-	$(Q)$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+	$(Q)rm -rf build/wheel
+	$(Q)$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir build/wheel
+	$(Q)$(BIN)/python -m auditwheel repair build/wheel/*.whl --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*'
+	$(Q)$(BIN)/python -m twine check --strict dist/*.whl
+
+build/torches/%/torch/version.py: | $(STAMPS)/venv
+	$(call say,fetching torch $* without what it requires)
+	$(Q)$(PIP) install --progress-bar off --no-deps --upgrade --target build/torches/$* 'torch==$*.*'
 
 sanitize: $(STAMPS)/sanitize $(STAMPS)/test  ## run the tests of the ops under the address and the undefined-behaviour sanitizer
 	$(Q)$(BIN)/python tools/sanitize.py $(SANITIZED) $(ARGS)
@@ -89,13 +104,13 @@ sanitize-gpu: $(STAMPS)/build $(STAMPS)/test  ## run every CUDA kernel under com
 	$(Q)$(BIN)/python tools/sanitize_gpu.py $(ARGS)
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build dist *.egg-info compile_commands.json $(STAMPS)/build $(STAMPS)/install $(STAMPS)/sanitize
+	rm -rf build dist *.egg-info compile_commands.json $(patsubst %,.venv*/stamps/%,build install sanitize)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/cpp/build
 	find nsa_torch -name '*.so' -delete
-	find . -path ./$(VENV) -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
 
 distclean: clean  ## remove the environment as well
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-*
 
 # --- the environment, in the order in which it grows ---------------------------------------------------------------------
 
@@ -108,6 +123,11 @@ $(STAMPS)/venv:
 $(STAMPS)/requirements: requirements/build.txt | $(STAMPS)/venv
 	$(call say,installing what the build needs: $<)
 	$(Q)$(PIP) install --upgrade pip
+	$(Q)$(PIP) install --progress-bar off 'torch==$(INSTALLED_TORCH).*' -r $<
+	@touch $@
+
+$(STAMPS)/wheel: requirements/wheel.txt $(STAMPS)/requirements
+	$(call say,installing what makes a wheel: $<)
 	$(Q)$(PIP) install --progress-bar off -r $<
 	@touch $@
 
@@ -127,7 +147,7 @@ $(STAMPS)/settings: force | $(STAMPS)/venv
 .PHONY: force
 
 # Metadata and the link from site-packages to this folder: again only when the packaging changes.
-$(STAMPS)/install: setup.py pyproject.toml $(STAMPS)/requirements $(STAMPS)/settings
+$(STAMPS)/install: setup.py pyproject.toml $(wildcard tools/*build*.py) tools/layers.py tools/torches.py $(STAMPS)/requirements $(STAMPS)/settings
 	$(call say,linking this folder into $(VENV))
 	$(Q)NSA_BUILD=0 $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -137,6 +157,6 @@ $(STAMPS)/build: $(SOURCES) $(STAMPS)/install
 	$(Q)$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-$(STAMPS)/sanitize: $(SOURCES) setup.py $(STAMPS)/requirements
+$(STAMPS)/sanitize: $(SOURCES) setup.py tools/layers.py $(STAMPS)/requirements
 	$(Q)$(BIN)/python tools/sanitize.py --build $(SANITIZED)
 	@touch $@

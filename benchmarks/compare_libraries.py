@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def parse() -> argparse.Namespace:
     from gpu import length
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="a libnsa_torch.so, or the folder that holds it")
+    parser.add_argument("before", type=Path, help="a library of ops, or the folder of a package that holds it")
     parser.add_argument("after", type=Path)
     parser.add_argument("--lengths", nargs="+", type=length, default=[1 << n for n in range(10, 17)])
     parser.add_argument("--groups", nargs="+", type=int, default=[16, 4])
@@ -181,10 +182,13 @@ def parse() -> argparse.Namespace:
 
 
 def library_at(path: Path) -> Path:
-    found = path / "libnsa_torch.so" if path.is_dir() else path
-    if not found.is_file():
-        raise SystemExit(f"{found}: no such library")
-    return found.resolve()
+    """The library itself, or the one in a package for the torch that is there; libnsa_torch.so in those before 0.2."""
+    minor = "_".join(version("torch").split(".")[:2])
+    names = (f"lib/libnsa_torch_{minor}.so", f"libnsa_torch_{minor}.so", "libnsa_torch.so")
+    for found in [path / name for name in names] if path.is_dir() else [path]:
+        if found.is_file():
+            return found.resolve()
+    raise SystemExit(f"{path}: no such library")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""One library's side of benchmarks/compare_libraries.py: `python library_worker.py libnsa_torch.so cuda`.
+"""One library's side of benchmarks/compare_libraries.py: `python library_worker.py LIBRARY cuda`.
 
 Knows nothing of nsa_torch's Python, so that a library of another commit runs under it: calls torch.ops.nsa with
 defaults. Each line on the standard input is a request, each on the standard output its answer, both JSON:

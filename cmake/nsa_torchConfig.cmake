@@ -8,7 +8,8 @@
 # Torch: the targets of find_package(Torch) when the program has called it before. Otherwise libtorch is linked right from the
 # PyTorch that nsa_torch belongs to, because find_package(Torch) of a CUDA build insists on a CUDA toolkit that a program
 # without device code has no use for. Torch is looked for in nsa_torch_TORCH_ROOT, Torch_DIR, CMAKE_PREFIX_PATH, beside
-# nsa_torch in its site-packages, and last in the Python interpreter on the PATH.
+# nsa_torch in its site-packages, and last in the Python interpreter on the PATH. nsa_torch holds a library for each minor
+# version of torch that it was built for: the one for the torch that was found is taken.
 #
 # Sets nsa_torch_FOUND, nsa_torch_LIBRARY, nsa_torch_INCLUDE_DIR, nsa_torch_TORCH_ROOT.
 
@@ -16,8 +17,6 @@
 get_filename_component(_nsa_torch_installed "${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
 get_filename_component(_nsa_torch_checkout "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 
-find_library(nsa_torch_LIBRARY NAMES nsa_torch NO_DEFAULT_PATH NO_CACHE
-             PATHS "${_nsa_torch_installed}" "${_nsa_torch_checkout}/nsa_torch")
 find_path(nsa_torch_INCLUDE_DIR NAMES nsa.h NO_DEFAULT_PATH NO_CACHE
           PATHS "${_nsa_torch_installed}/include" "${_nsa_torch_checkout}/csrc")
 
@@ -80,20 +79,51 @@ if(NOT TARGET nsa_torch::torch)
   endif()
 endif()
 
+# nsa_torch_LIBRARY, or in nsa_torch_HELD the versions of torch that there are libraries for.
+macro(_nsa_torch_find_library)
+  set(_nsa_torch_folders "${_nsa_torch_installed}/lib" "${_nsa_torch_checkout}/nsa_torch/lib")
+  file(STRINGS "${nsa_torch_TORCH_ROOT}/share/cmake/Torch/TorchConfigVersion.cmake" _nsa_torch_version
+       REGEX "PACKAGE_VERSION \"[0-9]+\\.[0-9]+")
+  if(_nsa_torch_version MATCHES "\"([0-9]+)\\.([0-9]+)")
+    set(_nsa_torch_minor "${CMAKE_MATCH_1}.${CMAKE_MATCH_2}")
+    find_library(nsa_torch_LIBRARY NAMES "nsa_torch_${CMAKE_MATCH_1}_${CMAKE_MATCH_2}" NO_DEFAULT_PATH NO_CACHE
+                 PATHS ${_nsa_torch_folders})
+  endif()
+  set(nsa_torch_HELD "")
+  foreach(_nsa_torch_folder IN LISTS _nsa_torch_folders)
+    file(GLOB _nsa_torch_libraries "${_nsa_torch_folder}/libnsa_torch_[0-9]*.so")
+    foreach(_nsa_torch_one IN LISTS _nsa_torch_libraries)
+      string(REGEX REPLACE "^.*libnsa_torch_([0-9]+)_([0-9]+).so$" "\\1.\\2" _nsa_torch_one "${_nsa_torch_one}")
+      list(APPEND nsa_torch_HELD "${_nsa_torch_one}")
+    endforeach()
+  endforeach()
+endmacro()
+
+set(_nsa_torch_reason
+    "build the Python package first (pip install .), and name its PyTorch with -Dnsa_torch_TORCH_ROOT=...")
+if(nsa_torch_TORCH_ROOT)
+  _nsa_torch_find_library()
+  if(nsa_torch_HELD AND NOT nsa_torch_LIBRARY)
+    list(JOIN nsa_torch_HELD ", " nsa_torch_HELD)
+    set(_nsa_torch_reason "nsa_torch was built for torch ${nsa_torch_HELD}, but torch ${_nsa_torch_minor} is in \
+${nsa_torch_TORCH_ROOT}: name another with -Dnsa_torch_TORCH_ROOT=..., or build nsa_torch for it (pip install --no-build-isolation .)")
+  endif()
+endif()
+
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(nsa_torch
   REQUIRED_VARS nsa_torch_LIBRARY nsa_torch_INCLUDE_DIR nsa_torch_TORCH_ROOT
-  REASON_FAILURE_MESSAGE "build the Python package first (pip install .), and name its PyTorch with -Dnsa_torch_TORCH_ROOT=...")
+  REASON_FAILURE_MESSAGE "${_nsa_torch_reason}")
 
 if(nsa_torch_FOUND AND NOT TARGET nsa_torch::nsa_torch)
   add_library(nsa_torch::nsa_torch INTERFACE IMPORTED)
   set_target_properties(nsa_torch::nsa_torch PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${nsa_torch_INCLUDE_DIR}")
   target_compile_features(nsa_torch::nsa_torch INTERFACE cxx_std_17)
-  # A program names no symbol of libnsa_torch.so (nsa.h goes through the dispatcher) nor of libtorch.so (which pulls the CUDA
+  # A program names no symbol of nsa_torch's library (nsa.h goes through the dispatcher) nor of libtorch.so (which pulls the CUDA
   # half of PyTorch in): a linker that drops libraries nobody names would leave a program without ops.
   if(UNIX AND NOT APPLE)
     target_link_options(nsa_torch::nsa_torch INTERFACE "LINKER:--no-as-needed")
-    # The program's search path then holds for the libraries that libnsa_torch.so needs in turn, which are PyTorch's.
+    # The program's search path then holds for the libraries that nsa_torch's needs in turn, which are PyTorch's.
     target_link_options(nsa_torch::nsa_torch INTERFACE "LINKER:--disable-new-dtags")
   endif()
   target_link_libraries(nsa_torch::nsa_torch INTERFACE "${nsa_torch_LIBRARY}" nsa_torch::torch)

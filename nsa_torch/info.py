@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nsa_torch import _library
+
 if TYPE_CHECKING:
     from nsa_torch import _C
 
@@ -15,17 +17,19 @@ __all__ = ["KernelLaunch", "KernelPlan", "build_info", "which_kernel"]
 
 
 def build_info() -> dict[str, Any]:
-    """What libnsa_torch.so was built with.
+    """What the loaded library was built with.
 
     Returns:
-        ``torch`` (version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
-        whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that
-        CUDA kernels were compiled for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``,
-        ``"sm80"``, the portable ones, ``"sm90a"``, those for Hopper).
+        ``torch`` (the version that it was built against), ``torches`` (the same of every library that the package
+        holds, by minor version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
+        whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that CUDA kernels were made
+        for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``, ``"sm80"``, the portable ones,
+        ``"sm90a"``, those for Hopper).
     """
     from nsa_torch import _C
 
-    return _C.build_info()
+    torches = _library.built()["torches"]
+    return {"torch": torches[_library.minor_version()], "torches": torches} | _C.build_info()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 import compare_libraries
 import nsa_torch
 from library_worker import digest
+from nsa_torch import _library
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(nsa_torch.__file__).parent
@@ -34,7 +35,7 @@ def row(**changes: Any) -> dict[str, Any]:
 def test_a_library_beside_itself(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     loose = ["--each", "10000", "--mean", "10000"]
-    result = run(PACKAGE, PACKAGE / "libnsa_torch.so", "--lengths", "64", "150", *SMALL, *loose, "--output", output)
+    result = run(PACKAGE, _library.path(), "--lengths", "64", "150", *SMALL, *loose, "--output", output)
     assert result.returncode == 0, result.stderr
     rows = json.loads(output.read_text())["rows"]
     assert [(r["seqlen"], r["direction"]) for r in rows] == [
@@ -71,7 +72,7 @@ def test_table_has_a_line_for_each_shape() -> None:
 def test_a_library_that_is_not_there_is_named(tmp_path: Path) -> None:
     result = run(tmp_path, PACKAGE, *SMALL)
     assert result.returncode == 1
-    assert f"{tmp_path / 'libnsa_torch.so'}: no such library" in result.stderr
+    assert f"{tmp_path}: no such library" in result.stderr
 
 
 def test_a_library_that_does_not_load_is_named(tmp_path: Path) -> None:

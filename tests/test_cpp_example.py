@@ -67,3 +67,16 @@ def test_cmake_package_says_that_the_library_is_missing(tmp_path: Path) -> None:
     output = configure(ROOT / "tests" / "cpp", tmp_path / "build", package, succeeds=False)
     assert "missing: nsa_torch_LIBRARY" in output
     assert "build the Python package first" in " ".join(output.split())
+
+
+def test_cmake_package_names_the_versions_of_torch_that_it_holds(tmp_path: Path) -> None:
+    """LibTorch of a version that there is no library for."""
+    stated = tmp_path / "torch" / "share" / "cmake" / "Torch" / "TorchConfigVersion.cmake"
+    header = tmp_path / "torch" / "include" / "torch" / "csrc" / "api" / "include" / "torch" / "torch.h"
+    for path, text in ((stated, 'set(PACKAGE_VERSION "2.99.1")\n'), (header, "")):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    package = Path(nsa_torch.cmake_prefix_path())
+    command = ["cmake", "-S", ROOT / "tests" / "cpp", "-B", tmp_path / "build", f"-Dnsa_torch_DIR={package}"]
+    said = " ".join(run(*command, f"-Dnsa_torch_TORCH_ROOT={tmp_path / 'torch'}", succeeds=False).split())
+    assert f"nsa_torch was built for torch {', '.join(nsa_torch.build_info()['torches'])}, but torch 2.99 is in" in said

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "nsa_torch"
-LIBRARY = PACKAGE / "libnsa_torch.so"
+LIBRARY = PACKAGE / "lib" / "libnsa_torch_kernels.so"
 KERNEL = re.compile(r"\d+([a-z_]+_sm90)I")  # of a mangled name
 MULTIPLIES = {
     "range_forward_sm90",

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import layers
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -39,6 +43,17 @@ def includes_with_torch(path: Path, seen: frozenset[Path] = frozenset()) -> Iter
 @pytest.mark.parametrize("path", device_files(), ids=lambda p: str(p.relative_to(CSRC)))
 def test_device_code_includes_no_torch(path: Path) -> None:
     assert list(includes_with_torch(path)) == []
+
+
+@pytest.mark.parametrize("name", [n for n in layers.sources(of_torch=False, cuda=True) if n.endswith(".cpp")])
+def test_the_layer_of_kernels_includes_no_torch(name: str) -> None:
+    assert list(includes_with_torch(ROOT / name)) == []
+
+
+def test_every_source_is_in_one_layer() -> None:
+    both = [*layers.sources(of_torch=False, cuda=True), *layers.sources(of_torch=True, cuda=True)]
+    there = [*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]
+    assert sorted(both) == sorted(str(p.relative_to(ROOT)) for p in there if p.parent.name != "python")
 
 
 def test_device_code_is_found() -> None:

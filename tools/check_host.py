@@ -17,6 +17,12 @@ def missing():
         yield "Python 3.10 or newer (python3 is {}): make PYTHON=python3.11 ...".format(version)
     if find_spec("venv") is None or find_spec("ensurepip") is None:
         yield "Python's venv module: apt-get install python3-venv"
+    for line in missing_to_compile():
+        yield line
+
+
+def missing_to_compile():
+    """The same of what compiles."""
     header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
     if not os.path.exists(header):
         yield "Python's C headers ({}): apt-get install python3-dev".format(header)

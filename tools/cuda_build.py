@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+from torches import Torch
 
 Capability = tuple[int, int]
 
@@ -32,23 +36,54 @@ class Architectures(NamedTuple):
         return ";".join(self.names)
 
 
-def wanted() -> bool:
-    """Whether to build the CUDA parts, said in one line."""
-    import torch
+class Toolkit(NamedTuple):
+    """A CUDA toolkit."""
+
+    home: Path
+    version: str  # of its compiler
+
+
+def toolkit() -> Toolkit | None:
+    """The toolkit that torch would take, if it has a compiler."""
     from torch.utils.cpp_extension import CUDA_HOME
 
+    nvcc = Path(CUDA_HOME or "", "bin", "nvcc")
+    if CUDA_HOME is None or not nvcc.exists():
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    return Toolkit(Path(CUDA_HOME), release[1]) if release else None
+
+
+def wanted(torches: Sequence[Torch]) -> Toolkit | None:
+    """The toolkit to build the CUDA parts with, or None: said in one line."""
     asked = os.environ.get("NSA_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"NSA_CUDA must be 0, 1 or unset, got {asked!r}")
-    found = CUDA_HOME is not None and torch.version.cuda is not None
-    if asked == "1" and not found:
-        raise SystemExit("NSA_CUDA=1, but there is no CUDA toolkit, or torch was built without CUDA")
-    cuda = found if asked == "" else asked == "1"
-    with_cuda = f"with CUDA {torch.version.cuda} from {CUDA_HOME}" if cuda else "without CUDA"
-    print(f"nsa_torch: building for torch {torch.__version__}, {with_cuda}")
+    found = toolkit() if asked != "0" else None
+    without = [torch.version for torch in torches if torch.cuda is None]
+    if asked == "1" and found is None:
+        raise SystemExit("nsa_torch: NSA_CUDA=1, but there is no nvcc: install a CUDA toolkit, or set CUDA_HOME to it")
+    if asked == "1" and without:
+        raise SystemExit(f"nsa_torch: NSA_CUDA=1, but torch {', '.join(without)} was built without CUDA")
+    cuda = None if without else found
+    for torch in torches if cuda else ():
+        check_major(cuda, torch)
+    with_cuda = f"with CUDA {cuda.version} from {cuda.home}" if cuda else "without CUDA"
+    print(f"nsa_torch: building for torch {', '.join(torch.version for torch in torches)}, {with_cuda}")
     if cuda and shutil.which("ccache"):  # torch calls nvcc by its path, past ccache's own
-        os.environ.setdefault("PYTORCH_NVCC", f"ccache {CUDA_HOME}/bin/nvcc")
+        os.environ.setdefault("PYTORCH_NVCC", f"ccache {cuda.home}/bin/nvcc")
     return cuda
+
+
+def check_major(cuda: Toolkit, torch: Torch) -> None:
+    """Libraries of one major version of CUDA serve each other."""
+    major = str(torch.cuda).split(".")[0]
+    if cuda.version.split(".")[0] != major:
+        raise SystemExit(
+            f"nsa_torch: nvcc in {cuda.home} is of CUDA {cuda.version}, but torch {torch.version} was built with CUDA "
+            f"{torch.cuda}: set CUDA_HOME to a toolkit of CUDA {major}, or NSA_CUDA=0 to do without CUDA"
+        )
 
 
 def choose(requested: str | None, visible: Sequence[Capability], newest: Capability) -> Architectures:

@@ -1,8 +1,7 @@
 // What runs on the CPU.
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
-#include "host/cpu/chunks.h"
 #include "plans/reports.h"
-#include "selected/cpu/block_lists.h"
 
 namespace nsa {
 

@@ -1,7 +1,7 @@
 // GPUs that are not here, as plans see them.
 #include <algorithm>
 
-#include "host/build_info.h"
+#include "common/build_info.h"
 #include "plans/reports.h"
 
 namespace nsa {

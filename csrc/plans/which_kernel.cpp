@@ -4,7 +4,7 @@
 #include <stdexcept>
 
 #include "common/dispatch.h"
-#include "host/build_info.h"
+#include "common/build_info.h"
 #include "plans/reports.h"
 #include "selection/params.h"
 

@@ -1,8 +1,9 @@
-// nsa_torch._C: what the library was built with, and which kernels a call runs. The ops themselves need no Python.
+// nsa_torch._C: what the kernels were built with, and which of them a call runs. It knows no torch, so that one serves
+// every version; the ops themselves need no Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "host/build_info.h"
+#include "common/build_info.h"
 #include "plans/instances.h"
 #include "plans/which_kernel.h"
 
@@ -13,7 +14,6 @@ namespace {
 py::dict build_info() {
   const nsa::BuildInfo info = nsa::build_info();
   py::dict result;
-  result["torch"] = info.torch;
   result["cuda"] = info.cuda.empty() ? py::object(py::none()) : py::object(py::str(info.cuda));
   result["compiler"] = info.compiler;
   result["openmp"] = info.openmp;
@@ -55,7 +55,7 @@ void bind_plans(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nsa_torch, and which kernels a call runs.";
   m.def("build_info", &build_info,
-        "What libnsa_torch.so was built with: torch, cuda (None without), compiler, openmp, architectures, kernels.");
+        "What the kernels were built with: cuda (None without), compiler, openmp, architectures, kernels.");
   m.def(
       "missing_kernels",
       [](const std::vector<std::string>& architectures, std::pair<int, int> capability) {

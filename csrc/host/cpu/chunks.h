@@ -5,15 +5,11 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
 #include "host/cpu/tile.h"
 
 namespace nsa::cpu {
-
-constexpr int64_t kKeysPerChunk = 128;
-constexpr int64_t kRowsPerTile = 256;
-
-inline int64_t tokens_per_tile(int64_t group) { return std::max<int64_t>(kRowsPerTile / group, 1); }
 
 struct Chunk {
   KeyRange keys;

@@ -8,7 +8,7 @@
 #include <mutex>
 
 #include "common/sm90/tensor_map.h"
-#include "host/build_info.h"
+#include "common/build_info.h"
 
 namespace nsa::cuda {
 namespace {

@@ -6,12 +6,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "common/cpu_tiles.h"
 #include "common/geometry.h"
 #include "host/cpu/tile.h"
 
 namespace nsa::cpu {
 
-constexpr int64_t kRowsWanted = 128;
 constexpr int64_t kRowsPerProduct = 512;
 
 // Block lists, (B, Tq, Hkv, n) or (sum Tq, Hkv, n), contiguous.
@@ -27,13 +27,6 @@ struct BlockGroup {
   const int32_t* tokens;
   int64_t num_tokens;
 };
-
-// Enough queries in a tile that a block of random choices meets about kRowsWanted rows, within what caches hold.
-inline int64_t tokens_per_selected_tile(int64_t group, int64_t num_blocks, int64_t per_token) {
-  const int64_t wanted = kRowsWanted * num_blocks / std::max<int64_t>(per_token * group, 1);
-  const int64_t most = std::max<int64_t>(4096 / group, 1);
-  return std::clamp<int64_t>(wanted, std::min<int64_t>(most, std::max<int64_t>(512 / group, 1)), most);
-}
 
 // Calls visit(BlockGroup) for the blocks of a tile in ascending order, at most kRowsPerProduct rows at a time (one
 // token's rows at least). A token is listed only where it sees at least one key.

@@ -1,6 +1,4 @@
-#include "host/build_info.h"
-
-#include <torch/version.h>
+#include "common/build_info.h"
 
 #include <algorithm>
 #include <charconv>
@@ -54,7 +52,7 @@ BuildInfo build_info() {
   if (holds(architectures, kHopper)) {
     kernels.emplace_back("sm90a");
   }
-  return {TORCH_VERSION, kCuda, __VERSION__, kOpenMp, architectures, kernels};
+  return {kCuda, __VERSION__, kOpenMp, architectures, kernels};
 }
 
 bool holds_kernels(const std::string& set) { return holds(build_info().kernels, set); }

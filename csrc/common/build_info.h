@@ -1,4 +1,5 @@
-// What this library was built with, and what a GPU misses in it. No torch.
+// What the kernels were built with, and what a GPU misses in them. Which torch the host part was built against is known
+// to Python (nsa_torch/_library.py), since one library of kernels serves several.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,6 @@
 namespace nsa {
 
 struct BuildInfo {
-  std::string torch;
   std::string cuda;  // "" when built without
   std::string compiler;
   bool openmp;

@@ -1,0 +1,83 @@
+"""The versions of torch that a build is for. Used by setup.py and by tools/backend.py.
+
+NSA_TORCHES names folders that hold a torch each; unset, it is the torch that is installed. None is imported: a build
+needs headers and libraries alone, as `pip install --no-deps --target FOLDER torch==2.13.*` lays them down.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sysconfig
+from collections.abc import Iterable
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+SUPPORTED = ("2.11", "2.12", "2.13", "2.14", "2.15")  # tested; torch's C++ interface is the same within each
+
+
+class Torch(NamedTuple):
+    """One torch, where it lies."""
+
+    root: Path
+    version: str
+    cuda: str | None
+
+    @property
+    def minor(self) -> str:
+        return minor_of(self.version)
+
+
+def minor_of(version: str) -> str:
+    """2.13 of 2.13.1+cu130."""
+    return ".".join(version.split(".")[:2])
+
+
+def at(folder: Path) -> Torch:
+    """The torch in a folder, or in a folder's folder `torch`."""
+    root = folder / "torch" if (folder / "torch").is_dir() else folder
+    try:
+        text = (root / "version.py").read_text()
+    except OSError:
+        raise SystemExit(f"nsa_torch: there is no torch in {folder}") from None
+    stated = dict(re.findall(r"^(\w+)(?:: [^=]+)? = '([^']*)'", text, flags=re.MULTILINE))
+    return Torch(root.resolve(), stated["__version__"], stated.get("cuda"))
+
+
+def served() -> list[Torch]:
+    """What the build is for, oldest first; nothing where no torch is installed."""
+    named = os.environ.get("NSA_TORCHES", "")
+    found = find_spec("torch")
+    installed = list(found.submodule_search_locations or []) if found else []
+    torches = [at(Path(folder)) for folder in (named.split(os.pathsep) if named else installed[:1])]
+    minors = [torch.minor for torch in torches]
+    if len(set(minors)) < len(minors):
+        raise SystemExit(f"nsa_torch: NSA_TORCHES names a minor version of torch twice: {', '.join(minors)}")
+    return sorted(torches, key=lambda torch: _number(torch.minor))
+
+
+def requirement(minors: Iterable[str]) -> str:
+    """What a package built for these minor versions requires."""
+    numbers = sorted({_number(minor) for minor in minors})
+    (major, first), (_, last) = numbers[0], numbers[-1]
+    gaps = [f"!={major}.{n}.*" for n in range(first, last) if (major, n) not in numbers]
+    return ",".join([f"torch>={major}.{first}", f"<{major}.{last + 1}", *gaps])
+
+
+def for_isolated_build() -> str:
+    """The torch that an isolated build fetches: of the minor version installed where the package goes, if there is one.
+
+    pip's isolated environment hides what is installed, but not where that lies.
+    """
+    folders = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    for found in metadata.distributions(name="torch", path=folders):
+        if minor_of(found.version) in SUPPORTED:
+            return f"torch=={minor_of(found.version)}.*"
+    return requirement(SUPPORTED)
+
+
+def _number(minor: str) -> tuple[int, int]:
+    major, _, rest = minor.partition(".")
+    return int(major), int(rest)
