@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -97,21 +97,22 @@ class BlockCompression(nn.Module):
         if self.pe is None or self.w1 is None:
             return
         nn.init.normal_(self.pe, std=0.02)
-        mean = torch.eye(self.dim).repeat(1, self.block_size) / self.block_size
         paired = self.w2 is None or self.w2.size(-1) >= 2 * self.dim
         noise = 0.1 if paired else 1.0
         # Entries of this size give sums over l D inputs the size of a mean over l of them.
         nn.init.normal_(self.w1, std=noise / (self.block_size * self.dim**0.5))
+        identity = torch.eye(self.dim, device=self.w1.device, dtype=self.w1.dtype)
+        mean = identity.repeat(1, self.block_size) / self.block_size
         if self.b1 is None or self.w2 is None or self.b2 is None:
-            self.w1.add_(mean.to(self.w1))
+            _add(self.w1, mean)
             return
         nn.init.zeros_(self.b1)
         nn.init.zeros_(self.b2)
         nn.init.normal_(self.w2, std=noise / self.w2.size(-1) ** 0.5)
         if paired:
-            identity = torch.eye(self.dim)
-            self.w1[..., : 2 * self.dim, :] += torch.cat((mean, -mean)).to(self.w1)
-            self.w2[..., : 2 * self.dim] += torch.cat((identity, -identity), dim=1).to(self.w2)
+            rest = self.w2.size(-1) - 2 * self.dim
+            _add(self.w1, nn.functional.pad(torch.cat((mean, -mean)), (0, 0, 0, rest)))
+            _add(self.w2, nn.functional.pad(torch.cat((identity, -identity), dim=1), (0, rest)))
 
     def forward(
         self,
@@ -146,3 +147,12 @@ class BlockCompression(nn.Module):
         hidden = "" if self.w2 is None else f", hidden_size={self.w2.size(-1)}"
         heads = f", num_heads={self.pe.size(0)}" if self.pe is not None and self.pe.dim() == 3 else ""
         return f"{self.dim}, {sizes}, compression={self.compression!r}{hidden}{heads}"
+
+
+def _add(weight: Any, values: Tensor) -> None:
+    """Add values, which every rank has whole, to a weight that may be cut over ranks: a DTensor."""
+    if hasattr(weight, "placements"):
+        from .distributed import cut_like
+
+        values = cut_like(weight, values.expand(weight.shape))
+    weight.add_(values)

@@ -71,6 +71,11 @@ class CompressionParallel(ParallelStyle):
         return module
 
 
+def cut_like(weight: DTensor, values: Tensor) -> DTensor:
+    """This rank's part of values that every rank has whole, cut as a weight is; nothing is sent."""
+    return distribute_tensor(values.contiguous(), weight.device_mesh, weight.placements, src_data_rank=None)
+
+
 class _SumOfGradients(torch.autograd.Function):
     """The tensor as it is, the same on all ranks; its gradient is the sum of theirs."""
 

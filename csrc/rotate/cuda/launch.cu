@@ -20,8 +20,8 @@ void launch_of(RotateParams& params, cudaStream_t stream) {
   params.tokens_per_block = kRotateThreads / (params.lanes * params.slots);
   params.by_lanes = Divisor(static_cast<uint32_t>(params.lanes));
   params.by_token = Divisor(static_cast<uint32_t>(params.lanes * params.slots));
-  launch(rotate_pairs<Element, kWidth>, ceil_div(params.rows, params.tokens_per_block), kRotateThreads, 0, stream, "rotate",
-         params);
+  launch(rotate_pairs<Element, kWidth>, ceil_div(params.rows, params.tokens_per_block), kRotateThreads, 0, stream,
+         "rotate", params);
 }
 
 template <typename Element>
