@@ -34,7 +34,11 @@ def exported() -> dict[str, set[str] | None]:
             modules[str(node.module).removeprefix("nsa_torch.")] = names
     folder = "integrations/transformers/"
     integrations: dict[str, set[str] | None] = {f"{folder}convert": {"use_nsa"}, f"{folder}cache": {"NSAModelCache"}}
-    return modules | {"reference": None, "distributed": None} | integrations
+    measured: dict[str, set[str] | None] = {
+        "diagnostics/diagnosis": {"diagnose", "Diagnosis", "LayerDiagnosis"},
+        "diagnostics/causality": {"check_causality", "CausalityReport", "Leak"},
+    }
+    return modules | {"reference": None, "distributed": None} | measured | integrations
 
 
 def definitions(tree: ast.Module, names: set[str] | None) -> list[Definition]:

@@ -52,9 +52,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """nsa_torch.distributed is loaded when it is first asked for: torch.distributed.tensor takes its time."""
-    if name == "distributed":
-        return import_module("nsa_torch.distributed")
+    """nsa_torch.distributed and .diagnostics are loaded when first asked for: what they need takes its time."""
+    if name in ("distributed", "diagnostics"):
+        return import_module(f"nsa_torch.{name}")
     raise AttributeError(f"module 'nsa_torch' has no attribute {name!r}")
 
 

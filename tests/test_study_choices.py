@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from nsa_torch import reference
+from nsa_torch.heads import NSAInputs
 from study.choices import ScaledReach, TaughtChoice
+from study.layer_reads import layer_reads
 from study.layers import Shape
+from study.models import make_model
 from study.nsa_layers import nsa_layer
+from study.runs import make_task
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16)
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8}
 TOKENS = 75
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def states(sequences: int = 2, tokens: int = TOKENS) -> Tensor:
@@ -63,6 +72,33 @@ def test_teaching_is_the_cross_entropy_of_dense_attention_by_block() -> None:
     assert gradient.isfinite().all() and gradient.norm() > 0
 
 
+def test_sharp_queries_count_by_their_greatest_mass() -> None:
+    layer, x = taught(), states()
+    inputs, _ = layer._inputs(x, None, None, None)
+    rows = [torch.tensor([row]) for row in (40, 60, 74)]
+    k = inputs.k_slc.repeat_interleave(2, dim=2)
+    losses, weights = [], []
+    for row in rows:
+        p = torch.einsum("bihc,bjhc->bhij", inputs.q[:, row], k[:, : row + 1]) / SHAPE.head_dim**0.5
+        mass = torch.nn.functional.pad(p.softmax(-1), (0, 80 - row - 1)).unflatten(-1, (10, 8)).sum(-1)
+        by_group = mass.unflatten(1, (2, 2)).mean(2)[:, :, 0, 1 : row // 8 - 1]
+        weights.append(by_group.amax(-1))
+        one = [layer.teaching_loss(inputs._replace(**part(inputs, b, h)), row) for b in range(2) for h in range(2)]
+        losses.append(torch.stack(one).view(2, 2))
+    expected = sum((w * loss).sum() for w, loss in zip(weights, losses, strict=True)) / torch.stack(weights).sum()
+    layer.sharp = True
+    torch.testing.assert_close(
+        layer.teaching_loss(inputs, torch.cat(rows)), expected.to(losses[0]), atol=1e-5, rtol=0.0
+    )
+
+
+def part(inputs: NSAInputs, sequence: int, kv_head: int) -> dict[str, Tensor]:
+    """One sequence and one KV head of what the loss is made of."""
+    one = slice(sequence, sequence + 1)
+    k_cmp, k_slc = (t[one, :, kv_head : kv_head + 1] for t in (inputs.k_cmp, inputs.k_slc))
+    return {"q": inputs.q[one, :, 2 * kv_head : 2 * kv_head + 2], "k_cmp": k_cmp, "k_slc": k_slc}
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 8, 20])
 def test_short_texts_teach_nothing(tokens: int) -> None:
     layer, x = taught(), states(1, tokens)
@@ -72,7 +108,7 @@ def test_short_texts_teach_nothing(tokens: int) -> None:
 
 def test_what_is_taught_counts_beside_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = taught(), states()
-    monkeypatch.setattr("study.choices.TAUGHT_QUERIES", 10**6)
+    layer.taught_queries = 10**6
     monkeypatch.setattr("torch.randint", lambda high, size, device: torch.arange(high, device=device))
     layer(x).square().sum().backward()
     both = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
@@ -110,6 +146,19 @@ def test_in_scoring_the_choice_is_the_papers(choice: str) -> None:
     assert trained.isfinite().all()
     if choice == "taught":
         torch.testing.assert_close(trained, plain(x))
+
+
+def test_results_say_what_each_layer_read() -> None:
+    task = make_task("recall-mini")
+    model, _ = make_model("mini-nsa+conv", task.sizes.vocabulary, task.sizes.shape, 8, task.sizes.reference)
+    layers = layer_reads(model, task, torch.device("cpu"))
+    assert [layer["queries"] for layer in layers] == [256, 256]
+    assert [len(layers[0][name]) for name in ("mass", "overlap", "gates")] == [4, 1, 4]
+    json.dumps(layers, allow_nan=False)
+    short = replace(task, lengths=(32,))
+    assert layer_reads(model, short, torch.device("cpu"))[0]["mass"] == [None] * 4
+    full, _ = make_model("full", task.sizes.vocabulary, task.sizes.shape, 8, task.sizes.reference)
+    assert layer_reads(full, task, torch.device("cpu")) == []
 
 
 def test_reach_grows_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,6 @@ from torch.nn import functional as F
 import nsa_torch
 from nsa_torch import rope
 
-TAUGHT_QUERIES = 64  # of each sequence, drawn anew in every step
-
 
 class Direct(nsa_torch.NSAAttention):
     """NSA whose op gets other options in training; in scoring it is NSAAttention."""
@@ -112,15 +110,22 @@ class TaughtChoice(Direct):
     For some queries the dense attention over all of the selected branch's keys is summed by block; the importance
     (Eq. 8 to 10) of the blocks that are not forced is drawn towards it by cross-entropy, as DeepSeek-V3.2 trains its
     indexer. The teacher has no gradient, nor have the queries: only the compressed keys learn.
+
+    taught_queries: how many queries of each sequence teach, drawn anew in every step.
+    sharp: queries count as much as the block that dense attention prefers most gets: most look nowhere in particular.
     """
+
+    def __init__(self, *sizes: Any, taught_queries: int = 64, sharp: bool = False, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.taught_queries, self.sharp = taught_queries, sharp
 
     def _attend(self, inputs: Any, **changes: Any) -> Tensor:
         tokens = inputs.q.size(1)
-        rows = torch.randint(tokens, (min(tokens, TAUGHT_QUERIES),), device=inputs.q.device)
+        rows = torch.randint(tokens, (min(tokens, self.taught_queries),), device=inputs.q.device)
         return _WithLoss.apply(super()._attend(inputs, **changes), self.teaching_loss(inputs, rows))
 
     def teaching_loss(self, inputs: Any, rows: Tensor) -> Tensor:
-        """The mean over the queries at `rows` and over KV heads of the cross-entropy of blocks that are not forced."""
+        """The cross-entropy of blocks that are not forced: its mean over the queries at `rows` and over KV heads."""
         tokens, device = inputs.q.size(1), inputs.q.device
         q = inputs.q.detach()[:, rows]
         blocks = -(-tokens // self.select_size)
@@ -137,7 +142,12 @@ class TaughtChoice(Direct):
         free = (index >= self.num_initial) & (index <= own - self.num_local)
         learned = importance.masked_fill(~free, 0.0) + 1e-9 * free
         log_share = (learned / learned.sum(-1, keepdim=True).clamp(min=1e-9)).clamp(min=1e-9).log()
-        return -(mass.masked_fill(~free, 0.0) * log_share).sum(-1).mean()
+        mass = mass.masked_fill(~free, 0.0)
+        losses = -(mass * log_share).sum(-1)
+        if not self.sharp:
+            return losses.mean()
+        weights = mass.amax(-1)
+        return (weights * losses).sum() / weights.sum().clamp(min=1e-9)
 
     def _probabilities(self, q: Tensor, k: Tensor, places: Tensor, rows: Tensor) -> Tensor:
         """Softmax over the keys at `places` up to each query's: the mean over a group's heads, (B, Hkv, S, N)."""

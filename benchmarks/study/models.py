@@ -69,6 +69,10 @@ ATTENTION: dict[str, Make] = {
     "nsa-scaled+conv": _nsa(choice="scaled", conv=True),
     "nsa-taught": _nsa(choice="taught"),
     "nsa-taught+conv": _nsa(choice="taught", conv=True),
+    "nsa-taught512+conv": _nsa(choice="taught", taught_queries=512, conv=True),
+    "nsa-sharp+conv": _nsa(choice="taught", sharp=True, conv=True),
+    "nsa-sharp512+conv": _nsa(choice="taught", taught_queries=512, sharp=True, conv=True),
+    "nsa-taught512-dropped+conv": _nsa(choice="taught", taught_queries=512, dropped=0.25, conv=True),
     "nsa-n4": _nsa(num_selected=4),
     "nsa-n8": _nsa(num_selected=8),
     "nsa-block32": _nsa(select_size=32, num_selected=32),
@@ -92,6 +96,8 @@ ATTENTION |= {
     "mini-nsa-explored+conv": _nsa(choice="explored", conv=True, **_MINI),
     "mini-nsa-scaled+conv": _nsa(choice="scaled", conv=True, whole_at=512, **_MINI),
     "mini-nsa-taught+conv": _nsa(choice="taught", conv=True, **_MINI),
+    "mini-nsa-taught512+conv": _nsa(choice="taught", taught_queries=512, conv=True, **_MINI),
+    "mini-nsa-sharp+conv": _nsa(choice="taught", sharp=True, conv=True, **_MINI),
 }
 REFERENCE, REFERENCE_WIDTH = "nsa+conv", 512  # whose SwiGLU has this width, and whose size the others take
 

@@ -20,6 +20,7 @@ ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers")  # plans that no GPU i
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 TEACHERS = ("nsa-taught+conv", "nsa-scaled+conv", "nsa-explored+conv", "nsa-open+conv", "nsa-dropped50+conv")
+SHARPER = ("nsa-sharp512+conv", "nsa-taught512+conv", "nsa-sharp+conv", "nsa-taught512-dropped+conv")
 MINI_TEACHERS = ("mini-nsa-taught+conv", "mini-nsa-scaled+conv", "mini-nsa-explored+conv", "mini-nsa-open+conv")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
@@ -198,6 +199,9 @@ PLANS: dict[str, Plan] = {
     "recall-teachers": first("recall", TEACHERS, RECALL_TOKENS),
     "recall-taught-sweep": sweep("recall", TEACHERS[:2], RECALL_TOKENS),
     "recall-taught-seeds": seeds("recall", TEACHERS[:2], RECALL_TOKENS),
+    "recall-sharper": first("recall", SHARPER, RECALL_TOKENS),
+    "recall-sharp-sweep": sweep("recall", SHARPER[:1], RECALL_TOKENS),
+    "recall-sharp-seeds": seeds("recall", SHARPER[:1], RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),

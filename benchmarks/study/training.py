@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .layer_reads import layer_reads
 from .models import Decoder, make_model
 from .steps import Step
 from .tasks import TRAINING, Task, generator, stage_at
@@ -237,6 +238,7 @@ def execute(
         "status": status,
         "reason": reason,
         "scores": scores,
+        "layers": layer_reads(trainer.model, task, device),
         "sizes": asdict(task.sizes),
         "parameters": trainer.sizes.parameters,
         "mlp_width": trainer.sizes.width,
