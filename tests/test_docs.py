@@ -142,3 +142,13 @@ def test_commands_in_the_documents_are_targets_of_the_makefile() -> None:
         for code in re.findall(r"```sh\n.*?```|`[^`\n]+`", page.read_text(), flags=re.DOTALL):
             for target in re.findall(r"^`?make ([a-z]+)", code, flags=re.MULTILINE):
                 assert target in targets, f"{page.name}: make {target}"
+
+
+def test_the_tables_of_what_runs_where_are_up_to_date() -> None:
+    """After a run of a suite, or a change of a plan: python tools/support.py."""
+    if nsa_torch.build_info()["cuda"] is None:
+        pytest.skip("a build with CUDA says what the plans say")
+    result = subprocess.run(
+        [sys.executable, "tools/support.py", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
