@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,12 @@ def test_page_shows_what_was_measured(tmp_path: Path) -> None:
     assert (tmp_path / "study-recall.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="no place <!-- none -->"):
         report.fill("<!-- some -->\n<!-- /some -->", "none", "")
+
+
+def test_the_pages_sentences_have_no_scores() -> None:
+    """Those stand in the places that the report fills; what is left are settings, and what guessing is worth."""
+    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", report.PAGE.read_text(), flags=re.DOTALL)
+    assert set(re.findall(r"\b0\.\d{2,}\b", prose)) <= {"0.016", "0.03", "0.05", "0.95"}
 
 
 def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
