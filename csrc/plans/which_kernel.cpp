@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "common/dispatch.h"
 #include "common/build_info.h"
+#include "common/dispatch.h"
 #include "plans/reports.h"
 #include "selection/params.h"
 

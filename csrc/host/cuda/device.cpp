@@ -7,8 +7,8 @@
 #include <array>
 #include <mutex>
 
-#include "common/sm90/tensor_map.h"
 #include "common/build_info.h"
+#include "common/sm90/tensor_map.h"
 
 namespace nsa::cuda {
 namespace {
