@@ -118,7 +118,12 @@ find_package_handle_standard_args(nsa_torch
 if(nsa_torch_FOUND AND NOT TARGET nsa_torch::nsa_torch)
   add_library(nsa_torch::nsa_torch INTERFACE IMPORTED)
   set_target_properties(nsa_torch::nsa_torch PROPERTIES INTERFACE_INCLUDE_DIRECTORIES "${nsa_torch_INCLUDE_DIR}")
-  target_compile_features(nsa_torch::nsa_torch INTERFACE cxx_std_17)
+  # What differs between versions of torch for a program: which C++ its headers take.
+  if(_nsa_torch_minor VERSION_LESS 2.14)
+    target_compile_features(nsa_torch::nsa_torch INTERFACE cxx_std_17)
+  else()
+    target_compile_features(nsa_torch::nsa_torch INTERFACE cxx_std_20)
+  endif()
   # A program names no symbol of nsa_torch's library (nsa.h goes through the dispatcher) nor of libtorch.so (which pulls the CUDA
   # half of PyTorch in): a linker that drops libraries nobody names would leave a program without ops.
   if(UNIX AND NOT APPLE)

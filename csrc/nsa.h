@@ -1,10 +1,10 @@
 // Native Sparse Attention (arXiv 2502.11089) for LibTorch programs: the functions of the Python package nsa_torch, in
 // C++.
 //
-// Link nsa_torch's library for your LibTorch: CMake's find_package(nsa_torch) takes it, target nsa_torch::nsa_torch. Its
-// ops register with PyTorch's dispatcher when it is loaded, and the functions below call them there: autograd, autocast,
-// CPU and CUDA work as they do from Python, bad input throws c10::ValueError or c10::TypeError, and a library of another
-// version is refused by the schema.
+// Link nsa_torch's library for your LibTorch: CMake's find_package(nsa_torch) takes it, target nsa_torch::nsa_torch.
+// Its ops register with PyTorch's dispatcher when it is loaded, and the functions below call them there: autograd,
+// autocast, CPU and CUDA work as they do from Python, bad input throws c10::ValueError or c10::TypeError, and a library
+// of another version is refused by the schema.
 //
 // Tensors are dense (B, T, H, D), or packed (sum T, H, D) when Sequences holds cu_seqlens. Query i of a sequence stands
 // at position Tk - Tq + i. lse is float32 (float64 for float64), (B, Hq, Tq) or packed (Hq, sum Tq), natural logarithm.
