@@ -101,6 +101,22 @@ def paired_table(results: list[Result], task: str, tokens: int, pairs: list[tupl
     return table(["model", "less", "seeds", "difference"], rows)
 
 
+def language_table(results: list[Result], task: str) -> str:
+    """Bits per byte of held-out text: over texts of 8,192 and of 1,024 bytes, and less a peer's with the same seed."""
+    scores: dict[str, dict[int, dict[str, float]]] = {}
+    for result in results:
+        if result["run"]["task"] == task and task in result.get("scores", {}):
+            bits = {length: row["bits_per_byte"] for length, row in result["scores"][task].items()}
+            scores.setdefault(result["run"]["model"], {})[result["run"]["seed"]] = bits
+    rows = []
+    for model, seeds in sorted(scores.items(), key=lambda item: statistics.mean(s["8192"] for s in item[1].values())):
+        peer = scores.get("full+conv" if model.endswith("+conv") else "full", {})
+        less = [bits["8192"] - peer[seed]["8192"] for seed, bits in seeds.items() if seed in peer]
+        by_length = [cell([bits[length] for bits in seeds.values()]) for length in ("8192", "1024")]
+        rows.append([model, str(len(seeds)), *by_length, cell(less) if less and "full" not in model else ""])
+    return table(["model", "seeds", "8,192", "1,024", "less full attention's, at 8,192"], rows)
+
+
 def lengths_table(lines: Lines) -> str:
     lengths = sorted({length for row in lines.values() for length in row})
     rows = [[model, *(cell(row[n]) if n in row else "" for n in lengths)] for model, row in lines.items()]
@@ -213,6 +229,7 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         "recall": recall_table(results, "recall", RECALL_TOKENS, cost),
         "paired": paired_table(results, "recall", RECALL_TOKENS, PAIRS),
         "choice": lengths_table(choice),
+        "language": language_table(results, "language"),
         "mini": lengths_table(accuracies(results, "recall-mini", lambda result: True, spacing="16")),
         "plans": plans_table(out),
         "parameters": table(
