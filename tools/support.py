@@ -65,16 +65,16 @@ def gpu_rows() -> Iterator[str]:
     yield "| GPU (compute capability) | elements | " + " | ".join(f"Dk {k}, Dv {v}" for k, v in DIMS) + " |"
     yield "|---|---|" + "---|" * len(DIMS)
     tested = tested_capabilities()
-    for family, capabilities in GPUS.items():
-        state = "tested" if set(capabilities) <= tested else "compiled only"
-        for name, dtype in DTYPES.items():
-            cells = []
-            for dims in DIMS:
-                kinds = {kernels_of(capability, dtype, dims) for capability in capabilities}
-                if len(kinds) != 1:
-                    raise SystemExit(f"support: {family} differ: {kinds}")
-                cells.append(f"{kinds.pop()}: {state}")
-            yield f"| {family} | {name} | " + " | ".join(cells) + " |"
+    rows: dict[tuple[str, ...], list[str]] = {}  # families that share all cells share a row
+    for name, dtype in DTYPES.items():
+        for family, capabilities in GPUS.items():
+            state = "tested" if set(capabilities) <= tested else "compiled only"
+            kinds = {tuple(kernels_of(each, dtype, dims) for dims in DIMS) for each in capabilities}
+            if len(kinds) != 1:
+                raise SystemExit(f"support: the GPUs of {family} differ: {kinds}")
+            rows.setdefault((name, *(f"{kind}: {state}" for kind in kinds.pop())), []).append(family)
+    for cells, families in rows.items():
+        yield f"| {'; '.join(families)} | " + " | ".join(cells) + " |"
     yield "| any | float64 | " + " | ".join(["refused"] * len(DIMS)) + " |"
     yield "| none: the CPU | all four | " + " | ".join(["tested"] * len(DIMS)) + " |"
 
@@ -97,7 +97,6 @@ def tables() -> str:
 def record(report: Path) -> None:
     """A run of tests without a GPU, by the torch that is here."""
     import torch
-
     from gpu_suite import commit, summarize
 
     files, failures, _ = summarize([ElementTree.parse(report).getroot()])
