@@ -5,6 +5,7 @@ of two times, of its operations in large matrix products and of its bytes in a c
 sums: the whole against a peer: forward, backward, and both together; and memory.
 dense: the whole against the fastest dense attention at each shape, and where it begins to be faster.
 step: where a training step's time goes.
+libraries: two builds in turns, a file of benchmarks/compare_libraries.py.
 """
 
 from __future__ import annotations
@@ -179,4 +180,14 @@ def step(file: File, rows: list[Row]) -> str:
     return f"hidden {first['hidden']}, {first['seqlen']:,} tokens, {machine(rows)}:\n\n{markdown(lines)}"
 
 
-VIEWS = {"parts": parts, "sums": sums, "dense": dense, "step": step}
+def libraries(file: File, rows: list[Row]) -> str:
+    lines = [["heads / KV heads", "d", "tokens", "direction", "before, ms", "after, ms", "after / before"]]
+    for row in rows:
+        problem = [f"{row['heads']} / {row['kv_heads']}", str(row["dim"]), thousands(row["seqlen"]), row["direction"]]
+        lines.append([*problem, f"{row['before_ms']:,.2f}", f"{row['after_ms']:,.2f}", f"{row['ratio']:.3f}"])
+    names = f"before: {file['before']}; after: {file['after']}"
+    build = f" ({file['build']})" if "build" in file else ""
+    return f"{file['dtype']}; {file['gpu']}, torch {file['torch']}; {names}{build}:\n\n" + markdown(lines)
+
+
+VIEWS = {"parts": parts, "sums": sums, "dense": dense, "step": step, "libraries": libraries}
