@@ -86,6 +86,8 @@ build: $(STAMPS)/build  ## compile, and install the package editable in .venv
 TORCHES := $(if $(filter-out 0 1,$(words $(TORCH))),$(TORCH:%=build/torches/%))
 empty :=
 wheel: export NSA_TORCHES = $(subst $(empty) $(empty),:,$(strip $(TORCHES)))
+# A wheel goes to other machines: not for the GPU of this one alone.
+wheel: export TORCH_CUDA_ARCH_LIST := $(or $(TORCH_CUDA_ARCH_LIST),8.0+PTX;9.0a)
 wheel: $(STAMPS)/wheel $(TORCHES:=/torch/version.py)  ## build a wheel into dist/, for the torch of .venv or for those in TORCH="2.11 2.12"
 	$(call say,building a wheel into dist/)
 	$(Q)rm -rf build/wheel
@@ -107,6 +109,7 @@ clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info compile_commands.json $(patsubst %,.venv*/stamps/%,build install sanitize)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis examples/cpp/build
 	find nsa_torch -name '*.so' -delete
+	rm -f nsa_torch/build_info.json
 	find . -path './.venv*' -prune -o -name __pycache__ -print0 | xargs -0 rm -rf
 
 distclean: clean  ## remove the environment as well

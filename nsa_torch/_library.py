@@ -9,7 +9,10 @@ from typing import Any
 import torch
 
 PACKAGE = Path(__file__).parent
-SOURCE = "pip install --no-build-isolation --force-reinstall --no-deps nsa_torch (or its source folder)"
+SOURCE = (
+    "pip install --no-build-isolation --no-deps --force-reinstall --no-binary nsa_torch nsa_torch "
+    "(or, in its source folder, pip install --no-build-isolation --no-deps .)"
+)
 
 
 def built() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -148,10 +149,10 @@ def fake_torch(folder: Path, version: str, cuda: str = "None") -> Path:
 
 
 def test_torches_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [fake_torch(tmp_path / "b", "2.15.0+cu132", "'13.2'"), fake_torch(tmp_path / "a", "2.9.1+cpu")]
+    folders = [fake_torch(tmp_path / "b", "2.15.0+cu132", "'13.2'"), fake_torch(tmp_path / "a", "2.11.1+cpu")]
     monkeypatch.setenv("NSA_TORCHES", os.pathsep.join(map(str, folders)))
     older, newer = torches.served()
-    assert (older.minor, older.cuda, newer.minor, newer.cuda) == ("2.9", None, "2.15", "13.2")
+    assert (older.minor, older.cuda, newer.minor, newer.cuda) == ("2.11", None, "2.15", "13.2")
     monkeypatch.setenv("NSA_TORCHES", str(tmp_path / "nothing"))
     with pytest.raises(SystemExit, match="there is no torch in"):
         torches.served()
@@ -210,3 +211,21 @@ def test_a_build_for_another_torch_keeps_what_still_fits(tmp_path: Path) -> None
     assert held() == ["2.11", "2.15"]
     build_command.write_info(package, info | {"sources": "b", "torches": {"2.11": "2.11.0"}})
     assert held() == ["2.11"]
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.16.1+cu130"])
+def test_a_torch_that_is_not_supported_is_named(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSA_TORCHES", str(fake_torch(tmp_path / "a", version)))
+    with pytest.raises(SystemExit, match=rf"torch must be 2.11 or .* or 2.15, got {re.escape(version)}$"):
+        torches.served()
+
+
+def test_a_build_that_breaks_off_leaves_nothing_listed(tmp_path: Path) -> None:
+    info = tmp_path / "build_info.json"
+    info.write_text("{}")
+    with build_command.unlisted(tmp_path):
+        assert not info.exists()
+    assert info.read_text() == "{}"
+    with pytest.raises(KeyboardInterrupt), build_command.unlisted(tmp_path):
+        raise KeyboardInterrupt
+    assert not info.exists()

@@ -45,9 +45,9 @@ class Build(BuildExtension):
         for left in Path(self.build_lib, "nsa_torch").rglob("*.so"):  # by a build for other versions of torch
             left.unlink()
         (layers.ROOT / "nsa_torch" / "lib").mkdir(exist_ok=True)
-        with shown():
-            super().run()
         package = self._package()
+        with unlisted(package), shown():
+            super().run()
         write_info(package, self.info)
         if not self.inplace:
             for source, target in INSTALLED:
@@ -67,6 +67,17 @@ class Build(BuildExtension):
             self.compiler.set_include_dirs([])
         yield
         self.build_temp, self.compiler.include_dirs = before
+
+
+@contextmanager
+def unlisted(package: Path) -> Iterator[None]:
+    """No build_info.json while libraries change: after a build that breaks off, new kernels may lie beside old ops."""
+    path = package / "build_info.json"
+    before = path.read_text() if path.exists() else None
+    path.unlink(missing_ok=True)
+    yield
+    if before is not None:
+        path.write_text(before)
 
 
 def write_info(package: Path, info: dict[str, Any]) -> None:

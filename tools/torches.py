@@ -53,6 +53,8 @@ def served() -> list[Torch]:
     installed = list(found.submodule_search_locations or []) if found else []
     torches = [at(Path(folder)) for folder in (named.split(os.pathsep) if named else installed[:1])]
     minors = [torch.minor for torch in torches]
+    if others := [torch.version for torch in torches if torch.minor not in SUPPORTED]:
+        raise SystemExit(f"nsa_torch: torch must be {' or '.join(SUPPORTED)}, got {', '.join(others)}")
     if len(set(minors)) < len(minors):
         raise SystemExit(f"nsa_torch: NSA_TORCHES names a minor version of torch twice: {', '.join(minors)}")
     return sorted(torches, key=lambda torch: _number(torch.minor))
