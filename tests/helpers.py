@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -255,3 +258,12 @@ def _error(name: str, actual: Tensor, expected: Tensor) -> Tensor:
     assert torch.equal(actual[infinite], expected[infinite]), f"{name} misses an infinity"
     assert actual[~infinite].isfinite().all(), f"{name} holds an infinity too many"
     return (actual[~infinite] - expected[~infinite]).abs()
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script of this repository as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
