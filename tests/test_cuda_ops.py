@@ -13,6 +13,7 @@ import nsa_torch
 from choices import check_choice
 from gpu import errors
 from helpers import OPS, Inputs, Target, check_as_given, check_op, evaluate, make_inputs, make_packed_inputs
+from launches import launched
 from problems import calls, make_problem
 from shapes import Shape
 
@@ -237,16 +238,15 @@ def test_float64_is_refused(op: str) -> None:
         getattr(nsa_torch, op)(**inputs.tensors, **inputs.options)
 
 
-@pytest.mark.parametrize(
-    ("changes", "argument"),
-    [
-        ({"dim_k": 257}, "q"),
-        ({"num_selected": 65}, "num_selected"),
-        ({"block_size": 65, "block_stride": 1}, "block_size"),
-        ({"select_size": 65, "block_stride": 1}, "select_size"),
-    ],
-    ids=str,
-)
+REFUSED = [
+    ({"dim_k": 257}, "q"),
+    ({"num_selected": 65}, "num_selected"),
+    ({"block_size": 65, "block_stride": 1}, "block_size"),
+    ({"select_size": 65, "block_stride": 1}, "select_size"),
+]
+
+
+@pytest.mark.parametrize(("changes", "argument"), REFUSED, ids=str)
 def test_what_kernels_do_not_take_is_refused(changes: dict[str, int], argument: str) -> None:
     """By a message that names the argument, what it was and what is allowed; the CPU takes it."""
     inputs = make_inputs("select_blocks", replace(WHOLE, name="refused", **changes))
@@ -254,6 +254,19 @@ def test_what_kernels_do_not_take_is_refused(changes: dict[str, int], argument: 
     given = inputs.to(DEVICE, torch.float32)
     with pytest.raises(ValueError, match=rf"\b{argument}\b.*\bgot\b"):
         nsa_torch.select_blocks(**given.tensors, **given.options)
+
+
+@pytest.mark.parametrize(("changes", "argument"), [*REFUSED, ({"heads_q": 257, "heads_kv": 1}, "q")], ids=str)
+def test_nothing_runs_before_a_call_is_refused(changes: dict[str, int], argument: str) -> None:
+    """What its last kernel does not take, nsa_attention refuses before its first one."""
+    inputs = make_inputs("nsa_attention", replace(WHOLE, name="refused", **changes)).to(DEVICE, torch.bfloat16)
+    options = inputs.options | {"block_indices": None}
+
+    def call() -> None:
+        with pytest.raises(ValueError, match=rf"\b{argument}\b.*\bgot\b"):
+            nsa_torch.nsa_attention(**inputs.tensors, **options)
+
+    assert not launched(call)
 
 
 def test_more_than_2_to_the_31_elements() -> None:

@@ -72,5 +72,5 @@ def test_every_kernel_that_is_listed_is_compiled() -> None:
     expected = dict(instantiations())
     assert {*CSRC.rglob("instantiations/*")} == set(expected)
     for path, arguments in expected.items():
-        found = re.findall(r"^template void \w+<([^>]*)>", path.read_text(), flags=re.MULTILINE)
+        found = re.findall(r"^template (?:void|struct) \w+<([^>]*)>", path.read_text(), flags=re.MULTILINE)
         assert found and set(found) == {arguments}, path

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "common/params.h"
 #include "common/tiles.h"
@@ -41,6 +42,9 @@ struct Launches {
   int count = 0;
 
   void add(const char* kernel, const KernelTile& tile, int64_t times = 1) {
+    if (count == kMost) {
+      throw std::length_error("a plan has more launches than it can list");
+    }
     of[count] = {kernel, tile, times};
     ++count;
   }

@@ -22,6 +22,11 @@ struct KernelTile {
 constexpr int64_t kLeastSharedBytes = int64_t{99} * 1024;
 constexpr int64_t kHopperSharedBytes = int64_t{227} * 1024;
 
+// Whether a tile states what a kernel for Hopper takes, and Hopper has it.
+constexpr bool states_sm90(const KernelTile& tile, int64_t bytes) {
+  return tile.dynamic_bytes == bytes && tile.shared_bytes() <= kHopperSharedBytes;
+}
+
 constexpr int64_t kHalfBytes = 2;  // of an element that tensor cores multiply
 constexpr int64_t kFloatBytes = 4;
 constexpr int64_t kBarrierBytes = 8;

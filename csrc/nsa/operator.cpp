@@ -14,6 +14,7 @@
 #include "nsa/cuda/call.h"
 #include "range/cuda/call.h"
 #include "selected/cuda/call.h"
+#include "selection/cuda/call.h"
 #endif
 
 namespace nsa {
@@ -88,6 +89,8 @@ NsaResults run_forward(const NsaInputs& in, AttentionOptions options, int64_t nu
 #if defined(NSA_CUDA_VERSION)
   if (in.q.is_cuda() && options.block_indices.has_value()) {
     cuda::check_lists_fit(in.q, in.v_slc, *options.block_indices);
+  } else if (in.q.is_cuda()) {
+    cuda::check_selection_supported(in.q, in.k_cmp, options.select_size, num_selected, options);
   }
 #endif
   auto [out_cmp, lse_cmp] = CompressedBranch::forward(in.q, in.k_cmp, in.v_cmp, options);

@@ -9,17 +9,16 @@
 namespace nsa {
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t stream);
+struct RangeSm80 {
+  static void forward(const RangeForwardParams& params, cudaStream_t stream);
+  static void backward_query(const RangeBackwardParams& params, cudaStream_t stream);
+  static void backward_keys(const RangeBackwardParams& params, cudaStream_t stream);
+};
+
 template <typename Element, int kDimK, int kDimV>
 void launch_range_forward_sm90(const RangeForwardParams& params, cudaStream_t stream);
-
-template <typename Element, int kDimK, int kDimV>
-void launch_range_backward_query_sm80(const RangeBackwardParams& params, cudaStream_t stream);
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_query_sm90(const RangeBackwardParams& params, cudaStream_t stream);
-
-template <typename Element, int kDimK, int kDimV>
-void launch_range_backward_keys_sm80(const RangeBackwardParams& params, cudaStream_t stream);
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_keys_sm90(const RangeBackwardParams& params, cudaStream_t stream);
 

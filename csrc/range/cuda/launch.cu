@@ -14,7 +14,7 @@ void launch_range_forward(const RangeForwardParams& params, const RangeForwardPl
     if constexpr (on == Machine::kSm90) {
       launch_range_forward_sm90<decltype(element), k, v>(params, stream);
     } else {
-      launch_range_forward_sm80<decltype(element), k, v>(params, stream);
+      RangeSm80<decltype(element), k, v>::forward(params, stream);
     }
   });
 }
@@ -28,14 +28,14 @@ void launch_range_backward(const RangeBackwardParams& params, const RangeBackwar
     if constexpr (on == Machine::kSm90) {
       launch_range_backward_query_sm90<decltype(element), k, v>(params, stream);
     } else {
-      launch_range_backward_query_sm80<decltype(element), k, v>(params, stream);
+      RangeSm80<decltype(element), k, v>::backward_query(params, stream);
     }
   });
   with_kernel(plan.keys.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
     if constexpr (on == Machine::kSm90) {
       launch_range_backward_keys_sm90<decltype(element), k, v>(params, stream);
     } else {
-      launch_range_backward_keys_sm80<decltype(element), k, v>(params, stream);
+      RangeSm80<decltype(element), k, v>::backward_keys(params, stream);
     }
   });
 }

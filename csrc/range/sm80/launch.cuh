@@ -21,7 +21,7 @@ using BackwardQueryShapeFor = RangeBackwardQueryShape<Element, kDimK, kDimV, ran
                                                       range_sm80::query_keys(kDimK), range_sm80::query_stages(kDimK)>;
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t stream) {
+void RangeSm80<Element, kDimK, kDimV>::forward(const RangeForwardParams& params, cudaStream_t stream) {
   using Shape = ForwardShapeFor<Element, kDimK, kDimV>;
   const SequenceLayout& s = params.sequences;
   launch(range_forward_sm80<Shape>, count_slots(s, s.length_q * s.group, Shape::kRows) * s.heads_kv, Shape::kThreads,
@@ -29,7 +29,7 @@ void launch_range_forward_sm80(const RangeForwardParams& params, cudaStream_t st
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_backward_query_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
+void RangeSm80<Element, kDimK, kDimV>::backward_query(const RangeBackwardParams& params, cudaStream_t stream) {
   using Shape = BackwardQueryShapeFor<Element, kDimK, kDimV>;
   const SequenceLayout& s = params.sequences;
   launch(range_backward_query_sm80<Shape>, count_slots(s, s.length_q * s.group, Shape::kRows) * s.heads_kv,
@@ -38,7 +38,7 @@ void launch_range_backward_query_sm80(const RangeBackwardParams& params, cudaStr
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_range_backward_keys_sm80(const RangeBackwardParams& params, cudaStream_t stream) {
+void RangeSm80<Element, kDimK, kDimV>::backward_keys(const RangeBackwardParams& params, cudaStream_t stream) {
   using KeyShape = KeyGradientsShapeFor<Element, kDimK, kDimV>;
   const SequenceLayout& s = params.sequences;
   const int64_t tiles = count_slots(s, params.num_keys, KeyShape::kKeys) * s.heads_kv;

@@ -69,7 +69,7 @@ void launch_range_backward_keys_shape(const RangeBackwardParams& range, cudaStre
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_keys_sm90(const RangeBackwardParams& params, cudaStream_t stream) {
   using Shape = RangeKeysSm90Shape<Element, kDimK, kDimV>;
-  static_assert(sizeof(RangeBackwardKeysShared<Shape>) == range_sm90::backward_keys_tile({kDimK, kDimV}).dynamic_bytes);
+  static_assert(states_sm90(range_sm90::backward_keys_tile({kDimK, kDimV}), sizeof(RangeBackwardKeysShared<Shape>)));
   static_assert(2 * Shape::kKeys == range_sm90::kKeysPerGradientTile);
   launch_range_backward_keys_shape<Shape>(params, stream);
 }

@@ -52,7 +52,7 @@ using GradQuerySm90ShapeFor = RangeBackwardQuerySm90Shape<Element, kDimK, kDimV,
 template <typename Element, int kDimK, int kDimV>
 void launch_range_backward_query_sm90(const RangeBackwardParams& params, cudaStream_t stream) {
   using Shape = GradQuerySm90ShapeFor<Element, kDimK, kDimV>;
-  static_assert(sizeof(typename Shape::Shared) == range_sm90::backward_query_tile({kDimK, kDimV}).dynamic_bytes);
+  static_assert(states_sm90(range_sm90::backward_query_tile({kDimK, kDimV}), sizeof(typename Shape::Shared)));
   launch_range_backward_query_shape<Shape>(params, stream);
 }
 

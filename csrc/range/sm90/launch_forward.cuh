@@ -60,7 +60,7 @@ template <typename Element, int kDimK, int kDimV>
 void launch_range_forward_sm90(const RangeForwardParams& params, cudaStream_t stream) {
   using Shape = ForwardSm90Shape<Element, kDimK, kDimV>;
   static_assert(Shape::kSums == range_sm90::takes_sum(kDimK) && Shape::kTiles == range_sm90::kForwardTiles);
-  static_assert(sizeof(typename Shape::Shared) == range_sm90::forward_tile({kDimK, kDimV}).dynamic_bytes);
+  static_assert(states_sm90(range_sm90::forward_tile({kDimK, kDimV}), sizeof(typename Shape::Shared)));
   launch_range_forward_shape<Shape>(params, stream);
 }
 

@@ -14,7 +14,7 @@ void launch_selected_forward(const SelectedForwardParams& params, const Selected
     if constexpr (on == Machine::kSm90) {
       launch_selected_forward_sm90<decltype(element), k, v>(params, plan, stream);
     } else {
-      launch_selected_forward_sm80<decltype(element), k, v>(params, plan.tile, stream);
+      SelectedSm80<decltype(element), k, v>::forward(params, plan.tile, stream);
     }
   });
 }
@@ -29,7 +29,7 @@ void launch_selected_backward(const SelectedBackwardParams& params, const Select
       if constexpr (on == Machine::kSm90) {
         launch_selected_backward_query_sm90<decltype(element), k, v>(params, plan, stream);
       } else {
-        launch_selected_backward_query_sm80<decltype(element), k, v>(params, plan.query_tile, stream);
+        SelectedSm80<decltype(element), k, v>::backward_query(params, plan.query_tile, stream);
       }
     });
   }
@@ -37,7 +37,7 @@ void launch_selected_backward(const SelectedBackwardParams& params, const Select
     if constexpr (on == Machine::kSm90) {
       launch_selected_backward_keys_sm90<decltype(element), k, v>(params, plan, stream);
     } else {
-      launch_selected_backward_keys_sm80<decltype(element), k, v>(params, stream);
+      SelectedSm80<decltype(element), k, v>::backward_keys(params, stream);
     }
   });
 }

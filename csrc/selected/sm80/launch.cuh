@@ -32,15 +32,16 @@ void launch_per_token(Kernel kernel, const KernelTile& tile, cudaStream_t stream
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_forward_sm80(const SelectedForwardParams& params, const KernelTile& tile, cudaStream_t stream) {
+void SelectedSm80<Element, kDimK, kDimV>::forward(const SelectedForwardParams& params, const KernelTile& tile,
+                                                  cudaStream_t stream) {
   with_stages<Element, kDimK, kDimV>(tile, [&](auto shape) {
     launch_per_token(selected_forward_sm80<decltype(shape)>, tile, stream, "selected attention", params);
   });
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_query_sm80(const SelectedBackwardParams& params, const KernelTile& tile,
-                                         cudaStream_t stream) {
+void SelectedSm80<Element, kDimK, kDimV>::backward_query(const SelectedBackwardParams& params, const KernelTile& tile,
+                                                         cudaStream_t stream) {
   with_stages<Element, kDimK, kDimV>(tile, [&](auto shape) {
     launch_per_token(selected_backward_query_sm80<decltype(shape)>, tile, stream, "gradient of q of selected attention",
                      params);
@@ -48,7 +49,7 @@ void launch_selected_backward_query_sm80(const SelectedBackwardParams& params, c
 }
 
 template <typename Element, int kDimK, int kDimV>
-void launch_selected_backward_keys_sm80(const SelectedBackwardParams& params, cudaStream_t stream) {
+void SelectedSm80<Element, kDimK, kDimV>::backward_keys(const SelectedBackwardParams& params, cudaStream_t stream) {
   using KeyShape = KeyGradientsShapeFor<Element, kDimK, kDimV>;
   const int64_t tiles = ceil_div(params.select_size, KeyShape::kKeys);
   launch(selected_backward_keys_sm80<KeyShape>, params.chosen_by.max_segments * tiles * KeyShape::kParts,

@@ -18,8 +18,8 @@ void launch_selected_backward_keys_heads(const SelectedBackwardParams& selected,
                                          cudaStream_t stream) {
   constexpr const char* kName = "gradients of k and v of selected attention";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
-  static_assert(sizeof(SelectedBackwardKeysShared<Shape>) ==
-                selected_sm90::backward_keys_tile({Shape::kDimK, Shape::kDimV}).dynamic_bytes);
+  static_assert(states_sm90(selected_sm90::backward_keys_tile({Shape::kDimK, Shape::kDimV}),
+                            sizeof(SelectedBackwardKeysShared<Shape>)));
   const SequenceLayout& s = selected.sequences;
   const int64_t batch = s.packed() ? 1 : s.batch;
   const int64_t heads = int64_t{s.heads_kv} * s.group;

@@ -31,12 +31,12 @@ void launch_selected_backward_query_sm90(const SelectedBackwardParams& params, c
                                          cudaStream_t stream) {
   using Narrow = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, false>;
   using Wide = SelectedBackwardQueryShapeFor<Element, kDimK, kDimV, true>;
-  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
-    return selected_sm90::backward_query_tile({kDimK, kDimV}, kind, 1, num_selected).dynamic_bytes;
+  constexpr auto kTile = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::backward_query_tile({kDimK, kDimV}, kind, 1, num_selected);
   };
   constexpr int32_t kMost = selected_sm90::kMostSelected;
-  static_assert(union_shared_bytes<Narrow>(8, 16) == kBytes(UnionKind::kNarrow, 16) &&
-                union_shared_bytes<Wide>(16, kMost) == kBytes(UnionKind::kWide, kMost));
+  static_assert(states_sm90(kTile(UnionKind::kNarrow, 16), union_shared_bytes<Narrow>(8, 16)) &&
+                states_sm90(kTile(UnionKind::kWide, kMost), union_shared_bytes<Wide>(16, kMost)));
   if (plan.kind == UnionKind::kNarrow) {
     launch_selected_backward_query_shape<Narrow>(params, stream);
   } else {

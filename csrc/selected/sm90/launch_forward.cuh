@@ -32,14 +32,14 @@ void launch_selected_forward_sm90(const SelectedForwardParams& params, const Sel
   using Long = SelectedForwardShapeFor<Element, kDimK, kDimV, 16, kDimK == 128>;  // elsewhere both fit
   using Wide = SelectedForwardShapeFor<Element, kDimK, kDimV, 8, true>;
   using Widest = SelectedForwardShapeFor<Element, kDimK, kDimV, 4, true>;
-  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
-    return selected_sm90::forward_tile({kDimK, kDimV}, kind, num_selected).dynamic_bytes;
+  constexpr auto kTile = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::forward_tile({kDimK, kDimV}, kind, num_selected);
   };
   constexpr int32_t kMost = selected_sm90::kMostSelected;
-  static_assert(union_shared_bytes<Narrow>(12, 16) == kBytes(UnionKind::kNarrow, 16) &&
-                union_shared_bytes<Long>(12, kMost) == kBytes(UnionKind::kLong, kMost) &&
-                union_shared_bytes<Wide>(24, kMost) == kBytes(UnionKind::kWide, kMost) &&
-                union_shared_bytes<Widest>(48, 16) == kBytes(UnionKind::kWidest, 16));
+  static_assert(states_sm90(kTile(UnionKind::kNarrow, 16), union_shared_bytes<Narrow>(12, 16)) &&
+                states_sm90(kTile(UnionKind::kLong, kMost), union_shared_bytes<Long>(12, kMost)) &&
+                states_sm90(kTile(UnionKind::kWide, kMost), union_shared_bytes<Wide>(24, kMost)) &&
+                states_sm90(kTile(UnionKind::kWidest, 16), union_shared_bytes<Widest>(48, 16)));
   static_assert(Wide::kMostBlocks == selected_sm90::kMostBlocks &&
                 Widest::kMostBlocks == selected_sm90::kMostWidestBlocks);
   switch (plan.kind) {

@@ -35,12 +35,13 @@ template <typename KeysShape, typename NarrowShape, typename WideShape>
 void launch_selected_backward_handed_shapes(const SelectedBackwardParams& all, const SelectedBackwardPlan& plan,
                                             cudaStream_t stream) {
   const SequenceLayout& s = all.sequences;
-  constexpr auto kBytes = [](UnionKind kind, int32_t num_selected) {
-    return selected_sm90::handed_tile({KeysShape::kDimK, KeysShape::kDimV}, kind, 1, num_selected).dynamic_bytes;
+  constexpr auto kTile = [](UnionKind kind, int32_t num_selected) {
+    return selected_sm90::handed_tile({KeysShape::kDimK, KeysShape::kDimV}, kind, 1, num_selected);
   };
   constexpr int32_t kMost = selected_sm90::kMostSelected;
-  static_assert(union_shared_bytes<NarrowShape>(4 * NarrowShape::kGroups, 16) == kBytes(UnionKind::kNarrow, 16) &&
-                union_shared_bytes<WideShape>(8 * WideShape::kGroups, kMost) == kBytes(UnionKind::kWide, kMost));
+  static_assert(
+      states_sm90(kTile(UnionKind::kNarrow, 16), union_shared_bytes<NarrowShape>(4 * NarrowShape::kGroups, 16)) &&
+      states_sm90(kTile(UnionKind::kWide, kMost), union_shared_bytes<WideShape>(8 * WideShape::kGroups, kMost)));
   SelectedBackwardParams selected = all;
   selected.handed.queries = s.packed() ? s.length_q : s.batch * s.length_q;
   for (int32_t head = 0; head < s.heads_kv; head += plan.handed_heads) {

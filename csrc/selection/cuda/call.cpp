@@ -7,10 +7,9 @@
 #include "selection/cuda/launch.h"
 
 namespace nsa::cuda {
-namespace {
 
-void check_supported(const at::Tensor& q, const at::Tensor& k_cmp, const AttentionOptions& options, int64_t select_size,
-                     int64_t num_selected) {
+void check_selection_supported(const at::Tensor& q, const at::Tensor& k_cmp, int64_t select_size, int64_t num_selected,
+                               const AttentionOptions& options) {
   TORCH_CHECK_VALUE(num_selected <= kMostSelected, "num_selected must be at most ", kMostSelected, " on CUDA, got ",
                     num_selected, " (the CPU takes any)");
   TORCH_CHECK_VALUE(options.block_size / options.block_stride <= kMostPieces, "block_size must be at most ",
@@ -23,14 +22,12 @@ void check_supported(const at::Tensor& q, const at::Tensor& k_cmp, const Attenti
                     kMostHeads, " heads per KV head in 16 bits on CUDA, got ", q.size(-2), " and ", k_cmp.size(-2));
 }
 
-}  // namespace
-
 void select_blocks(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& lse, int64_t select_size,
                    int64_t num_selected, const ForcedBlocks& forced, const AttentionOptions& options,
                    const at::Tensor& block_indices) {
   const ElementType type = element_type("q", q);
   check_head_dims(q, k_cmp, k_cmp);
-  check_supported(q, k_cmp, options, select_size, num_selected);
+  check_selection_supported(q, k_cmp, select_size, num_selected, options);
   const c10::cuda::CUDAGuard guard(q.device());
   if (q.numel() == 0) {
     return;

@@ -17,8 +17,8 @@ template <typename Shape>
 void launch_select_shape_sm90(const SelectBlocksParams& select, cudaStream_t stream) {
   constexpr const char* kName = "choice of blocks";
   constexpr ElementType kType = kElementType<typename Shape::Element>;
-  static_assert(sizeof(typename Shape::Shared) ==
-                select_sm90::tile(Shape::kDim, Shape::kSlot, Shape::kListed).dynamic_bytes);
+  static_assert(
+      states_sm90(select_sm90::tile(Shape::kDim, Shape::kSlot, Shape::kListed), sizeof(typename Shape::Shared)));
   const SequenceLayout& s = select.sequences;
   const int32_t parts = static_cast<int32_t>(ceil_div(s.group, Shape::kSlot));
   const int32_t queries = Shape::kSlots / parts;

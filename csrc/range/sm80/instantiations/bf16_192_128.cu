@@ -1,7 +1,5 @@
 #include "range/sm80/launch.cuh"
 
 namespace nsa {
-template void launch_range_forward_sm80<BFloat16, 192, 128>(const RangeForwardParams&, cudaStream_t);
-template void launch_range_backward_query_sm80<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
-template void launch_range_backward_keys_sm80<BFloat16, 192, 128>(const RangeBackwardParams&, cudaStream_t);
+template struct RangeSm80<BFloat16, 192, 128>;
 }  // namespace nsa

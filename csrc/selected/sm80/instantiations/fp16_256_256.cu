@@ -1,9 +1,5 @@
 #include "selected/sm80/launch.cuh"
 
 namespace nsa {
-template void launch_selected_forward_sm80<Half, 256, 256>(const SelectedForwardParams&, const KernelTile&,
-                                                           cudaStream_t);
-template void launch_selected_backward_query_sm80<Half, 256, 256>(const SelectedBackwardParams&, const KernelTile&,
-                                                                  cudaStream_t);
-template void launch_selected_backward_keys_sm80<Half, 256, 256>(const SelectedBackwardParams&, cudaStream_t);
+template struct SelectedSm80<Half, 256, 256>;
 }  // namespace nsa
