@@ -6,6 +6,7 @@ sums: the whole against a peer: forward, backward, and both together; and memory
 dense: the whole against the fastest dense attention at each shape, and where it begins to be faster.
 step: where a training step's time goes.
 libraries: two builds in turns, a file of benchmarks/compare_libraries.py.
+gradients: backwards of some of the gradients, a file of benchmarks/gradients.py.
 """
 
 from __future__ import annotations
@@ -190,4 +191,20 @@ def libraries(file: File, rows: list[Row]) -> str:
     return f"{file['dtype']}; {file['gpu']}, torch {file['torch']}; {names}{build}:\n\n" + markdown(lines)
 
 
-VIEWS = {"parts": parts, "sums": sums, "dense": dense, "step": step, "libraries": libraries}
+def gradients(file: File, rows: list[Row]) -> str:
+    del file
+    lines = [["tokens", "op", "gradients of", "backward, ms", "of that of all"]]
+    for row in rows:
+        names = row["wanted"].replace(" ", ", ")
+        lines.append([f"{row['seqlen']:,}", row["op"], names, f"{row['ms']:,.2f}", f"{row['share']:.0%}"])
+    return f"{machine(rows)}:\n\n{markdown(lines)}"
+
+
+VIEWS = {
+    "parts": parts,
+    "sums": sums,
+    "dense": dense,
+    "step": step,
+    "libraries": libraries,
+    "gradients": gradients,
+}

@@ -2,6 +2,7 @@
 //
 // Layouts: dense (B, T, H, D), or packed (sum T, H, D) with cu_seqlens_q and cu_seqlens_k (int32, B + 1). seqused_k
 // (int32, B) says how many keys of each packed slot are in use. Options that are the same everywhere come last.
+// A backward computes the gradients that its output_mask names; the others are tensors of no elements.
 #include <torch/library.h>
 
 TORCH_LIBRARY(nsa, m) {
@@ -10,8 +11,8 @@ TORCH_LIBRARY(nsa, m) {
       "int block_size=32, int block_stride=16, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_k=None) -> Tensor");
   m.def(
       "compress_backward(Tensor grad_out, Tensor x, Tensor? pe, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, *, "
-      "int block_size, int block_stride, Tensor? cu_seqlens_k, SymInt? max_seqlen_k) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[6] output_mask=[True, True, True, True, True, True], int block_size, int block_stride, "
+      "Tensor? cu_seqlens_k, SymInt? max_seqlen_k) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Rotary position embedding; transposed: its gradient.
   m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool transposed=False) -> Tensor");
@@ -23,7 +24,8 @@ TORCH_LIBRARY(nsa, m) {
   m.def(
       "compressed_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor "
       "out, "
-      "Tensor lse, *, SymInt? seqlen_k, int block_size, int block_stride, float? scale, Tensor? cu_seqlens_q, "
+      "Tensor lse, *, bool[3] output_mask=[True, True, True], "
+      "SymInt? seqlen_k, int block_size, int block_stride, float? scale, Tensor? cu_seqlens_q, "
       "Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, "
       "Tensor)");
 
@@ -42,7 +44,8 @@ TORCH_LIBRARY(nsa, m) {
   m.def(
       "selected_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor "
       "block_indices, "
-      "Tensor out, Tensor lse, *, int select_size, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+      "Tensor out, Tensor lse, *, bool[3] output_mask=[True, True, True], int select_size, float? scale, Tensor? "
+      "cu_seqlens_q, Tensor? cu_seqlens_k, "
       "SymInt? max_seqlen_q, SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, Tensor)");
 
   m.def(
@@ -52,7 +55,7 @@ TORCH_LIBRARY(nsa, m) {
       "-> (Tensor, Tensor)");
   m.def(
       "window_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, *, "
+      "lse, *, bool[3] output_mask=[True, True, True], "
       "SymInt window, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
       "SymInt? max_seqlen_k, Tensor? seqused_k) -> (Tensor, Tensor, Tensor)");
 
@@ -74,7 +77,9 @@ TORCH_LIBRARY(nsa, m) {
   m.def(
       "nsa_attention_backward(Tensor grad_out, Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, "
       "Tensor k_win, Tensor v_win, Tensor gates, Tensor out_cmp, Tensor lse_cmp, Tensor out_slc, Tensor lse_slc, "
-      "Tensor out_win, Tensor lse_win, Tensor block_indices, *, int block_size, int block_stride, int select_size, "
+      "Tensor out_win, Tensor lse_win, Tensor block_indices, *, "
+      "bool[8] output_mask=[True, True, True, True, True, True, True, True], int block_size, int block_stride, int "
+      "select_size, "
       "SymInt window, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
       "SymInt? max_seqlen_k, Tensor? seqused_k) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");

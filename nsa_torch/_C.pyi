@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 class KernelQuery:
@@ -5,6 +6,7 @@ class KernelQuery:
     device: str
     dtype: str
     backward: bool
+    gradients: Sequence[str]
     capability: tuple[int, int]
     batch: int
     num_heads: int

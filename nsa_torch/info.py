@@ -98,6 +98,7 @@ def which_kernel(
     device: str = "cpu",
     dtype: str = "float32",
     backward: bool = False,
+    gradients: Sequence[str] = (),
     capability: tuple[int, int] | None = None,
     batch: int = 1,
     num_heads: int = 1,
@@ -122,6 +123,7 @@ def which_kernel(
         device: ``"cpu"`` or ``"cuda"``.
         dtype: ``"float16"``, ``"bfloat16"``, ``"float32"`` or ``"float64"``.
         backward: of the op's backward.
+        gradients: the op's inputs whose gradients the backward computes, such as ``("q",)``; default: of all.
         capability: of the GPU, such as ``(9, 0)``: also of one that is not there. Default: the current GPU's;
             where there is none, ``(8, 0)``.
         batch: sequences, each of `num_queries` queries (default `num_keys`) and `num_keys` uncompressed keys.
@@ -144,6 +146,7 @@ def which_kernel(
         return KernelPlan(launches, "this build has no CUDA kernels: tensors are copied to the CPU and back")
     query = _C.KernelQuery()
     query.op, query.device, query.dtype, query.backward = op, device, dtype, backward
+    query.gradients = list(gradients)
     if capability is None and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
     query.capability = (8, 0) if capability is None else capability

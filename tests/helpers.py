@@ -182,9 +182,11 @@ def differentiable(inputs: Inputs) -> list[str]:
     return [n for n, t in inputs.tensors.items() if t.is_floating_point() and n != "lse"]
 
 
-def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 1) -> Results:
-    """Outputs, and the gradients of a random weighting of them, as out, lse, grad_q, ..."""
-    names = differentiable(inputs)
+def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 1, wanted: Sequence[str] | None = None) -> Results:
+    """Outputs, and the gradients of a random weighting of them, as out, lse, grad_q, ...: those of the inputs that are
+    `wanted`, by default all, while the others are frozen.
+    """
+    names = [name for name in differentiable(inputs) if wanted is None or name in wanted]
     leaves = {name: inputs.tensors[name].detach().requires_grad_() for name in names}
     result = op(**(inputs.tensors | leaves), **inputs.options)
     outputs = result if isinstance(result, tuple) else (result,)
@@ -206,12 +208,12 @@ def check_op(op: str, inputs: Inputs, target: Target = Target("cpu", torch.float
     return results
 
 
-def check_as_given(op: str, inputs: Inputs, dtype: torch.dtype) -> Results:
+def check_as_given(op: str, inputs: Inputs, dtype: torch.dtype, *, wanted: Sequence[str] | None = None) -> Results:
     """The same for inputs in `dtype`, with their device and strides. The truth is computed on that device."""
     expected = getattr(reference, op)
-    results = evaluate(getattr(nsa_torch, op), inputs)
-    truth = evaluate(expected, inputs.to(inputs.device, torch.float64))
-    assert_errs_at_most_twice(results, truth, evaluate(expected, inputs), dtype)
+    results = evaluate(getattr(nsa_torch, op), inputs, wanted=wanted)
+    truth = evaluate(expected, inputs.to(inputs.device, torch.float64), wanted=wanted)
+    assert_errs_at_most_twice(results, truth, evaluate(expected, inputs, wanted=wanted), dtype)
     return results
 
 

@@ -28,6 +28,12 @@ struct KernelChoice {
   const char* why;
 };
 
+// Which gradients a backward computes: that of q, and those of k and v, which come of the same kernel.
+struct NeededGradients {
+  bool query = true;
+  bool keys = true;
+};
+
 // A kernel that a call launches, its tile, and how often it is launched.
 struct KernelLaunch {
   const char* kernel = nullptr;  // by the name that a profile shows

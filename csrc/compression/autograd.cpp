@@ -24,10 +24,11 @@ using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at:
 
 Gradients call_compress_backward(const at::Tensor& grad_out, const at::Tensor& x, const OptionalTensor& pe,
                                  const OptionalTensor& w1, const OptionalTensor& b1, const OptionalTensor& w2,
-                                 const OptionalTensor& b2, int64_t block_size, int64_t block_stride,
-                                 const OptionalTensor& cu_seqlens_k, std::optional<c10::SymInt> max_seqlen_k) {
+                                 const OptionalTensor& b2, std::array<bool, 6> output_mask, int64_t block_size,
+                                 int64_t block_stride, const OptionalTensor& cu_seqlens_k,
+                                 std::optional<c10::SymInt> max_seqlen_k) {
   static const auto op = find_op<decltype(call_compress_backward)>("nsa::compress_backward");
-  return op.call(grad_out, x, pe, w1, b1, w2, b2, block_size, block_stride, cu_seqlens_k, max_seqlen_k);
+  return op.call(grad_out, x, pe, w1, b1, w2, b2, output_mask, block_size, block_stride, cu_seqlens_k, max_seqlen_k);
 }
 
 class Compress : public torch::autograd::Function<Compress> {
@@ -49,14 +50,18 @@ class Compress : public torch::autograd::Function<Compress> {
     if (!grads[0].defined()) {
       return variable_list(10);
     }
-    auto [x, pe, w1, b1, w2, b2] = call_compress_backward(
-        grads[0], *saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], ctx->saved_data["block_size"].toInt(),
-        ctx->saved_data["block_stride"].toInt(), saved[6], load_optional_int(ctx, "max_seqlen_k"));
+    std::array<bool, 6> mask{};
+    size_t edge = 0;  // only inputs that are there have one
+    for (size_t i = 0; i < mask.size(); ++i) {
+      mask[i] = saved[i].has_value() && ctx->needs_input_grad(edge++);
+    }
+    auto [x, pe, w1, b1, w2, b2] =
+        call_compress_backward(grads[0], *saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], mask,
+                               ctx->saved_data["block_size"].toInt(), ctx->saved_data["block_stride"].toInt(), saved[6],
+                               load_optional_int(ctx, "max_seqlen_k"));
     variable_list result{x, pe, w1, b1, w2, b2, {}, {}, {}, {}};
-    for (size_t i = 1; i <= 5; ++i) {
-      if (!saved[i].has_value()) {
-        result[i] = at::Tensor();
-      }
+    for (size_t i = 0; i < mask.size(); ++i) {
+      result[i] = if_needed(result[i], mask[i]);
     }
     return result;
   }

@@ -10,6 +10,7 @@
 #include "host/backend.h"
 #include "host/checks.h"
 #include "host/options.h"
+#include "host/results.h"
 
 namespace nsa {
 namespace {
@@ -133,13 +134,19 @@ at::Tensor compress(const at::Tensor& x, const OptionalTensor& pe, const Optiona
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// An op returns tensors: where there is no weight, its gradient is one of no elements.
 template <Backend backend>
 Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, const OptionalTensor& pe,
                             const OptionalTensor& w1, const OptionalTensor& b1, const OptionalTensor& w2,
-                            const OptionalTensor& b2, int64_t block_size, int64_t block_stride,
-                            const OptionalTensor& cu_seqlens_k, std::optional<c10::SymInt> max_seqlen_k) {
+                            const OptionalTensor& b2, std::array<bool, 6> output_mask, int64_t block_size,
+                            int64_t block_stride, const OptionalTensor& cu_seqlens_k,
+                            std::optional<c10::SymInt> max_seqlen_k) {
   const PhiWeights weights{pe, w1, b1, w2, b2};
+  const PhiMask wanted{output_mask[0],
+                       output_mask[1] && pe.has_value(),
+                       output_mask[2] && w1.has_value(),
+                       output_mask[3] && b1.has_value(),
+                       output_mask[4] && w2.has_value(),
+                       output_mask[5] && b2.has_value()};
   const Packing packing = key_packing(cu_seqlens_k, max_seqlen_k);
   const c10::SymInt width = check_compress(x, weights, block_size, block_stride, packing);
   check_like("grad_out", grad_out, "x", x);
@@ -148,22 +155,22 @@ Gradients compress_backward(const at::Tensor& grad_out, const at::Tensor& x, con
   PhiGradients grads;
   if constexpr (backend == Backend::kCpu) {
     check_lengths(x, packing);
-    grads = phi_backward(widen(grad_out), widen(x), widen(weights), block_size, block_stride, packing);
+    grads = phi_backward(widen(grad_out), widen(x), widen(weights), block_size, block_stride, packing, wanted);
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
-    grads = cuda::phi_backward(grad_out, x, weights, block_size, block_stride, packing);
+    grads = cuda::phi_backward(grad_out, x, weights, block_size, block_stride, packing, wanted);
   }
 #endif
-  const auto result = [&](const at::Tensor& grad, const OptionalTensor& of) {
-    if (!of.has_value()) {
-      return at::empty({0}, x.options());
+  const auto result = [&](const at::Tensor& grad, const OptionalTensor& of, bool asked_for) {
+    if (!asked_for) {
+      return or_nothing(at::Tensor(), x);
     }
     return backend != Backend::kMeta ? grad.to(x.scalar_type()).contiguous()
                                      : at::empty_symint(of->sym_sizes(), x.options());
   };
-  return {result(grads.x, x),   result(grads.pe, pe), result(grads.w1, w1),
-          result(grads.b1, b1), result(grads.w2, w2), result(grads.b2, b2)};
+  return {result(grads.x, x, wanted.x),    result(grads.pe, pe, wanted.pe), result(grads.w1, w1, wanted.w1),
+          result(grads.b1, b1, wanted.b1), result(grads.w2, w2, wanted.w2), result(grads.b2, b2, wanted.b2)};
 }
 
 }  // namespace

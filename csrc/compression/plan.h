@@ -1,6 +1,8 @@
 // How blocks become tokens: which products, which kernels before and after them, and what workspace they take.
 #pragma once
 
+#include <optional>
+
 #include "common/plan.h"
 
 namespace nsa {
@@ -17,6 +19,14 @@ enum class Product {
   kNone,
   kShared,   // one for all heads, which share the weight
   kPerHead,  // a batch of them, each with the weight of its head
+};
+
+// Which gradients are asked for: those of weights that are not there never are.
+struct PhiMask {
+  bool x, pe, w1, b1, w2, b2;
+
+  // Of the first layer, and of what the second hands on to it.
+  bool first() const { return x || pe || w1 || b1; }
 };
 
 struct CompressSizes {
@@ -39,10 +49,12 @@ struct CompressPlan {
   Product first;     // with w1, cut into the l/d parts of a block
   Product second;    // with w2
   int32_t products;  // in all, but for the small one of pe
+  bool gathers;      // whether chunks are read, and where there is a hidden layer made into it again
   int64_t workspace_bytes;
   const char* why;
   Launches launches;
 };
-CompressPlan plan_compress(const CompressSizes& sizes, ElementType type, bool backward);
+// `backward`: the gradients of one; none: a forward.
+CompressPlan plan_compress(const CompressSizes& sizes, ElementType type, const std::optional<PhiMask>& backward);
 
 }  // namespace nsa

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <array>
 #include <optional>
 #include <string>
 #include <utility>
@@ -43,6 +44,19 @@ inline std::vector<std::optional<at::Tensor>> load_tensors(torch::autograd::Auto
   }
   return tensors;
 }
+
+// Which gradients are asked for, of inputs that are tensors and come first.
+template <size_t inputs>
+std::array<bool, inputs> needed_gradients(const torch::autograd::AutogradContext* ctx) {
+  std::array<bool, inputs> needed{};
+  for (size_t i = 0; i < inputs; ++i) {
+    needed[i] = ctx->needs_input_grad(i);
+  }
+  return needed;
+}
+
+// What an op returned, or nothing where it was not asked for.
+inline at::Tensor if_needed(const at::Tensor& gradient, bool needed) { return needed ? gradient : at::Tensor(); }
 
 inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;

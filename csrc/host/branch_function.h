@@ -1,5 +1,6 @@
 // The autograd Function of a branch: (q, k, v) -> (out, lse), both differentiable. `Branch` names the two ops: static
-// forward(q, k, v, options) and backward(grad_out, grad_lse, q, k, v, out, lse, options), through the dispatcher.
+// forward(q, k, v, options) and backward(grad_out, grad_lse, q, k, v, out, lse, output_mask, options), through the
+// dispatcher.
 #pragma once
 
 #include <ATen/Functions.h>
@@ -67,9 +68,10 @@ class BranchFunction : public torch::autograd::Function<BranchFunction<Branch>> 
       return {{}, {}, {}, {}};
     }
     const at::Tensor grad_out = grads[0].defined() ? grads[0] : at::zeros_like(*saved[3]);
+    const GradientMask mask = needed_gradients<3>(ctx);
     auto [dq, dk, dv] = Branch::backward(grad_out, if_defined(grads[1]), *saved[0], *saved[1], *saved[2], *saved[3],
-                                         *saved[4], load_options(ctx, &saved[5]));
-    return {dq, dk, dv, {}};
+                                         *saved[4], mask, load_options(ctx, &saved[5]));
+    return {if_needed(dq, mask[0]), if_needed(dk, mask[1]), if_needed(dv, mask[2]), {}};
   }
 };
 

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <optional>
@@ -20,7 +21,10 @@ using OptionalInt = std::optional<c10::SymInt>;
 using OptionalDouble = std::optional<double>;
 
 using OutAndLse = std::tuple<at::Tensor, at::Tensor>;
-using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // dq, dk, dv
+// dq, dk, dv: undefined where they are not asked for.
+using AttentionGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+// Which of them a backward computes, the output_mask of its op.
+using GradientMask = std::array<bool, 3>;
 
 enum class Branch { kCompressed, kSelected, kWindow };
 
@@ -65,7 +69,7 @@ using BranchForward = OutAndLse(const at::Tensor& q, const at::Tensor& k, const 
                                 const AttentionOptions& options);
 using BranchBackward = AttentionGradients(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                           const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                          const at::Tensor& out, const at::Tensor& lse,
+                                          const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
                                           const AttentionOptions& options);
 
 inline double softmax_scale(const OptionalDouble& scale, int64_t head_dim) {

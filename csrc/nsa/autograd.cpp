@@ -29,18 +29,18 @@ NsaResults call_forward(const NsaInputs& in, int64_t num_selected, const ForcedB
 }
 
 // `saved` holds the inputs, then the results.
-NsaGradients call_backward(const at::Tensor& grad_out, const std::vector<OptionalTensor>& saved,
+NsaGradients call_backward(const at::Tensor& grad_out, const std::vector<OptionalTensor>& saved, const NsaMask& mask,
                            const AttentionOptions& o) {
   using Signature =
       NsaGradients(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
                    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                   const at::Tensor&, int64_t, int64_t, int64_t, c10::SymInt, OptionalDouble, const OptionalTensor&,
-                   const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
+                   const at::Tensor&, NsaMask, int64_t, int64_t, int64_t, c10::SymInt, OptionalDouble,
+                   const OptionalTensor&, const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&);
   static const auto op = find_op<Signature>("nsa::nsa_attention_backward");
   return call_packed(op, o.packing, grad_out, *saved[0], *saved[1], *saved[2], *saved[3], *saved[4], *saved[5],
                      *saved[6], *saved[7], *saved[8], *saved[9], *saved[10], *saved[11], *saved[12], *saved[13],
-                     *saved[14], o.block_size, o.block_stride, o.select_size, o.window, o.scale);
+                     *saved[14], mask, o.block_size, o.block_stride, o.select_size, o.window, o.scale);
 }
 
 class NsaFunction : public torch::autograd::Function<NsaFunction> {
@@ -68,9 +68,14 @@ class NsaFunction : public torch::autograd::Function<NsaFunction> {
     if (!grads[0].defined()) {
       return variable_list(kInputs + 3);
     }
+    const NsaMask mask = needed_gradients<kInputs>(ctx);
     auto [dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates] =
-        call_backward(grads[0], saved, load_options(ctx, &saved[kInputs + kResults]));
-    return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, {}, {}, {}};
+        call_backward(grads[0], saved, mask, load_options(ctx, &saved[kInputs + kResults]));
+    variable_list result{dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates, {}, {}, {}};
+    for (size_t i = 0; i < kInputs; ++i) {
+      result[i] = if_needed(result[i], mask[i]);
+    }
+    return result;
   }
 };
 

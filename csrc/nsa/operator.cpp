@@ -1,5 +1,6 @@
-// nsa_attention = gate_cmp * compressed + gate_slc * selected + gate_win * window, its forward with all intermediate
-// results, and its backward. They call the branches' ops through the dispatcher, so one body serves every backend.
+// nsa_attention = gate_cmp * compressed + gate_slc * selected + gate_win * window, and its forward with all
+// intermediate results (its backward: backward.cpp). They call the branches' ops through the dispatcher, so one body
+// serves every backend.
 #include "nsa/operator.h"
 
 #include <ATen/Functions.h>
@@ -8,6 +9,7 @@
 
 #include "host/autograd.h"
 #include "host/checks.h"
+#include "host/results.h"
 #include "range/branches.h"
 #include "selected/branches.h"
 #if defined(NSA_CUDA_VERSION)
@@ -18,8 +20,6 @@
 #endif
 
 namespace nsa {
-namespace {
-
 void check_nsa(const NsaInputs& in, const AttentionOptions& options) {
   constexpr AttentionNames kCompressed{"q", "k_cmp", "v_cmp"};
   constexpr AttentionNames kSelected{"q", "k_slc", "v_slc"};
@@ -51,13 +51,7 @@ void check_nsa(const NsaInputs& in, const AttentionOptions& options) {
   }
 }
 
-// The dtype in which gates are applied and their gradients summed.
-at::ScalarType wide_dtype(const at::Tensor& q) { return lse_dtype(q); }
-
-// (B, Tq, Hq, 1): the gate of one branch.
-at::Tensor gate_of(const at::Tensor& gates, int64_t branch, at::ScalarType type) {
-  return gates.narrow(-1, branch, 1).to(type);
-}
+namespace {
 
 at::Tensor combine(const at::Tensor& gates, std::array<at::Tensor, 3> outs, at::ScalarType type) {
   at::Tensor sum = outs[0].to(type) * gate_of(gates, 0, type);
@@ -127,73 +121,9 @@ auto nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tenso
   }
 }
 
-#if defined(NSA_CUDA_VERSION)
-// Gates are applied within the branches' kernels, which also add up the gradient of q: no gate_b dO and no dq of a
-// branch is ever stored.
-NsaGradients cuda_backward(const at::Tensor& grad_out, const NsaInputs& in, const std::array<at::Tensor, 3>& outs,
-                           const std::array<at::Tensor, 3>& lses, const AttentionOptions& options) {
-  cuda::check_lists_fit(in.q, in.v_slc, *options.block_indices);
-  const cuda::GateGradients gates = cuda::gate_gradients(grad_out, in.gates, outs, lses);
-  AttentionOptions of_window = options;
-  of_window.branch = Branch::kWindow;
-  auto [dq, dk_cmp, dv_cmp] =
-      cuda::range_attention_backward(grad_out, in.q, in.k_cmp, in.v_cmp, gates.rows[0], options);
-  auto [dq_slc, dk_slc, dv_slc] =
-      cuda::selected_attention_backward(grad_out, in.q, in.k_slc, in.v_slc, gates.rows[1], options, dq);
-  auto [dq_win, dk_win, dv_win] =
-      cuda::range_attention_backward(grad_out, in.q, in.k_win, in.v_win, gates.rows[2], of_window, dq);
-  cuda::fill_unused_rows(options.packing, {{dq}, {gates.grad_gates}});
-  return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, gates.grad_gates};
-}
-#endif
-
-// d gate_b = <dO, O_b>; branch b gets the gradient gate_b dO.
-NsaGradients nsa_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k_cmp,
-                                    const at::Tensor& v_cmp, const at::Tensor& k_slc, const at::Tensor& v_slc,
-                                    const at::Tensor& k_win, const at::Tensor& v_win, const at::Tensor& gates,
-                                    const at::Tensor& out_cmp, const at::Tensor& lse_cmp, const at::Tensor& out_slc,
-                                    const at::Tensor& lse_slc, const at::Tensor& out_win, const at::Tensor& lse_win,
-                                    const at::Tensor& block_indices, int64_t block_size, int64_t block_stride,
-                                    int64_t select_size, c10::SymInt window, OptionalDouble scale,
-                                    const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                    OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                                    const OptionalTensor& seqused_k) {
-  AttentionOptions options =
-      nsa_options(block_size, block_stride, select_size, std::move(window), scale, block_indices,
-                  {cu_seqlens_q, cu_seqlens_k, std::move(max_seqlen_q), std::move(max_seqlen_k), seqused_k});
-  options.seqlen_k = k_slc.sym_size(-3);
-  check_nsa({q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates}, options);
-  const at::ScalarType type = wide_dtype(q);
-  check_backward(grad_out, std::nullopt, q, v_slc, out_slc, lse_slc);
-#if defined(NSA_CUDA_VERSION)
-  if (q.is_cuda()) {
-    return cuda_backward(grad_out, {q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates}, {out_cmp, out_slc, out_win},
-                         {lse_cmp, lse_slc, lse_win}, options);
-  }
-#endif
-  const at::Tensor wide_grad = grad_out.to(type);
-  const std::array<at::Tensor, 3> outs{out_cmp, out_slc, out_win};
-  std::vector<at::Tensor> grad_gates;
-  for (const at::Tensor& out : outs) {
-    grad_gates.push_back((wide_grad * out.to(type)).sum(-1));
-  }
-  const auto branch_grad = [&](int64_t branch) {
-    return (wide_grad * gate_of(gates, branch, type)).to(q.scalar_type());
-  };
-  auto [dq_cmp, dk_cmp, dv_cmp] =
-      CompressedBranch::backward(branch_grad(0), std::nullopt, q, k_cmp, v_cmp, out_cmp, lse_cmp, options);
-  auto [dq_slc, dk_slc, dv_slc] =
-      SelectedBranch::backward(branch_grad(1), std::nullopt, q, k_slc, v_slc, out_slc, lse_slc, options);
-  auto [dq_win, dk_win, dv_win] =
-      WindowBranch::backward(branch_grad(2), std::nullopt, q, k_win, v_win, out_win, lse_win, options);
-  const at::Tensor dq = dq_cmp.add_(dq_slc).add_(dq_win);
-  return {dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, at::stack(grad_gates, -1).to(gates.scalar_type())};
-}
-
 void register_composition(torch::Library& m) {
   m.impl("nsa_attention", nsa_attention<false>);
   m.impl("nsa_attention_forward", nsa_attention<true>);
-  m.impl("nsa_attention_backward", nsa_attention_backward);
 }
 
 }  // namespace

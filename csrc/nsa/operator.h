@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/geometry.h"
+#include "host/checks.h"
 #include "host/options.h"
 
 namespace nsa {
@@ -29,8 +30,20 @@ inline AttentionOptions nsa_options(int64_t block_size, int64_t block_stride, in
 using NsaResults =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Of q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates.
+// Of q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, and which of them are asked for.
+using NsaMask = std::array<bool, 8>;
 using NsaGradients =
     std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// ValueError or TypeError that names the argument.
+void check_nsa(const NsaInputs& in, const AttentionOptions& options);
+
+// The dtype in which gates are applied and their gradients summed.
+inline at::ScalarType wide_dtype(const at::Tensor& q) { return lse_dtype(q); }
+
+// (B, Tq, Hq, 1): the gate of one branch.
+inline at::Tensor gate_of(const at::Tensor& gates, int64_t branch, at::ScalarType type) {
+  return gates.narrow(-1, branch, 1).to(type);
+}
 
 }  // namespace nsa

@@ -2,7 +2,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include "compression/plan.h"
 #include "gates/tiles.h"
 #include "plans/reports.h"
 #include "range/plan.h"
@@ -12,27 +11,12 @@
 namespace nsa {
 namespace {
 
-// What a plan launches, with the rest of the report to come.
-KernelReport report_of(const Launches& launches, std::string reason) {
-  KernelReport report{{}, std::move(reason)};
-  for (const KernelLaunch& launch : launches) {
-    report.launches.push_back({launch.kernel, launch.tile, launch.count});
-  }
-  return report;
-}
-
-// Why both kernels of a backward.
-std::string joined(const KernelChoice& query, const KernelChoice& keys) {
-  if (query.machine == keys.machine) {
-    return keys.why;
+// Why the kernels of a backward.
+std::string joined(const KernelChoice& query, const KernelChoice& keys, NeededGradients needed) {
+  if (!needed.query || !needed.keys || query.machine == keys.machine) {
+    return needed.keys ? keys.why : query.why;
   }
   return std::string("of the gradient of q: ") + query.why + "; of those of k and v: " + keys.why;
-}
-
-ElementType element_type(const KernelQuery& query) {
-  return query.dtype == "float32"   ? ElementType::kFloat32
-         : query.dtype == "float16" ? ElementType::kFloat16
-                                    : ElementType::kBFloat16;
 }
 
 // Contiguous, where nothing is read or written.
@@ -75,6 +59,16 @@ int64_t keys_of(const KernelQuery& query, bool compressed) {
   return compressed ? num_compressed_blocks(query.num_keys, query.block_size, query.block_stride) : query.num_keys;
 }
 
+// What is asked for of the inputs of a branch, which is the whole op or a part of nsa_attention.
+NeededGradients needed_of(const KernelQuery& query, const std::string& branch) {
+  const bool part = query.op == "nsa_attention";
+  const std::string suffix = branch == "compressed_attention" ? "_cmp"
+                             : !part                          ? ""
+                             : branch == "selected_attention" ? "_slc"
+                                                              : "_win";
+  return {.query = wants(query, "q"), .keys = wants(query, "k" + suffix) || wants(query, "v" + suffix)};
+}
+
 RangeForwardPlan range_forward(const KernelQuery& query, const Device& device, bool compressed, bool with_sum) {
   RangeForwardParams params{};
   set_tensors(params, query, keys_of(query, compressed));
@@ -97,8 +91,9 @@ KernelReport range_report(const KernelQuery& query, const Device& device, bool c
   params.compressed = compressed;
   params.grad_out = contiguous(query.num_queries, query.num_heads, query.v_head_dim);
   params.num_keys = keys_of(query, compressed);
-  const RangeBackwardPlan plan = plan_range_backward(params, element_type(query), device);
-  KernelReport report = report_of(plan.launches, joined(plan.query, plan.keys));
+  const NeededGradients needed = needed_of(query, compressed ? "compressed_attention" : "window_attention");
+  const RangeBackwardPlan plan = plan_range_backward(params, element_type(query), device, needed);
+  KernelReport report = report_of(plan.launches, joined(plan.query, plan.keys, needed));
   report.splits = plan.splits.splits;
   report.workspace_bytes = plan.splits.partial_floats * 4;
   return report;
@@ -131,8 +126,10 @@ KernelReport selected_report(const KernelQuery& query, const Device& device) {
   params.num_selected = static_cast<int32_t>(query.num_selected);
   params.chosen_by.blocks = query.batch * ceil_div(query.num_keys, query.select_size) * query.num_kv_heads;
   params.grad_out = contiguous(query.num_queries, query.num_heads, query.v_head_dim);
-  const SelectedBackwardPlan plan = plan_selected_backward(params, element_type(query), device);
-  KernelReport report = report_of(plan.launches, plan.handed_heads > 0 ? plan.keys.why : joined(plan.query, plan.keys));
+  const NeededGradients needed = needed_of(query, "selected_attention");
+  const SelectedBackwardPlan plan = plan_selected_backward(params, element_type(query), device, needed);
+  KernelReport report =
+      report_of(plan.launches, plan.handed_heads > 0 ? plan.keys.why : joined(plan.query, plan.keys, needed));
   report.workspace_bytes = plan.handed_bytes + plan.partial_floats * 4;
   return report;
 }
@@ -159,6 +156,10 @@ KernelReport branch_report(const KernelQuery& query, const Device& device, const
   const bool compressed = branch == "compressed_attention";
   if (query.num_queries == 0 || (query.backward && keys_of(query, compressed) == 0)) {
     return {{}, "there are no queries or no keys: nothing is computed"};
+  }
+  const NeededGradients needed = needed_of(query, branch);
+  if (query.backward && !needed.query && !needed.keys) {
+    return {{}, "none of its gradients is asked for"};
   }
   return branch == "selected_attention" ? selected_report(query, device) : range_report(query, device, compressed);
 }
@@ -194,33 +195,6 @@ KernelReport whole_report(const KernelQuery& query, const Device& device) {
   if (!query.backward && !range_forward(query, device, false, true).takes_sum) {
     report.launches.push_back({"combine_gates", gate_tiles::kCombine});
   }
-  return report;
-}
-
-KernelReport compress_report(const KernelQuery& query) {
-  const int64_t blocks = num_compressed_blocks(query.num_keys, query.block_size, query.block_stride);
-  if (blocks == 0) {
-    return {{}, "there are no blocks: nothing is computed"};
-  }
-  const Phi phi = query.compression == "mlp" ? Phi::kMlp : query.compression == "linear" ? Phi::kLinear : Phi::kMean;
-  const CompressSizes sizes{.chunks = query.batch * (blocks + query.block_size / query.block_stride - 1),
-                            .blocks = query.batch * blocks,
-                            .heads = query.num_kv_heads,
-                            .width = query.head_dim,
-                            .hidden = phi == Phi::kMlp ? query.hidden_size : query.v_head_dim,
-                            .result = query.v_head_dim,
-                            .block_size = query.block_size,
-                            .block_stride = query.block_stride,
-                            .phi = phi,
-                            .per_head_1 = query.per_head,
-                            .per_head_2 = query.per_head,
-                            .packed = false};
-  const CompressPlan plan = plan_compress(sizes, element_type(query), query.backward);
-  KernelReport report = report_of(plan.launches, plan.why);
-  if (plan.products > 0) {
-    report.reason += "; products: " + std::to_string(plan.products);
-  }
-  report.workspace_bytes = plan.workspace_bytes;
   return report;
 }
 

@@ -31,6 +31,21 @@ void require_between(const std::string& name, int64_t value, int64_t least, int6
                                                std::to_string(most) + ", got " + std::to_string(value));
 }
 
+// The inputs of an op that have gradients.
+std::vector<std::string> differentiable_inputs(const std::string& op) {
+  if (op == "nsa_attention") {
+    return {"q", "k_cmp", "v_cmp", "k_slc", "v_slc", "k_win", "v_win", "gates"};
+  }
+  if (op == "compress") {
+    return {"x", "pe", "w1", "b1", "w2", "b2"};
+  }
+  if (op == "rotate") {
+    return {"x"};
+  }
+  return op == "compressed_attention" ? std::vector<std::string>{"q", "k_cmp", "v_cmp"}
+                                      : std::vector<std::string>{"q", "k", "v"};
+}
+
 // What the ops refuse on CUDA, so that no plan is asked about it.
 void check_cuda_limits(const KernelQuery& query) {
   constexpr int64_t kMost = 0x7fffffff;
@@ -83,9 +98,18 @@ void check(const KernelQuery& query) {
     check_cuda_limits(query);
   }
   require(!query.backward || query.op != "select_blocks", "backward must be False for select_blocks, got True");
+  require(query.backward || query.gradients.empty(), "gradients must come with backward, got them without");
+  for (const std::string& input : query.gradients) {
+    require_one_of("gradients", input, differentiable_inputs(query.op));
+  }
 }
 
 }  // namespace
+
+bool wants(const KernelQuery& query, const std::string& input) {
+  const std::vector<std::string>& wanted = query.gradients;
+  return query.backward && (wanted.empty() || std::find(wanted.begin(), wanted.end(), input) != wanted.end());
+}
 
 std::vector<std::string> ops_with_kernels() {
   return {"compress",           "rotate",           "compressed_attention", "select_blocks",

@@ -16,6 +16,7 @@ struct KernelQuery {
   std::string device = "cpu";
   std::string dtype = "float32";
   bool backward = false;
+  std::vector<std::string> gradients;    // the inputs of the op whose gradients a backward computes; none: all
   std::pair<int, int> capability{8, 0};  // of a GPU
   int64_t batch = 1;
   int64_t num_heads = 1;
@@ -34,6 +35,9 @@ struct KernelQuery {
   int64_t hidden_size = 256;        // rows of w1 of an mlp
   bool per_head = false;            // whether each KV head has weights of its own
 };
+
+// Whether a backward computes the gradient of the op's input of this name.
+bool wants(const KernelQuery& query, const std::string& input);
 
 // A kernel that a call launches, by the name that a profile shows; on the CPU, what computes it.
 struct ReportedLaunch {

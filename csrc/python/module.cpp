@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("device", &nsa::KernelQuery::device)
       .def_readwrite("dtype", &nsa::KernelQuery::dtype)
       .def_readwrite("backward", &nsa::KernelQuery::backward)
+      .def_readwrite("gradients", &nsa::KernelQuery::gradients)
       .def_readwrite("capability", &nsa::KernelQuery::capability)
       .def_readwrite("batch", &nsa::KernelQuery::batch)
       .def_readwrite("num_heads", &nsa::KernelQuery::num_heads)

@@ -36,13 +36,15 @@ OutAndLse CompressedBranch::forward(const at::Tensor& q, const at::Tensor& k, co
 
 AttentionGradients CompressedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                               const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                              const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
+                                              const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
+                                              const AttentionOptions& o) {
   static const auto op = find_op<AttentionGradients(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, OptionalInt, int64_t, int64_t, OptionalDouble, const OptionalTensor&,
-      const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::compressed_attention_backward");
-  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, o.seqlen_k, o.block_size, o.block_stride,
-                     o.scale);
+      const at::Tensor&, const at::Tensor&, GradientMask, OptionalInt, int64_t, int64_t, OptionalDouble,
+      const OptionalTensor&, const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>(
+      "nsa::compressed_attention_backward");
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, output_mask, o.seqlen_k, o.block_size,
+                     o.block_stride, o.scale);
 }
 
 OutAndLse WindowBranch::forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
@@ -53,12 +55,13 @@ OutAndLse WindowBranch::forward(const at::Tensor& q, const at::Tensor& k, const 
 
 AttentionGradients WindowBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                           const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                          const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
+                                          const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
+                                          const AttentionOptions& o) {
   static const auto op = find_op<AttentionGradients(
       const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, c10::SymInt, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
-      OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::window_attention_backward");
-  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, o.window, o.scale);
+      const at::Tensor&, const at::Tensor&, GradientMask, c10::SymInt, OptionalDouble, const OptionalTensor&,
+      const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::window_attention_backward");
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, out, lse, output_mask, o.window, o.scale);
 }
 
 TORCH_LIBRARY_IMPL(nsa, Autograd, m) {

@@ -66,21 +66,21 @@ OutAndLse run_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor
 template <Backend backend>
 AttentionGradients run_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse, const at::Tensor& q,
                                 const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
-                                const AttentionOptions& options) {
+                                const GradientMask& output_mask, const AttentionOptions& options) {
   check_backward(grad_out, grad_lse, q, v, out, lse);
   if constexpr (backend == Backend::kCpu) {
     return with_cpu_keys(q, k, options, [&](const std::vector<SequencePlace>& sequences, const auto& keys) {
       return cpu::range_attention_backward(grad_out, grad_lse, q, k, v, out, lse,
-                                           softmax_scale(options.scale, q.size(-1)), sequences, keys);
+                                           softmax_scale(options.scale, q.size(-1)), sequences, keys, output_mask);
     });
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
     return cuda::range_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
-                                          options);
+                                          output_mask, options);
   }
 #endif
-  return empty_gradients(q, k, v);
+  return empty_gradients(q, k, v, output_mask);
 }
 
 template <Backend backend>
@@ -97,15 +97,15 @@ OutAndLse compressed_attention(const at::Tensor& q, const at::Tensor& k_cmp, con
 template <Backend backend>
 AttentionGradients compressed_attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                                  const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp,
-                                                 const at::Tensor& out, const at::Tensor& lse, OptionalInt seqlen_k,
-                                                 int64_t block_size, int64_t block_stride, OptionalDouble scale,
-                                                 const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                                 OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                                                 const OptionalTensor& seqused_k) {
+                                                 const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
+                                                 OptionalInt seqlen_k, int64_t block_size, int64_t block_stride,
+                                                 OptionalDouble scale, const OptionalTensor& cu_seqlens_q,
+                                                 const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q,
+                                                 OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   const AttentionOptions options = compressed_options(
       seqlen_k, block_size, block_stride, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_compressed(q, k_cmp, v_cmp, options);
-  return run_backward<backend>(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, options);
+  return or_nothing(run_backward<backend>(grad_out, grad_lse, q, k_cmp, v_cmp, out, lse, output_mask, options), q);
 }
 
 template <Backend backend>
@@ -121,14 +121,15 @@ OutAndLse window_attention(const at::Tensor& q, const at::Tensor& k, const at::T
 template <Backend backend>
 AttentionGradients window_attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                              const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                             const at::Tensor& out, const at::Tensor& lse, c10::SymInt window,
-                                             OptionalDouble scale, const OptionalTensor& cu_seqlens_q,
-                                             const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q,
-                                             OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
+                                             const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
+                                             c10::SymInt window, OptionalDouble scale,
+                                             const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
+                                             OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
+                                             const OptionalTensor& seqused_k) {
   const AttentionOptions options =
       window_options(window, scale, {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k});
   check_window(q, k, v, options);
-  return run_backward<backend>(grad_out, grad_lse, q, k, v, out, lse, options);
+  return or_nothing(run_backward<backend>(grad_out, grad_lse, q, k, v, out, lse, output_mask, options), q);
 }
 
 template <Backend backend>

@@ -207,17 +207,24 @@ RangeForwardPlan plan_range_forward(const RangeForwardParams& params, ElementTyp
   return plan;
 }
 
-RangeBackwardPlan plan_range_backward(const RangeBackwardParams& params, ElementType type, const Device& device) {
-  RangeBackwardPlan plan{.query = choose_kernel(type, device, query_not_for_sm90(params)),
+RangeBackwardPlan plan_range_backward(const RangeBackwardParams& params, ElementType type, const Device& device,
+                                      NeededGradients needed) {
+  RangeBackwardPlan plan{.needed = needed,
+                         .query = choose_kernel(type, device, query_not_for_sm90(params)),
                          .keys = choose_kernel(type, device, keys_not_for_sm90(params)),
                          .splits = {1, 0, 0},
                          .launches = {}};
+  if (needed.query) {
+    plan.launches.add(kQuery.on(plan.query.machine), query_tile(plan.query.machine, params.q, params.v));
+  }
+  if (!needed.keys) {
+    return plan;
+  }
   if (plan.keys.machine == Machine::kSm80) {
     plan.splits = split_rows_sm80(params, device.multiprocessors);
   } else if (plan.keys.machine == Machine::kSm90) {
     plan.splits = split_rows_sm90(params, device.multiprocessors);
   }
-  plan.launches.add(kQuery.on(plan.query.machine), query_tile(plan.query.machine, params.q, params.v));
   plan.launches.add(kKeys.on(plan.keys.machine), keys_tile(plan.keys.machine, params.q, params.v));
   if (plan.splits.splits > 1) {
     plan.launches.add(kPartials.on(plan.keys.machine), {});

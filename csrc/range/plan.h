@@ -22,12 +22,14 @@ struct RangeSplits {
 };
 
 struct RangeBackwardPlan {
+  NeededGradients needed;
   KernelChoice query;  // the gradient of q
   KernelChoice keys;   // the gradients of k and v
   RangeSplits splits;
   Launches launches;
 };
 // `params` lacks what the plan says: the splits, and where their sums go.
-RangeBackwardPlan plan_range_backward(const RangeBackwardParams& params, ElementType type, const Device& device);
+RangeBackwardPlan plan_range_backward(const RangeBackwardParams& params, ElementType type, const Device& device,
+                                      NeededGradients needed);
 
 }  // namespace nsa

@@ -27,12 +27,15 @@ OutAndLse SelectedBranch::forward(const at::Tensor& q, const at::Tensor& k, cons
 
 AttentionGradients SelectedBranch::backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                             const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                            const at::Tensor& out, const at::Tensor& lse, const AttentionOptions& o) {
-  static const auto op = find_op<AttentionGradients(
-      const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, OptionalDouble, const OptionalTensor&,
-      const OptionalTensor&, OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::selected_attention_backward");
-  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, *o.block_indices, out, lse, o.select_size, o.scale);
+                                            const at::Tensor& out, const at::Tensor& lse, GradientMask output_mask,
+                                            const AttentionOptions& o) {
+  static const auto op =
+      find_op<AttentionGradients(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 GradientMask, int64_t, OptionalDouble, const OptionalTensor&, const OptionalTensor&,
+                                 OptionalInt, OptionalInt, const OptionalTensor&)>("nsa::selected_attention_backward");
+  return call_packed(op, o.packing, grad_out, grad_lse, q, k, v, *o.block_indices, out, lse, output_mask, o.select_size,
+                     o.scale);
 }
 
 TORCH_LIBRARY_IMPL(nsa, Autograd, m) {

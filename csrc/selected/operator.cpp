@@ -56,26 +56,30 @@ template <Backend backend>
 AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const OptionalTensor& grad_lse,
                                                const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                const at::Tensor& block_indices, const at::Tensor& out,
-                                               const at::Tensor& lse, int64_t select_size, OptionalDouble scale,
-                                               const OptionalTensor& cu_seqlens_q, const OptionalTensor& cu_seqlens_k,
-                                               OptionalInt max_seqlen_q, OptionalInt max_seqlen_k,
-                                               const OptionalTensor& seqused_k) {
+                                               const at::Tensor& lse, GradientMask output_mask, int64_t select_size,
+                                               OptionalDouble scale, const OptionalTensor& cu_seqlens_q,
+                                               const OptionalTensor& cu_seqlens_k, OptionalInt max_seqlen_q,
+                                               OptionalInt max_seqlen_k, const OptionalTensor& seqused_k) {
   const Packing packing{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k};
   check_selected(q, k, v, block_indices, select_size, scale, packing);
   check_backward(grad_out, grad_lse, q, v, out, lse);
   if constexpr (backend == Backend::kCpu) {
-    return cpu::selected_attention_backward(grad_out, grad_lse, q, k, v, block_indices, out, lse, select_size,
-                                            softmax_scale(scale, q.size(-1)),
-                                            selected_sequences(q, k, block_indices, select_size, packing));
+    return or_nothing(
+        cpu::selected_attention_backward(grad_out, grad_lse, q, k, v, block_indices, out, lse, select_size,
+                                         softmax_scale(scale, q.size(-1)),
+                                         selected_sequences(q, k, block_indices, select_size, packing), output_mask),
+        q);
   }
 #if defined(NSA_CUDA_VERSION)
   if constexpr (backend == Backend::kCuda) {
     cuda::check_lists_fit(q, v, block_indices);
-    return cuda::selected_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
-                                             selected_options(select_size, scale, block_indices, packing));
+    return or_nothing(
+        cuda::selected_attention_backward(grad_out, q, k, v, cuda::backward_rows(grad_out, out, lse, grad_lse),
+                                          output_mask, selected_options(select_size, scale, block_indices, packing)),
+        q);
   }
 #endif
-  return empty_gradients(q, k, v);
+  return or_nothing(empty_gradients(q, k, v, output_mask), q);
 }
 
 template <Backend backend>

@@ -125,7 +125,7 @@ int64_t segment_sums(const SelectedBackwardParams& params, int64_t pairs, int32_
 void share_out_pieces(SelectedBackwardPlan& plan, const SelectedBackwardParams& params, int64_t pairs,
                       const Device& device) {
   plan.keys_heads = heads_by_pieces(params);
-  if (plan.query.machine == Machine::kSm90) {
+  if (plan.needed.query && plan.query.machine == Machine::kSm90) {
     plan.handed_heads = static_cast<int32_t>(min_of(heads_handed(params), plan.keys_heads));
   }
   if (plan.handed_heads > 0) {
@@ -154,17 +154,18 @@ SelectedForwardPlan plan_selected_forward(const SelectedForwardParams& params, E
 }
 
 SelectedBackwardPlan plan_selected_backward(const SelectedBackwardParams& params, ElementType type,
-                                            const Device& device) {
+                                            const Device& device, NeededGradients needed) {
   const SequenceLayout& s = params.sequences;
   SelectedBackwardPlan plan{};
+  plan.needed = needed;
   plan.query = choose_kernel(type, device, query_not_for_sm90(params));
   plan.keys = choose_kernel(type, device, keys_not_for_sm90(params));
   plan.kind = is_narrow(s, params.num_selected) ? UnionKind::kNarrow : UnionKind::kWide;
   const int64_t pairs = count_queries(s) * s.heads_kv * params.num_selected;
   plan.segment = longest_segment(pairs, device);
-  if (plan.keys.machine == Machine::kSm80) {
+  if (needed.keys && plan.keys.machine == Machine::kSm80) {
     plan.partial_floats = segment_sums(params, pairs, plan.segment);
-  } else if (plan.keys.machine == Machine::kSm90) {
+  } else if (needed.keys && plan.keys.machine == Machine::kSm90) {
     share_out_pieces(plan, params, pairs, device);
   }
   set_launches(plan, params, pairs, device);

@@ -16,6 +16,7 @@ struct SelectedForwardPlan {
 SelectedForwardPlan plan_selected_forward(const SelectedForwardParams& params, ElementType type, const Device& device);
 
 struct SelectedBackwardPlan {
+  NeededGradients needed;
   KernelChoice query;      // the gradient of q
   KernelChoice keys;       // the gradients of k and v: by segments of a block's queries; for Hopper by pieces
   UnionKind kind;          // of the kernel of the gradient of q for Hopper
@@ -31,7 +32,7 @@ struct SelectedBackwardPlan {
 };
 // `params` needs of chosen_by the number of blocks alone, and lacks what the plan says.
 SelectedBackwardPlan plan_selected_backward(const SelectedBackwardParams& params, ElementType type,
-                                            const Device& device);
+                                            const Device& device, NeededGradients needed);
 
 // How many blocks lists may have, so that every kernel's part of a list fits the shared memory of the device.
 int64_t most_listed(int64_t head_dim, int64_t v_head_dim, ElementType type, const Device& device);

@@ -76,13 +76,20 @@ void set_launches(SelectedBackwardPlan& plan, const SelectedBackwardParams& para
   plan.query_tile = query_tile_of(params, plan, device);
   const KernelTile keys = keys_tile(params, plan.keys.machine);
   const int64_t launches = plan.keys_heads > 0 ? ceil_div(params.sequences.heads_kv, plan.keys_heads) : 1;
-  add_lists(plan.launches, plan.keys_heads > 0);
+  if (plan.needed.keys) {
+    add_lists(plan.launches, plan.keys_heads > 0);
+  }
   if (plan.handed_heads > 0) {
     plan.launches.add(kKeys.sm90, keys, launches);
     plan.launches.add("selected_query_handed_sm90", plan.query_tile, launches);
     return;
   }
-  plan.launches.add(kQuery.on(plan.query.machine), plan.query_tile);
+  if (plan.needed.query) {
+    plan.launches.add(kQuery.on(plan.query.machine), plan.query_tile);
+  }
+  if (!plan.needed.keys) {
+    return;
+  }
   plan.launches.add(kKeys.on(plan.keys.machine), keys, launches);
   if (plan.keys.machine == Machine::kSm80 && pairs >= plan.segment) {
     plan.launches.add("selected_add_partials_sm80", {});

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common/plain/forward.cuh"
+#include "common/plan.h"
 #include "common/row_gradient.cuh"
 
 namespace nsa::plain {
@@ -161,15 +162,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM)
 
 // `num_keys`: dense, of every sequence; packed, of all.
 template <typename Branch>
-void launch_backward(const typename Branch::Backward& params, int64_t num_keys, cudaStream_t stream, const char* name) {
+void launch_backward(const typename Branch::Backward& params, int64_t num_keys, NeededGradients needed,
+                     cudaStream_t stream, const char* name) {
   const SequenceLayout& s = params.sequences;
   if (s.batch == 0) {
     return;
   }
   with_columns(name, params.q.width, params.v.width, [&](auto of_tile) {
-    launch(backward_query_plain<Branch, of_tile()>, ceil_div(count_rows(s), kWarps), kThreads, 0, stream, name, params);
-    launch(backward_keys_plain<Branch, of_tile()>, (s.packed() ? num_keys : s.batch * num_keys) * s.heads_kv, kThreads,
-           0, stream, name, params);
+    if (needed.query) {
+      launch(backward_query_plain<Branch, of_tile()>, ceil_div(count_rows(s), kWarps), kThreads, 0, stream, name,
+             params);
+    }
+    if (needed.keys) {
+      launch(backward_keys_plain<Branch, of_tile()>, (s.packed() ? num_keys : s.batch * num_keys) * s.heads_kv,
+             kThreads, 0, stream, name, params);
+    }
   });
 }
 

@@ -23,16 +23,16 @@ at::Tensor join_weight(const at::Tensor& parts, int64_t pieces) {
   return parts.unflatten(-2, {pieces, -1}).transpose(-2, -3).flatten(-2, -1);
 }
 
-PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights) {
-  const auto zeros = [](const std::optional<at::Tensor>& weight) {
-    return weight.has_value() ? at::zeros_like(*weight) : at::Tensor();
+PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights, const PhiMask& wanted) {
+  const auto zeros = [](const std::optional<at::Tensor>& weight, bool asked_for) {
+    return asked_for ? at::zeros_like(*weight) : at::Tensor();
   };
-  return {at::zeros(x.sizes(), x.options()),
-          zeros(weights.pe),
-          zeros(weights.w1),
-          zeros(weights.b1),
-          zeros(weights.w2),
-          zeros(weights.b2)};
+  return {wanted.x ? at::zeros(x.sizes(), x.options()) : at::Tensor(),
+          zeros(weights.pe, wanted.pe),
+          zeros(weights.w1, wanted.w1),
+          zeros(weights.b1, wanted.b1),
+          zeros(weights.w2, wanted.w2),
+          zeros(weights.b2, wanted.b2)};
 }
 
 namespace {
@@ -85,20 +85,26 @@ at::Tensor mean_backward(const at::Tensor& grad, const CompressionBlocks& blocks
 
 // The gradients of x, pe, w1 and b1, given the gradient of the first layer's result.
 void first_layer_backward(const at::Tensor& grad_hidden, const at::Tensor& chunks, const at::Tensor& x,
-                          const PhiWeights& weights, const CompressionBlocks& blocks, PhiGradients& grads) {
+                          const PhiWeights& weights, const CompressionBlocks& blocks, const PhiMask& wanted,
+                          PhiGradients& grads) {
   const at::Tensor& w1 = *weights.w1;
-  const bool per_head = w1.dim() == 3;
   const at::Tensor grad_parts = blocks.shift_and_spread(grad_hidden).flatten(2, 3);
-  const at::Tensor parts = split_weight(w1, blocks.pieces());
-  grads.x = blocks.scatter_chunks(apply_heads(grad_parts, parts.transpose(-1, -2)).contiguous(), x);
-  grads.w1 = join_weight(weight_gradient(grad_parts, chunks, per_head), blocks.pieces());
+  if (wanted.x) {
+    const at::Tensor parts = split_weight(w1, blocks.pieces());
+    grads.x = blocks.scatter_chunks(apply_heads(grad_parts, parts.transpose(-1, -2)).contiguous(), x);
+  }
+  if (wanted.w1) {
+    grads.w1 = join_weight(weight_gradient(grad_parts, chunks, w1.dim() == 3), blocks.pieces());
+  }
   const at::Tensor grad_bias = grad_hidden.sum(0);  // (H, O)
-  if (weights.b1.has_value()) {
+  if (wanted.b1) {
     grads.b1 = sum_to(grad_bias, *weights.b1, 1);
   }
-  if (weights.pe.has_value()) {
-    const at::Tensor pe = weights.pe->flatten(-2, -1);  // (l D) or (H, l D)
+  if (wanted.pe) {
     grads.pe = sum_to(at::matmul(grad_bias.unsqueeze(1), w1).squeeze(1), *weights.pe, 2);
+  }
+  if (wanted.w1 && weights.pe.has_value()) {
+    const at::Tensor pe = weights.pe->flatten(-2, -1);                                          // (l D) or (H, l D)
     const at::Tensor outer = grad_bias.unsqueeze(-1) * (pe.dim() == 1 ? pe : pe.unsqueeze(1));  // (H, O, l D)
     grads.w1 = grads.w1 + sum_to(outer, w1, 2);
   }
@@ -123,28 +129,38 @@ at::Tensor phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t b
 }
 
 PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights,
-                          int64_t block_size, int64_t block_stride, const Packing& packing) {
+                          int64_t block_size, int64_t block_stride, const Packing& packing, const PhiMask& wanted) {
   const CompressionBlocks blocks(x, block_size, block_stride, packing);
-  PhiGradients grads = zero_gradients(x, weights);
+  PhiGradients grads = zero_gradients(x, weights, wanted);
   if (blocks.empty()) {
     return grads;
   }
   const at::Tensor grad = blocks.from_output(grad_out);
   if (!weights.w1.has_value()) {
-    grads.x = blocks.scatter_chunks(mean_backward(grad, blocks, block_size), x);
+    if (wanted.x) {
+      grads.x = blocks.scatter_chunks(mean_backward(grad, blocks, block_size), x);
+    }
+    return grads;
+  }
+  if (wanted.b2) {
+    grads.b2 = sum_to(grad.sum(0), *weights.b2, 1);
+  }
+  if (!wanted.w2 && !wanted.first()) {
     return grads;
   }
   const at::Tensor chunks = blocks.gather_chunks(x);
   at::Tensor grad_hidden = grad;
   if (weights.w2.has_value()) {
     const at::Tensor hidden = first_layer(chunks, weights, blocks);
-    grads.w2 = weight_gradient(grad, at::gelu(hidden), weights.w2->dim() == 3);
-    if (weights.b2.has_value()) {
-      grads.b2 = sum_to(grad.sum(0), *weights.b2, 1);
+    if (wanted.w2) {
+      grads.w2 = weight_gradient(grad, at::gelu(hidden), weights.w2->dim() == 3);
+    }
+    if (!wanted.first()) {
+      return grads;
     }
     grad_hidden = at::gelu_backward(apply_heads(grad, weights.w2->transpose(-1, -2)), hidden);
   }
-  first_layer_backward(grad_hidden, chunks, x, weights, blocks, grads);
+  first_layer_backward(grad_hidden, chunks, x, weights, blocks, wanted, grads);
   return grads;
 }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <tuple>
 
+#include "compression/plan.h"
 #include "host/packing.h"
 
 namespace nsa {
@@ -18,10 +19,10 @@ struct PhiWeights {
 };
 
 struct PhiGradients {
-  at::Tensor x, pe, w1, b1, w2, b2;  // undefined where there is no weight
+  at::Tensor x, pe, w1, b1, w2, b2;  // undefined where they are not asked for
 };
 
-PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights);
+PhiGradients zero_gradients(const at::Tensor& x, const PhiWeights& weights, const PhiMask& wanted);
 
 // (H, ...) as the gradient of a weight: summed over the heads where it has `shared_dim` dimensions and so none of
 // heads.
@@ -36,6 +37,6 @@ at::Tensor phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t b
                        const Packing& packing);
 
 PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights,
-                          int64_t block_size, int64_t block_stride, const Packing& packing);
+                          int64_t block_size, int64_t block_stride, const Packing& packing, const PhiMask& wanted);
 
 }  // namespace nsa

@@ -46,7 +46,7 @@ void* data_of(const at::Tensor& tensor) { return const_cast<void*>(tensor.const_
 bool has_blocks(const at::Tensor& x, int64_t block_size) { return x.numel() > 0 && x.size(-3) >= block_size; }
 
 CompressCall lay_out(const at::Tensor& x, const PhiWeights& weights, int64_t block_size, int64_t block_stride,
-                     const Packing& packing, bool backward) {
+                     const Packing& packing, const std::optional<PhiMask>& backward) {
   CompressCall call{.type = element_type("x", x),
                     .heads = static_cast<int32_t>(x.size(-2)),
                     .stream = at::cuda::getCurrentCUDAStream(),

@@ -27,7 +27,7 @@ bool has_blocks(const at::Tensor& x, int64_t block_size);
 
 // For x that has_blocks, on the current device and stream.
 CompressCall lay_out(const at::Tensor& x, const PhiWeights& weights, int64_t block_size, int64_t block_stride,
-                     const Packing& packing, bool backward);
+                     const Packing& packing, const std::optional<PhiMask>& backward);
 
 // (rows, H, ...), contiguous within a head.
 ChunkRows chunk_rows_of(const at::Tensor& tensor);

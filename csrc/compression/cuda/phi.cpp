@@ -116,14 +116,17 @@ at::Tensor as_rows(const CompressCall& call, const at::Tensor& output) {
 }
 
 // pe and b1 act through the bias, whose gradient is (H, O).
-void bias_gradients(const at::Tensor& grad_bias, const PhiWeights& weights, PhiGradients& grads) {
+void bias_gradients(const at::Tensor& grad_bias, const PhiWeights& weights, const PhiMask& wanted,
+                    PhiGradients& grads) {
   const at::Tensor& w1 = *weights.w1;
-  if (weights.b1.has_value()) {
+  if (wanted.b1) {
     grads.b1 = sum_to(grad_bias, *weights.b1, 1);
   }
-  if (weights.pe.has_value()) {
+  if (wanted.pe) {
     // In float32, as sums over all blocks: float16 might not hold them.
     grads.pe = sum_to(at::matmul(grad_bias.unsqueeze(1), w1.to(at::kFloat)).squeeze(1), *weights.pe, 2);
+  }
+  if (wanted.w1 && weights.pe.has_value()) {
     const at::Tensor pe = weights.pe->reshape({-1, w1.size(-1)}).to(at::kFloat);
     if (w1.dim() == 2) {
       grads.w1.addmm_(grad_bias.t(), pe.expand({grad_bias.size(0), -1}));
@@ -135,11 +138,12 @@ void bias_gradients(const at::Tensor& grad_bias, const PhiWeights& weights, PhiG
 
 // The gradients of x, pe, w1 and b1; `grad` is that of what follows the first layer's activation.
 void first_layer_backward(const CompressCall& call, const FirstLayer& first, const at::Tensor& grad,
-                          Activation activation, const PhiWeights& weights, PhiGradients& grads) {
+                          Activation activation, const PhiWeights& weights, const PhiMask& wanted,
+                          PhiGradients& grads) {
   const BlockLayout& layout = call.layout;
   const int64_t width = first.weight.size(-2) / layout.pieces;
   const at::Tensor grad_parts =
-      at::empty({layout.num_chunks, call.heads, layout.pieces * width}, first.chunks.options());
+      at::empty({layout.num_chunks, call.heads, layout.pieces * width}, first.weight.options());
   const bool activated = activation != Activation::kNone;
   const SpreadParams params{.layout = layout,
                             .items = {.heads = call.heads, .width = static_cast<int32_t>(width)},
@@ -148,12 +152,16 @@ void first_layer_backward(const CompressCall& call, const FirstLayer& first, con
                             .bias = bias_of(first.bias),
                             .grad_parts = chunk_rows_of(grad_parts)};
   launch_shift_and_spread(params, activation, call.type, call.stream);
-  const at::Tensor grad_chunks = multiply_heads(call.plan.first, grad_parts, first.weight, /*wide=*/false);
-  launch_scatter_chunks(layout, chunk_rows_of(grad_chunks), call.heads, view_of(grads.x), call.type, call.stream);
-  grads.w1 = join_weight(weight_gradient(call.plan.first, grad_parts, first.chunks), layout.pieces);
-  if (weights.b1.has_value() || weights.pe.has_value()) {
+  if (wanted.x) {
+    const at::Tensor grad_chunks = multiply_heads(call.plan.first, grad_parts, first.weight, /*wide=*/false);
+    launch_scatter_chunks(layout, chunk_rows_of(grad_chunks), call.heads, view_of(grads.x), call.type, call.stream);
+  }
+  if (wanted.w1) {
+    grads.w1 = join_weight(weight_gradient(call.plan.first, grad_parts, first.chunks), layout.pieces);
+  }
+  if (wanted.b1 || wanted.pe || (wanted.w1 && weights.pe.has_value())) {
     // The first piece of a chunk is the gradient of the block that starts there.
-    bias_gradients(at::sum(grad_parts.narrow(2, 0, width), {0}, /*keepdim=*/false, at::kFloat), weights, grads);
+    bias_gradients(at::sum(grad_parts.narrow(2, 0, width), {0}, /*keepdim=*/false, at::kFloat), weights, wanted, grads);
   }
 }
 
@@ -167,7 +175,7 @@ void phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t block_s
     out.zero_();
     return;
   }
-  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, /*backward=*/false);
+  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, std::nullopt);
   const at::Tensor x_read = unit_stride(x);
   const at::Tensor rows = out.view({call.layout.num_blocks, call.heads, out.size(-1)});
   if (call.plan.phi == Phi::kMean) {
@@ -190,41 +198,51 @@ void phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t block_s
 }
 
 PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights,
-                          int64_t block_size, int64_t block_stride, const Packing& packing) {
+                          int64_t block_size, int64_t block_stride, const Packing& packing, const PhiMask& wanted) {
   element_type("x", x);
   const c10::cuda::CUDAGuard guard(x.device());
   if (!has_blocks(x, block_size)) {
-    return zero_gradients(x, weights);
+    return zero_gradients(x, weights, wanted);
   }
-  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, /*backward=*/true);
+  const CompressCall call = lay_out(x, weights, block_size, block_stride, packing, wanted);
   PhiGradients grads;
-  grads.x = at::empty(x.sizes(), x.options());
+  grads.x = wanted.x ? at::empty(x.sizes(), x.options()) : at::Tensor();
   const at::Tensor grad = as_rows(call, grad_out);
   if (call.plan.phi == Phi::kMean) {
-    launch_mean_backward(call.layout, chunk_rows_of(grad), call.heads, view_of(grads.x), call.type, call.stream);
+    if (wanted.x) {
+      launch_mean_backward(call.layout, chunk_rows_of(grad), call.heads, view_of(grads.x), call.type, call.stream);
+    }
     return grads;
   }
-  FirstLayer first{.chunks = gather_chunks(call, unit_stride(x)),
+  FirstLayer first{.chunks = call.plan.gathers ? gather_chunks(call, unit_stride(x)) : at::Tensor(),
                    .weight = split_weight(*weights.w1, call.layout.pieces),
                    .bias = {},
                    .parts = {}};
   if (call.plan.phi == Phi::kLinear) {
-    first_layer_backward(call, first, grad, Activation::kNone, weights, grads);
+    if (wanted.first()) {
+      first_layer_backward(call, first, grad, Activation::kNone, weights, wanted, grads);
+    }
     return grads;
   }
-  first.bias = first_bias(call, weights);
-  first.parts = multiply_parts(call, first);
   at::Tensor blocks = grad;
   if (packing.packed()) {  // what came for rows without a block counts nowhere
     blocks = at::empty(grad.sizes(), grad.options());
     launch_mask_blocks(copy_blocks(call, grad, {}, blocks), call.type, call.stream);
   }
-  grads.w2 = weight_gradient(call.plan.second, blocks, hidden_layer(call, first));
-  if (weights.b2.has_value()) {
+  if (wanted.b2) {
     grads.b2 = sum_to(at::sum(blocks, {0}, /*keepdim=*/false, at::kFloat), *weights.b2, 1);
   }
-  first_layer_backward(call, first, multiply_heads(call.plan.second, blocks, *weights.w2, /*wide=*/true),
-                       Activation::kGelu, weights, grads);
+  if (call.plan.gathers) {  // the first layer once more
+    first.bias = first_bias(call, weights);
+    first.parts = multiply_parts(call, first);
+  }
+  if (wanted.w2) {
+    grads.w2 = weight_gradient(call.plan.second, blocks, hidden_layer(call, first));
+  }
+  if (wanted.first()) {
+    first_layer_backward(call, first, multiply_heads(call.plan.second, blocks, *weights.w2, /*wide=*/true),
+                         Activation::kGelu, weights, wanted, grads);
+  }
   return grads;
 }
 

@@ -14,6 +14,6 @@ void phi_forward(const at::Tensor& x, const PhiWeights& weights, int64_t block_s
 
 // The gradient of x has its dtype, those of the weights are float32 sums that are not rounded yet.
 PhiGradients phi_backward(const at::Tensor& grad_out, const at::Tensor& x, const PhiWeights& weights,
-                          int64_t block_size, int64_t block_stride, const Packing& packing);
+                          int64_t block_size, int64_t block_stride, const Packing& packing, const PhiMask& wanted);
 
 }  // namespace nsa::cuda

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "host/cpu/rows.h"
-#include "host/packing.h"
+#include "host/options.h"
 
 namespace nsa::cpu {
 
@@ -58,23 +58,28 @@ struct KeyRows {
   Rows<T> grad_k, grad_v;
 };
 
-// dk and dv of every split, (splits, ...) in the shape of k and v.
-class KeyGradients {
+// The gradients of a call in the dtype of the computation, those that are asked for: dq, and dk and dv of every split,
+// (splits, ...) in the shape of k and v. Rows of the others have no data.
+class GradientSums {
  public:
-  KeyGradients(const at::Tensor& k, const at::Tensor& v, int64_t splits)
-      : grad_k_(zeros(k, splits)), grad_v_(zeros(v, splits)) {}
+  GradientSums(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const GradientMask& wanted,
+               int64_t splits)
+      : grad_q_(wanted[0] ? at::zeros(q.sizes(), q.options()) : at::Tensor()),
+        grad_k_(wanted[1] ? zeros(k, splits) : at::Tensor()),
+        grad_v_(wanted[2] ? zeros(v, splits) : at::Tensor()) {}
 
   template <typename T>
-  Rows<T> grad_k(int64_t split) const {
-    return write_rows<T>(grad_k_.select(0, split));
+  Rows<T> grad_q() const {
+    return grad_q_.defined() ? write_rows<T>(grad_q_) : Rows<T>{};
   }
+  // The keys, and where a task's sums for them go.
   template <typename T>
-  Rows<T> grad_v(int64_t split) const {
-    return write_rows<T>(grad_v_.select(0, split));
+  KeyRows<T> key_rows(const at::Tensor& k, const at::Tensor& v, int64_t split) const {
+    return {read_rows<T>(k), read_rows<T>(v), of_split<T>(grad_k_, split), of_split<T>(grad_v_, split)};
   }
-
-  at::Tensor total_k() const { return total(grad_k_); }
-  at::Tensor total_v() const { return total(grad_v_); }
+  AttentionGradients total(at::ScalarType type) const {
+    return {grad_q_.defined() ? grad_q_.to(type) : grad_q_, total(grad_k_, type), total(grad_v_, type)};
+  }
 
  private:
   static at::Tensor zeros(const at::Tensor& like, int64_t splits) {
@@ -82,8 +87,15 @@ class KeyGradients {
     shape.insert(shape.begin(), splits);
     return at::zeros(shape, like.options());
   }
-  static at::Tensor total(const at::Tensor& sums) { return sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0); }
+  static at::Tensor total(const at::Tensor& sums, at::ScalarType type) {
+    return sums.defined() ? (sums.size(0) == 1 ? sums.select(0, 0) : sums.sum(0)).to(type) : sums;
+  }
+  template <typename T>
+  static Rows<T> of_split(const at::Tensor& sums, int64_t split) {
+    return sums.defined() ? write_rows<T>(sums.select(0, split)) : Rows<T>{};
+  }
 
+  at::Tensor grad_q_;
   at::Tensor grad_k_;
   at::Tensor grad_v_;
 };

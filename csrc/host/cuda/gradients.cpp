@@ -14,43 +14,59 @@ at::Tensor empty_key_gradient(const at::Tensor& like, bool packed) {
 }  // namespace
 
 GradientTensors::GradientTensors(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
-                                 const at::Tensor& v, const Packing& packing, const at::Tensor& grad_q)
+                                 const at::Tensor& v, const Packing& packing, const GradientMask& wanted,
+                                 const at::Tensor& grad_q)
     : q(readable(q)),
       k(readable(k)),
       v(readable(v)),
       grad_out(readable(grad_out)),
+      add_to_grad_q(false),
       packing_(packing),
-      given_(grad_q.defined()),
-      dq_(grad_q.defined() ? grad_q : at::empty(q.sizes(), q.options())),
-      dk_(empty_key_gradient(k, packing.packed())),
-      dv_(empty_key_gradient(v, packing.packed())) {
-  this->grad_q = writable(dq_);
-  grad_k = writable(dk_);
-  grad_v = writable(dv_);
-  add_to_grad_q = given_ && this->grad_q.is_same(dq_);
+      wanted_(wanted),
+      given_(grad_q.defined()) {
+  if (wanted[0]) {
+    dq_ = given_ ? grad_q : at::empty(q.sizes(), q.options());
+    this->grad_q = writable(dq_);
+    add_to_grad_q = given_ && this->grad_q.is_same(dq_);
+  }
+  if (wanted[1] || wanted[2]) {
+    dk_ = empty_key_gradient(k, packing.packed());
+    dv_ = empty_key_gradient(v, packing.packed());
+    grad_k = writable(dk_);
+    grad_v = writable(dv_);
+  }
+}
+
+AttentionGradients GradientTensors::wanted() const {
+  return {dq_, wanted_[1] ? dk_ : at::Tensor(), wanted_[2] ? dv_ : at::Tensor()};
 }
 
 AttentionGradients GradientTensors::zeros() const {
-  if (!given_) {
-    dq_.zero_();
+  for (const at::Tensor& gradient : {given_ ? at::Tensor() : dq_, dk_, dv_}) {
+    if (gradient.defined()) {
+      gradient.zero_();
+    }
   }
-  dk_.zero_();
-  dv_.zero_();
-  return {dq_, dk_, dv_};
+  return wanted();
 }
 
 AttentionGradients GradientTensors::finish() const {
+  if (dk_.defined()) {
+    copy_back(grad_k, dk_);
+    copy_back(grad_v, dv_);
+  }
+  if (!dq_.defined()) {
+    return wanted();
+  }
   if (given_ && !add_to_grad_q) {
     dq_.add_(grad_q.narrow(-1, 0, dq_.size(-1)));
   } else {
     copy_back(grad_q, dq_);
   }
-  copy_back(grad_k, dk_);
-  copy_back(grad_v, dv_);
   if (!given_) {
     fill_unused_rows(packing_, {{dq_}});
   }
-  return {dq_, dk_, dv_};
+  return wanted();
 }
 
 }  // namespace nsa::cuda

@@ -1,5 +1,6 @@
 // With P = exp(scale q k^T - lse), delta = <dO, O> - dlse and dS = P * (dO v^T - delta):
 //   dv = P^T dO,   dq = scale dS k,   dk = scale dS^T q.
+// What is not asked for is not computed: its rows have no data.
 // A task walks the tiles of one KV head in order and adds to that head's dk and dv (key_gradients.h).
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -13,11 +14,18 @@
 namespace nsa::cpu {
 namespace {
 
+template <typename T>
+void clear_unseen(T* row, const KeyRange& seen, int64_t width) {
+  std::fill(row, row + seen.begin, T(0));
+  std::fill(row + seen.end, row + width, T(0));
+}
+
 template <typename T, typename Keys>
 void backward_tile(const TileSpan& span, const Keys& keys, const BackwardInputs<T>& in, const KeyRows<T>& key_rows,
                    const Rows<T>& grad_q) {
   const int64_t kv_head = span.head / span.group;
   const int64_t batch = span.sequence->batch;
+  const bool wants_scores = grad_q.data != nullptr || key_rows.grad_k.data != nullptr;
   BackwardTile<T> tile(span, in);
   Buffer<T> weights(span.rows() * kKeysPerChunk);
   Buffer<T> grad_scores(span.rows() * kKeysPerChunk);
@@ -33,42 +41,50 @@ void backward_tile(const TileSpan& span, const Keys& keys, const BackwardInputs<
     const Matrix<const T> k{chunk_of(key_rows.k), key_rows.k.token_stride};
     const Matrix<const T> v{chunk_of(key_rows.v), key_rows.v.token_stride};
     multiply_nt<T>(rows, width, in.dk, q, k, {weights.data(), width});
-    multiply_nt<T>(rows, width, in.dv, grad_out, v, {grad_scores.data(), width});
+    if (wants_scores) {
+      multiply_nt<T>(rows, width, in.dv, grad_out, v, {grad_scores.data(), width});
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const KeyRange seen = visible_in_chunk(span, keys, chunk, chunk.token_begin + r / span.group);
       T* p = weights.data() + r * width;
       T* ds = grad_scores.data() + r * width;
       row_exp(p + seen.begin, seen.end - seen.begin, tile.lse[first_row + r]);
-      row_softmax_backward(ds + seen.begin, p + seen.begin, seen.end - seen.begin, tile.delta[first_row + r],
-                           tile.grad_lse[first_row + r]);
-      for (T* row : {p, ds}) {
-        std::fill(row, row + seen.begin, T(0));
-        std::fill(row + seen.end, row + width, T(0));
+      clear_unseen(p, seen, width);
+      if (wants_scores) {
+        row_softmax_backward(ds + seen.begin, p + seen.begin, seen.end - seen.begin, tile.delta[first_row + r],
+                             tile.grad_lse[first_row + r]);
+        clear_unseen(ds, seen, width);
       }
     }
     const Matrix<const T> p{weights.data(), width};
     const Matrix<const T> ds{grad_scores.data(), width};
-    multiply_nn<T>(rows, in.dk, width, ds, k, {tile.grad_q.data() + first_row * in.dk, in.dk}, true);
-    accumulate_tn<T>(width, in.dk, rows, ds, q, {chunk_of(key_rows.grad_k), key_rows.grad_k.token_stride});
-    accumulate_tn<T>(width, in.dv, rows, p, grad_out, {chunk_of(key_rows.grad_v), key_rows.grad_v.token_stride});
+    if (grad_q.data != nullptr) {
+      multiply_nn<T>(rows, in.dk, width, ds, k, {tile.grad_q.data() + first_row * in.dk, in.dk}, true);
+    }
+    if (key_rows.grad_k.data != nullptr) {
+      accumulate_tn<T>(width, in.dk, rows, ds, q, {chunk_of(key_rows.grad_k), key_rows.grad_k.token_stride});
+    }
+    if (key_rows.grad_v.data != nullptr) {
+      accumulate_tn<T>(width, in.dv, rows, p, grad_out, {chunk_of(key_rows.grad_v), key_rows.grad_v.token_stride});
+    }
   });
-  store_tile(span, tile.grad_q.data(), in.dk, in.scale, grad_q);
+  if (grad_q.data != nullptr) {
+    store_tile(span, tile.grad_q.data(), in.dk, in.scale, grad_q);
+  }
 }
 
 template <typename T, typename Keys>
 void backward(const BackwardInputs<T>& in, const at::Tensor& k, const at::Tensor& v, int64_t group,
-              const std::vector<SequencePlace>& sequences, const Keys& keys, const at::Tensor& grad_q,
-              const KeyGradients& key_gradients, int64_t splits) {
+              const std::vector<SequencePlace>& sequences, const Keys& keys, const GradientSums& sums, int64_t splits) {
   const std::vector<BackwardTask> tasks = list_backward_tasks(sequences, k.size(-2), splits);
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     const BackwardTask& task = tasks[i];
-    const KeyRows<T> key_rows{read_rows<T>(k), read_rows<T>(v), key_gradients.grad_k<T>(task.split),
-                              key_gradients.grad_v<T>(task.split)};
+    const KeyRows<T> key_rows = sums.key_rows<T>(k, v, task.split);
     const int64_t end = task.first + task.count;
     for (int64_t first = task.first; first < end; first += tokens_per_tile(group)) {
       const TileSpan span{task.sequence, first, std::min(tokens_per_tile(group), end - first), task.kv_head * group,
                           group};
-      backward_tile<T>(span, keys, in, key_rows, write_rows<T>(grad_q));
+      backward_tile<T>(span, keys, in, key_rows, sums.grad_q<T>());
     }
   });
 }
@@ -76,28 +92,31 @@ void backward(const BackwardInputs<T>& in, const at::Tensor& k, const at::Tensor
 }  // namespace
 
 template <typename Keys>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> range_attention_backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, double scale,
-    const std::vector<SequencePlace>& sequences, const Keys& keys) {
+AttentionGradients range_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
+                                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const at::Tensor& out, const at::Tensor& lse, double scale,
+                                            const std::vector<SequencePlace>& sequences, const Keys& keys,
+                                            const GradientMask& wanted) {
   const at::ScalarType type = lse.scalar_type();
   const BackwardOperands operands(grad_out, q, k, v, out, type);
   const int64_t splits = num_splits(sequences, k.size(-2));
-  const KeyGradients key_gradients(operands.k, operands.v, splits);
-  const at::Tensor grad_q = at::zeros(q.sizes(), q.options().dtype(type));
+  const GradientSums sums(operands.q, operands.k, operands.v, wanted, splits);
   AT_DISPATCH_FLOATING_TYPES(type, "range_attention_backward", [&] {
     backward<scalar_t>(operands.inputs<scalar_t>(lse, grad_lse, scale), operands.k, operands.v, q.size(-2) / k.size(-2),
-                       sequences, keys, grad_q, key_gradients, splits);
+                       sequences, keys, sums, splits);
   });
-  return {grad_q.to(q.scalar_type()), key_gradients.total_k().to(k.scalar_type()),
-          key_gradients.total_v().to(v.scalar_type())};
+  return sums.total(q.scalar_type());
 }
 
-template std::tuple<at::Tensor, at::Tensor, at::Tensor> range_attention_backward(
-    const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const at::Tensor&, const at::Tensor&, double, const std::vector<SequencePlace>&, const CompressedKeys&);
-template std::tuple<at::Tensor, at::Tensor, at::Tensor> range_attention_backward(
-    const at::Tensor&, const std::optional<at::Tensor>&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-    const at::Tensor&, const at::Tensor&, double, const std::vector<SequencePlace>&, const WindowKeys&);
+template AttentionGradients range_attention_backward(const at::Tensor&, const std::optional<at::Tensor>&,
+                                                     const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                     const at::Tensor&, const at::Tensor&, double,
+                                                     const std::vector<SequencePlace>&, const CompressedKeys&,
+                                                     const GradientMask&);
+template AttentionGradients range_attention_backward(const at::Tensor&, const std::optional<at::Tensor>&,
+                                                     const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                                     const at::Tensor&, const at::Tensor&, double,
+                                                     const std::vector<SequencePlace>&, const WindowKeys&,
+                                                     const GradientMask&);
 
 }  // namespace nsa::cpu

@@ -5,11 +5,10 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "common/geometry.h"
-#include "host/packing.h"
+#include "host/options.h"
 
 namespace nsa::cpu {
 
@@ -33,11 +32,12 @@ void range_attention_forward(const at::Tensor& q, const at::Tensor& k, const at:
                              const std::vector<SequencePlace>& sequences, const Keys& keys, const at::Tensor& out,
                              const at::Tensor& lse);
 
-// dq, dk, dv.
+// dq, dk, dv, where they are wanted.
 template <typename Keys>
-std::tuple<at::Tensor, at::Tensor, at::Tensor> range_attention_backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, double scale,
-    const std::vector<SequencePlace>& sequences, const Keys& keys);
+AttentionGradients range_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
+                                            const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                            const at::Tensor& out, const at::Tensor& lse, double scale,
+                                            const std::vector<SequencePlace>& sequences, const Keys& keys,
+                                            const GradientMask& wanted);
 
 }  // namespace nsa::cpu

@@ -88,12 +88,12 @@ RangeAttention range_attention_forward(const at::Tensor& q, const at::Tensor& k,
 }
 
 AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
-                                            const at::Tensor& v, const BackwardRows& rows,
+                                            const at::Tensor& v, const BackwardRows& rows, const GradientMask& wanted,
                                             const AttentionOptions& options, const at::Tensor& grad_q) {
   const ElementType type = element_type("q", q);
   check_head_dims(q, k, v);
   const c10::cuda::CUDAGuard guard(q.device());
-  const GradientTensors tensors(grad_out, q, k, v, options.packing, grad_q);
+  const GradientTensors tensors(grad_out, q, k, v, options.packing, wanted, grad_q);
   if (q.numel() == 0 || k.numel() == 0) {
     return tensors.zeros();
   }
@@ -108,7 +108,7 @@ AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at
                              .partials = nullptr};
   tensors.tell(params);
   rows.tell(params);
-  const RangeBackwardPlan plan = plan_range_backward(params, type, current_device());
+  const RangeBackwardPlan plan = plan_range_backward(params, type, current_device(), tensors.needed());
   const at::Tensor partials = at::empty({plan.splits.partial_floats}, q.options().dtype(at::kFloat));
   params.splits = plan.splits.splits;
   params.rows_per_split = plan.splits.rows_per_split;

@@ -27,9 +27,9 @@ RangeAttention range_attention_forward(const at::Tensor& q, const at::Tensor& k,
                                        const AttentionOptions& options, at::Tensor out, const at::Tensor& lse,
                                        const Gating& gating = {});
 
-// dq, dk, dv. With `grad_q`, dq is added to it instead.
+// dq, dk, dv, where they are `wanted`. With `grad_q`, dq is added to it instead.
 AttentionGradients range_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
-                                            const at::Tensor& v, const BackwardRows& rows,
+                                            const at::Tensor& v, const BackwardRows& rows, const GradientMask& wanted,
                                             const AttentionOptions& options, const at::Tensor& grad_q = {});
 
 }  // namespace nsa::cuda

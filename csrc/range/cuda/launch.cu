@@ -22,15 +22,20 @@ void launch_range_forward(const RangeForwardParams& params, const RangeForwardPl
 void launch_range_backward(const RangeBackwardParams& params, const RangeBackwardPlan& plan, ElementType type,
                            cudaStream_t stream) {
   if (plan.keys.machine == Machine::kPlain) {
-    return launch_range_backward_plain(params, stream);
+    return launch_range_backward_plain(params, plan.needed, stream);
   }
-  with_kernel(plan.query.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
-    if constexpr (on == Machine::kSm90) {
-      launch_range_backward_query_sm90<decltype(element), k, v>(params, stream);
-    } else {
-      RangeSm80<decltype(element), k, v>::backward_query(params, stream);
-    }
-  });
+  if (plan.needed.query) {
+    with_kernel(plan.query.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
+      if constexpr (on == Machine::kSm90) {
+        launch_range_backward_query_sm90<decltype(element), k, v>(params, stream);
+      } else {
+        RangeSm80<decltype(element), k, v>::backward_query(params, stream);
+      }
+    });
+  }
+  if (!plan.needed.keys) {
+    return;
+  }
   with_kernel(plan.keys.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
     if constexpr (on == Machine::kSm90) {
       launch_range_backward_keys_sm90<decltype(element), k, v>(params, stream);

@@ -17,6 +17,6 @@ void launch_range_backward(const RangeBackwardParams& params, const RangeBackwar
 // In float32 (range/plain/). The backward writes all of grad_q, grad_k and grad_v, also where nobody sees a key; it
 // needs no splits and no partials.
 void launch_range_forward_plain(const RangeForwardParams& params, cudaStream_t stream);
-void launch_range_backward_plain(const RangeBackwardParams& params, cudaStream_t stream);
+void launch_range_backward_plain(const RangeBackwardParams& params, NeededGradients needed, cudaStream_t stream);
 
 }  // namespace nsa

@@ -48,8 +48,8 @@ void launch_range_forward_plain(const RangeForwardParams& params, cudaStream_t s
   plain::launch_forward<RangeBranch>(params, stream, "attention over a range of keys, float32");
 }
 
-void launch_range_backward_plain(const RangeBackwardParams& params, cudaStream_t stream) {
-  plain::launch_backward<RangeBranch>(params, params.num_keys, stream,
+void launch_range_backward_plain(const RangeBackwardParams& params, NeededGradients needed, cudaStream_t stream) {
+  plain::launch_backward<RangeBranch>(params, params.num_keys, needed, stream,
                                       "attention over a range of keys, float32, backward");
 }
 

@@ -25,11 +25,20 @@ struct Scratch {
         grad_q(rows * dk) {}
 };
 
+// Adds what was computed of gathered tokens, `width` numbers each, to the tile's.
+template <typename T>
+void scatter_add(const BlockGroup& group, int64_t width, const T* gathered, T* tile) {
+  for (int64_t i = 0; i < group.num_tokens; ++i) {
+    row_add(tile + group.tokens[i] * width, gathered + i * width, width);
+  }
+}
+
 template <typename T>
 void backward_tile(const TileSpan& span, const BlockLists& lists, const BackwardInputs<T>& in,
                    const KeyRows<T>& key_rows, const Rows<T>& grad_q) {
   const int64_t kv_head = span.head / span.group;
   const int64_t batch = span.sequence->batch;
+  const bool wants_scores = grad_q.data != nullptr || key_rows.grad_k.data != nullptr;
   BackwardTile<T> tile(span, in);
   Scratch<T> scratch(std::min(std::max(kRowsPerProduct, span.group), span.rows()), in.dk, in.dv, lists.select_size);
 
@@ -46,7 +55,9 @@ void backward_tile(const TileSpan& span, const BlockLists& lists, const Backward
     gather(group, span.group, in.dk, tile.q.data(), scratch.q.data());
     gather(group, span.group, in.dv, tile.grad_out.data(), scratch.grad_out.data());
     multiply_nt<T>(rows, width, in.dk, q, k, {scratch.weights.data(), width});
-    multiply_nt<T>(rows, width, in.dv, grad_out, v, {scratch.grad_scores.data(), width});
+    if (wants_scores) {
+      multiply_nt<T>(rows, width, in.dv, grad_out, v, {scratch.grad_scores.data(), width});
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = group.tokens[r / span.group];
       const int64_t row = token * span.group + r % span.group;
@@ -54,29 +65,38 @@ void backward_tile(const TileSpan& span, const BlockLists& lists, const Backward
       T* p = scratch.weights.data() + r * width;
       T* ds = scratch.grad_scores.data() + r * width;
       row_exp(p, seen, tile.lse[row]);
-      row_softmax_backward(ds, p, seen, tile.delta[row], tile.grad_lse[row]);
       std::fill(p + seen, p + width, T(0));
-      std::fill(ds + seen, ds + width, T(0));
+      if (wants_scores) {
+        row_softmax_backward(ds, p, seen, tile.delta[row], tile.grad_lse[row]);
+        std::fill(ds + seen, ds + width, T(0));
+      }
     }
     const Matrix<const T> p{scratch.weights.data(), width};
     const Matrix<const T> ds{scratch.grad_scores.data(), width};
-    multiply_nn<T>(rows, in.dk, width, ds, k, {scratch.grad_q.data(), in.dk}, false);
-    for (int64_t i = 0; i < group.num_tokens; ++i) {
-      row_add(tile.grad_q.data() + group.tokens[i] * span.group * in.dk, scratch.grad_q.data() + i * span.group * in.dk,
-              span.group * in.dk);
+    if (grad_q.data != nullptr) {
+      multiply_nn<T>(rows, in.dk, width, ds, k, {scratch.grad_q.data(), in.dk}, false);
+      scatter_add(group, span.group * in.dk, scratch.grad_q.data(), tile.grad_q.data());
     }
-    accumulate_tn<T>(width, in.dk, rows, ds, q, {block_of(key_rows.grad_k), key_rows.grad_k.token_stride});
-    accumulate_tn<T>(width, in.dv, rows, p, grad_out, {block_of(key_rows.grad_v), key_rows.grad_v.token_stride});
+    if (key_rows.grad_k.data != nullptr) {
+      accumulate_tn<T>(width, in.dk, rows, ds, q, {block_of(key_rows.grad_k), key_rows.grad_k.token_stride});
+    }
+    if (key_rows.grad_v.data != nullptr) {
+      accumulate_tn<T>(width, in.dv, rows, p, grad_out, {block_of(key_rows.grad_v), key_rows.grad_v.token_stride});
+    }
   });
-  store_tile(span, tile.grad_q.data(), in.dk, in.scale, grad_q);
+  if (grad_q.data != nullptr) {
+    store_tile(span, tile.grad_q.data(), in.dk, in.scale, grad_q);
+  }
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> selected_attention_backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& block_indices, const at::Tensor& out, const at::Tensor& lse,
-    int64_t select_size, double scale, const std::vector<SequencePlace>& sequences) {
+AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
+                                               const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                               const at::Tensor& block_indices, const at::Tensor& out,
+                                               const at::Tensor& lse, int64_t select_size, double scale,
+                                               const std::vector<SequencePlace>& sequences,
+                                               const GradientMask& wanted) {
   const at::ScalarType type = lse.scalar_type();
   const BackwardOperands operands(grad_out, q, k, v, out, type);
   const at::Tensor indices = block_indices.contiguous();
@@ -86,24 +106,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> selected_attention_backward(
   const int64_t tokens = tokens_per_selected_tile(group, ceil_div(k.size(-3), select_size), lists.per_token);
   const int64_t splits = num_splits(sequences, kv_heads);
   const std::vector<BackwardTask> tasks = list_backward_tasks(sequences, kv_heads, splits);
-  const KeyGradients key_gradients(operands.k, operands.v, splits);
-  const at::Tensor grad_q = at::zeros(q.sizes(), q.options().dtype(type));
+  const GradientSums sums(operands.q, operands.k, operands.v, wanted, splits);
   AT_DISPATCH_FLOATING_TYPES(type, "selected_attention_backward", [&] {
     const BackwardInputs<scalar_t> in = operands.inputs<scalar_t>(lse, grad_lse, scale);
     for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
       const BackwardTask& task = tasks[i];
-      const KeyRows<scalar_t> key_rows{read_rows<scalar_t>(operands.k), read_rows<scalar_t>(operands.v),
-                                       key_gradients.grad_k<scalar_t>(task.split),
-                                       key_gradients.grad_v<scalar_t>(task.split)};
+      const KeyRows<scalar_t> key_rows = sums.key_rows<scalar_t>(operands.k, operands.v, task.split);
       const int64_t end = task.first + task.count;
       for (int64_t first = task.first; first < end; first += tokens) {
         const TileSpan span{task.sequence, first, std::min(tokens, end - first), task.kv_head * group, group};
-        backward_tile<scalar_t>(span, lists, in, key_rows, write_rows<scalar_t>(grad_q));
+        backward_tile<scalar_t>(span, lists, in, key_rows, sums.grad_q<scalar_t>());
       }
     });
   });
-  return {grad_q.to(q.scalar_type()), key_gradients.total_k().to(k.scalar_type()),
-          key_gradients.total_v().to(v.scalar_type())};
+  return sums.total(q.scalar_type());
 }
 
 }  // namespace nsa::cpu

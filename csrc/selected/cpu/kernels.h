@@ -5,10 +5,9 @@
 
 #include <cstdint>
 #include <optional>
-#include <tuple>
 #include <vector>
 
-#include "host/packing.h"
+#include "host/options.h"
 
 namespace nsa::cpu {
 
@@ -22,10 +21,11 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
                                 const std::vector<SequencePlace>& sequences, const at::Tensor& out,
                                 const at::Tensor& lse);
 
-// dq, dk, dv.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> selected_attention_backward(
-    const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& block_indices, const at::Tensor& out, const at::Tensor& lse,
-    int64_t select_size, double scale, const std::vector<SequencePlace>& sequences);
+// dq, dk, dv, where they are wanted.
+AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
+                                               const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                               const at::Tensor& block_indices, const at::Tensor& out,
+                                               const at::Tensor& lse, int64_t select_size, double scale,
+                                               const std::vector<SequencePlace>& sequences, const GradientMask& wanted);
 
 }  // namespace nsa::cpu

@@ -137,11 +137,12 @@ void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const 
 
 AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                                                const at::Tensor& v, const BackwardRows& rows,
-                                               const AttentionOptions& options, const at::Tensor& grad_q) {
+                                               const GradientMask& wanted, const AttentionOptions& options,
+                                               const at::Tensor& grad_q) {
   const ElementType type = element_type("q", q);
   check_head_dims(q, k, v);
   const c10::cuda::CUDAGuard guard(q.device());
-  const GradientTensors tensors(grad_out, q, k, v, options.packing, grad_q);
+  const GradientTensors tensors(grad_out, q, k, v, options.packing, wanted, grad_q);
   const at::Tensor lists = options.block_indices->contiguous();
   if (q.numel() == 0 || k.numel() == 0 || lists.numel() == 0) {
     return tensors.zeros();
@@ -158,9 +159,9 @@ AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const
   tensors.tell(params);
   rows.tell(params);
   check_pairs(params, lists);
-  const SelectedBackwardPlan plan = plan_selected_backward(params, type, current_device());
+  const SelectedBackwardPlan plan = plan_selected_backward(params, type, current_device(), tensors.needed());
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const InvertedLists inverted = invert_lists(params, lists, plan, stream);
+  const InvertedLists inverted = plan.needed.keys ? invert_lists(params, lists, plan, stream) : InvertedLists{};
   const at::Tensor handed = at::empty({plan.handed_bytes}, q.options().dtype(at::kByte));
   const at::Tensor partials = at::empty({plan.partial_floats}, q.options().dtype(at::kFloat));
   params.chosen_by = inverted.chosen_by;

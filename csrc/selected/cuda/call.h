@@ -16,9 +16,10 @@ void check_lists_fit(const at::Tensor& q, const at::Tensor& v, const at::Tensor&
 void selected_attention_forward(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                 const AttentionOptions& options, const at::Tensor& out, const at::Tensor& lse);
 
-// dq, dk, dv. With `grad_q`, dq is added to it instead.
+// dq, dk, dv, where they are `wanted`. With `grad_q`, dq is added to it instead.
 AttentionGradients selected_attention_backward(const at::Tensor& grad_out, const at::Tensor& q, const at::Tensor& k,
                                                const at::Tensor& v, const BackwardRows& rows,
-                                               const AttentionOptions& options, const at::Tensor& grad_q = {});
+                                               const GradientMask& wanted, const AttentionOptions& options,
+                                               const at::Tensor& grad_q = {});
 
 }  // namespace nsa::cuda

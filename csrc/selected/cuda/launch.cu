@@ -22,9 +22,9 @@ void launch_selected_forward(const SelectedForwardParams& params, const Selected
 void launch_selected_backward(const SelectedBackwardParams& params, const SelectedBackwardPlan& plan, ElementType type,
                               cudaStream_t stream) {
   if (plan.keys.machine == Machine::kPlain) {
-    return launch_selected_backward_plain(params, stream);
+    return launch_selected_backward_plain(params, plan.needed, stream);
   }
-  if (plan.handed_heads == 0) {
+  if (plan.needed.query && plan.handed_heads == 0) {
     with_kernel(plan.query.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
       if constexpr (on == Machine::kSm90) {
         launch_selected_backward_query_sm90<decltype(element), k, v>(params, plan, stream);
@@ -32,6 +32,9 @@ void launch_selected_backward(const SelectedBackwardParams& params, const Select
         SelectedSm80<decltype(element), k, v>::backward_query(params, plan.query_tile, stream);
       }
     });
+  }
+  if (!plan.needed.keys) {
+    return;
   }
   with_kernel(plan.keys.machine, type, params.q.width, params.v.width, [&](auto on, auto element, auto k, auto v) {
     if constexpr (on == Machine::kSm90) {

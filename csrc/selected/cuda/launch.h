@@ -17,7 +17,7 @@ void launch_selected_backward(const SelectedBackwardParams& params, const Select
 // In float32 (selected/plain/). The backward writes all of grad_q, grad_k and grad_v, also where nobody sees a key. Of
 // chosen_by it reads queries and begins; it needs no partials.
 void launch_selected_forward_plain(const SelectedForwardParams& params, cudaStream_t stream);
-void launch_selected_backward_plain(const SelectedBackwardParams& params, cudaStream_t stream);
+void launch_selected_backward_plain(const SelectedBackwardParams& params, NeededGradients needed, cudaStream_t stream);
 
 // Turning the lists round. The caller allocates what InvertListsParams points at.
 int64_t invert_lists_temporary_bytes(int64_t pairs, int64_t blocks);

@@ -69,8 +69,8 @@ void launch_selected_forward_plain(const SelectedForwardParams& params, cudaStre
   plain::launch_forward<SelectedBranch>(params, stream, "attention over listed blocks, float32");
 }
 
-void launch_selected_backward_plain(const SelectedBackwardParams& params, cudaStream_t stream) {
-  plain::launch_backward<SelectedBranch>(params, params.sequences.length_k, stream,
+void launch_selected_backward_plain(const SelectedBackwardParams& params, NeededGradients needed, cudaStream_t stream) {
+  plain::launch_backward<SelectedBranch>(params, params.sequences.length_k, needed, stream,
                                          "attention over listed blocks, float32, backward");
 }
 
