@@ -5,7 +5,7 @@
 
 64 query heads, 4 KV heads, d 128, bf16, one sequence of standard normal numbers; on a CPU float32 with 8 and 2 heads.
 Backward alone, medians as in benchmarks/gpu.py. A row's `wanted` names the inputs whose gradients are asked for,
-`share` is its time over that of all of them. Into benchmarks/results/gradients-<machine>.json.
+`share` is its time over that of all of them. Into benchmarks/results/gradients/<machine>.json.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--budget", type=float, default=0.3, help="seconds for each measured time")
     parser.add_argument("--commit", help="what was measured, where the checkout is not under git")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gradients-<machine>.json")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gradients/<machine>.json")
     options = parser.parse_args()
     device = Device(options.device)
     machine = torch.cuda.get_device_name() if device.is_cuda else cpu_model()
@@ -72,7 +72,7 @@ def main() -> None:
                 row |= {"data": "random", "op": op, "direction": "backward", "wanted": wanted}
                 rows.append(row | {"ms": round(ms, 4), "share": round(ms / whole, 4)})
                 print(f"{tokens:7} {op:14} {ms:10.3f} ms {ms / whole:7.1%}  {wanted}", flush=True)
-    output = options.output or ROOT / "benchmarks" / "results" / f"gradients-{slug(machine)}.json"
+    output = options.output or ROOT / "benchmarks" / "results" / "gradients" / f"{slug(machine)}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     write(output, head, rows)
 

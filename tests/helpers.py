@@ -192,7 +192,10 @@ def evaluate(op: Callable[..., Any], inputs: Inputs, *, seed: int = 1, wanted: S
     outputs = result if isinstance(result, tuple) else (result,)
     random = torch.Generator().manual_seed(seed)
     cotangents = [torch.randn(o.shape, generator=random, dtype=torch.float64).to(o.device, o.dtype) for o in outputs]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    used = [number for number, output in enumerate(outputs) if output.requires_grad]  # lse does not depend on v
+    grads = torch.autograd.grad(
+        [outputs[number] for number in used], list(leaves.values()), [cotangents[number] for number in used]
+    )
     for name, grad in zip(names, grads, strict=True):
         assert grad.dtype == leaves[name].dtype, f"gradient of {name} is {grad.dtype}"
     named = dict(zip(("out", "lse"), (o.detach() for o in outputs), strict=False))

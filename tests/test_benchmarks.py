@@ -171,3 +171,14 @@ def test_dense_view_marks_where_this_is_faster_than_every_peer() -> None:
     assert lines[3] == "| 64 / 4 | 128 | 1 x 64k | 2.00 / 4.00 | 2.00 / 7.00 | 4.00 / 4.00 | **1.33** |"
     named = VIEWS["dense"]({}, pair(4096, 4.0, batch=8, model="Llama")).splitlines()[2:]
     assert named[0].startswith("| as in | heads") and named[2].startswith("| Llama | 64 / 4 | 128 | 8 x 4k |")
+
+
+def test_backwards_of_some_gradients_are_measured(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "gradients.json"
+    command = [sys.executable, "benchmarks/gradients.py", "--device", "cpu", "--lengths", "128", "--budget", "0.01"]
+    subprocess.run([*command, "--commit", "none", "--output", output], cwd=ROOT, check=True, capture_output=True)
+    file = json.loads(output.read_text())
+    first, gates = file["rows"][0], file["rows"][2]
+    assert first["share"] == 1 and gates["wanted"] == "gates" and 0 < gates["share"] < 1
+    lines = VIEWS["gradients"](file, file["rows"]).splitlines()[2:]
+    assert len(lines) == 2 + len(file["rows"]) and "| k_cmp, v_cmp |" in lines[6]

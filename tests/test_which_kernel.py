@@ -265,7 +265,7 @@ def test_a_profile_shows_what_is_named_for_compress(compression: str, dtype: tor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_profile_shows_what_is_named_for_rotate(dtype: torch.dtype) -> None:
     x = torch.randn(1, 300, 2, 64, device="cuda", dtype=dtype, requires_grad=True)
-    angles = torch.rand(300, 32, device="cuda")
+    angles = torch.rand(300, 1, 32, device="cuda").repeat(1, 1, 2)
     arguments: dict[str, Any] = {"device": "cuda", "dtype": str(dtype).removeprefix("torch."), "num_keys": 300}
     arguments |= {"num_kv_heads": 2, "num_heads": 2, "head_dim": 64}
     with torch.no_grad():
