@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import nsa_torch
-from helpers import ATTENTION_OPS, Inputs, cumulative, differentiable, make_inputs, make_packed_inputs
+from helpers import Inputs, cumulative, differentiable, make_inputs, make_packed_inputs
 from shapes import ADVERSARIAL, CPU, GPU, MODELS, OPS, TILED, Shape, cost
 
 COUNTED = (
