@@ -13,6 +13,7 @@ from nsa_torch import _library
 
 _library.load()
 
+from nsa_torch import flops  # noqa: E402
 from nsa_torch.cache import NSACache  # noqa: E402
 from nsa_torch.checkpoints import convert_state_dict_0_1  # noqa: E402
 from nsa_torch.info import KernelLaunch, KernelPlan, build_info, which_kernel  # noqa: E402
@@ -26,6 +27,8 @@ from nsa_torch.ops import (  # noqa: E402
     selected_attention,
     window_attention,
 )
+
+flops.register()
 
 try:
     __version__ = metadata.version("nsa_torch")

@@ -73,6 +73,7 @@ class BlockCompression(nn.Module):
         self.compression = compression
         self.per_head = num_heads is not None
         self.tensor_parallel: DeviceMesh | None = None  # the ranks that the KV heads are cut over
+        self.sequence_parallel = False  # whether the layer's inputs and outputs are cut over the same ranks
         shapes: dict[str, tuple[int, ...]] = {}
         if compression != "mean":
             width = hidden if compression == "mlp" else dim

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .module import NSAAttention
 
 
-def tensor_parallel_plan(layer: NSAAttention) -> dict[str, ParallelStyle]:
+def tensor_parallel_plan(layer: NSAAttention, *, sequence_parallel: bool = False) -> dict[str, ParallelStyle]:
     """The plan for `torch.distributed.tensor.parallel.parallelize_module` that cuts a layer into its heads.
 
     Every rank gets num_kv_heads / ranks KV heads and their query heads: their columns of q_proj, k_proj, v_proj and
@@ -27,6 +27,13 @@ def tensor_parallel_plan(layer: NSAAttention) -> dict[str, ParallelStyle]:
 
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
 
+    sequence_parallel: the layer takes each rank's part of the tokens, (B, T / ranks, hidden_size) or packed
+    (sum T / ranks, hidden_size), and gives the same: it gathers them, and scatters the sums, as is usual around norms
+    with torch's SequenceParallel. position_embeddings and cu_seqlens are of all tokens. The ranks must divide the
+    tokens, unless they come as a DTensor.
+
+    With either, hidden_states may be a DTensor on the mesh, placed in any way. The result is a plain tensor.
+
     For a model, prefix the names: {f"layers.{i}.attn.{name}": style for name, style in plan.items()}. A plan of your
     own may leave compress_k and compress_v out: they stay ordinary parameters, whose gradients are summed, too.
 
@@ -35,10 +42,10 @@ def tensor_parallel_plan(layer: NSAAttention) -> dict[str, ParallelStyle]:
     """
     # The compression comes first: it refuses what cannot be cut.
     plan: dict[str, ParallelStyle] = {
-        name: CompressionParallel(layer.num_kv_heads) for name in ("compress_k", "compress_v")
+        name: CompressionParallel(layer.num_kv_heads, sequence_parallel) for name in ("compress_k", "compress_v")
     }
     plan |= {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "gate_proj")}
-    return plan | {"o_proj": RowwiseParallel()}
+    return plan | {"o_proj": RowwiseParallel(output_layouts=Shard(-2) if sequence_parallel else Replicate())}
 
 
 class CompressionParallel(ParallelStyle):
@@ -46,14 +53,16 @@ class CompressionParallel(ParallelStyle):
 
     Args:
         num_kv_heads: of the whole layer.
+        sequence_parallel: the layer's inputs and outputs are cut over the same ranks, along the tokens.
 
     Raises:
         ValueError: when applied to more ranks than divide num_kv_heads.
     """
 
-    def __init__(self, num_kv_heads: int):
+    def __init__(self, num_kv_heads: int, sequence_parallel: bool = False):
         super().__init__()
         self.num_kv_heads = num_kv_heads
+        self.sequence_parallel = sequence_parallel
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, BlockCompression):
@@ -67,7 +76,7 @@ class CompressionParallel(ParallelStyle):
         for name, weight in list(module.named_parameters()):
             cut = distribute_tensor(weight, device_mesh, [placement], src_data_rank=self.src_data_rank)
             module.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
-        module.tensor_parallel = device_mesh
+        module.tensor_parallel, module.sequence_parallel = device_mesh, self.sequence_parallel
         return module
 
 

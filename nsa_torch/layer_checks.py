@@ -11,6 +11,7 @@ from .cache import NSACache, NSALayerCache
 from .checks import check_tensors
 from .packing import padding_rows
 from .placement import moves_weights
+from .ranks import whole_like
 
 if TYPE_CHECKING:
     from .module import NSAAttention
@@ -47,7 +48,7 @@ def take_tokens(layer: NSAAttention, hidden_states: Tensor, cu_seqlens: Tensor |
         raise TypeError(f"cu_seqlens must be int32, got {cu_seqlens.dtype}")
     x = hidden_states.flatten(0, -2)
     padding = padding_rows(cu_seqlens, x.size(0))
-    return (x if padding is None else x.masked_fill(padding, 0)), padding
+    return (x if padding is None else x.masked_fill(whole_like(x, padding), 0)), padding
 
 
 def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache, hidden_states: Tensor) -> NSALayerCache:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +15,8 @@ from .checks import check_at_least, check_divides
 from .heads import NSAInputs, split_heads
 from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
-from .placement import compute_device, compute_dtype
+from .placement import compute_device, compute_dtype, heads_mesh
+from .ranks import gather_tokens, own_tokens, spread_tokens
 from .rope import Tables, check_tables, for_heads, rope_tables, rotate, take_rows
 
 if TYPE_CHECKING:
@@ -218,21 +218,23 @@ class NSAAttention(nn.Module):
             TypeError: cu_seqlens of another dtype or device.
             RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
         """
+        hidden_states = gather_tokens(self, hidden_states)
         x, padding = take_tokens(self, hidden_states, cu_seqlens)
         layer = None if cache is None else check_cache(self, cache, hidden_states)
         if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
+            if x.size(-2) == 0:
+                return self.o_proj(out.flatten(-2)).view(hidden_states.shape)
         else:
             inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
             options = self._block_options() | {"window": self.window, "scale": self.scale}
             options |= self._choice_options() | packing
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
             out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
-        out = self.o_proj(out.flatten(-2))
+        out = self.o_proj(out.reshape(*hidden_states.shape[:-1], out.size(-2) * out.size(-1)))
         if padding is not None and not (type(self.o_proj) is nn.Linear and self.o_proj.bias is None):
-            out = out.masked_fill(padding, 0)
-        out = out.view(hidden_states.shape)
-        if layer is not None and x.size(-2) > 0:
+            out = out.masked_fill(own_tokens(self, padding), 0)
+        if layer is not None:
             layer.finish()  # last, so that whatever fails above leaves the cache as it was
         return out
 
@@ -246,7 +248,7 @@ class NSAAttention(nn.Module):
         max_seqlen: int | None = None,
     ) -> NSAChoices:
         """The blocks that every query reads and its gates, of this rank's heads; arguments as for `forward`."""
-        x, padding = take_tokens(self, hidden_states, cu_seqlens)
+        x, padding = take_tokens(self, gather_tokens(self, hidden_states), cu_seqlens)
         inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
         if cu_seqlens is None:
             packing["seqlen_k"] = x.size(1)
@@ -260,17 +262,12 @@ class NSAAttention(nn.Module):
     @property
     def ranks(self) -> int:
         """Over how many ranks of tensor parallelism the heads are cut."""
-        if self.compress_k.tensor_parallel is not None:
-            return self.compress_k.tensor_parallel.size()
-        weight: Any = getattr(self.o_proj, "weight", None)
-        placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
-        sizes = [weight.device_mesh.size(dim) for dim, cut in enumerate(placements) if cut.is_shard(1)]
-        return math.prod(sizes)
+        mesh = heads_mesh(self)
+        return 1 if mesh is None else mesh.size()
 
     def _mesh(self, kv_heads: int) -> DeviceMesh | None:
         """The ranks of tensor parallelism that have the other heads, if this one has not all of them."""
-        whole = kv_heads == self.num_kv_heads
-        return None if whole else getattr(getattr(self.k_proj, "weight", None), "device_mesh", None)
+        return None if kv_heads == self.num_kv_heads else heads_mesh(self)
 
     def _block_options(self) -> dict[str, Any]:
         return {"block_size": self.block_size, "block_stride": self.block_stride}
@@ -287,6 +284,7 @@ class NSAAttention(nn.Module):
     def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:
         """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated."""
         x, tables = self._in_autocast_dtype(x), for_heads(tables)
+        x = spread_tokens(self, x)
         projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate_proj(x)
         inputs = split_heads(*projected, self.head_dim, self.v_head_dim, self.num_heads // self.num_kv_heads)
         q, k_slc, k_win = (rotate(t, tables) for t in (inputs.q, inputs.k_slc, inputs.k_win))
@@ -352,7 +350,7 @@ class NSAAttention(nn.Module):
                 cos, sin = (table.expand(batch, -1, -1).flatten(0, 1) for table in tables)
                 tables = cos, sin
         if x.size(0) == 0:
-            return x.new_zeros(0, self.num_heads // self.ranks, self.v_head_dim)
+            return torch.zeros(0, self.num_heads // self.ranks, self.v_head_dim, dtype=x.dtype, device=x.device)
         step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
         if tables is None and self.rope_theta is not None:
             tables = rope_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)

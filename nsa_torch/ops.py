@@ -12,6 +12,8 @@ Common to all of them:
 - ``lse`` is the natural logarithm of the softmax denominator, float32 (float64 for float64), (B, Hq, Tq) or packed
   (Hq, sum Tq). A query that sees no key has output 0, lse -inf and zero gradients. Gradients flow through lse too.
 - Wrong sizes and options raise ValueError, wrong dtypes and devices TypeError, naming the argument.
+- DTensors that are cut over their heads or their batch, all alike, are computed on each rank's part, and so are the
+  results; nothing is sent. Other placements, and heads that the ranks do not divide, are refused.
 - Gradients are themselves ops; gradients of gradients are not implemented and say so.
 """
 
@@ -30,8 +32,18 @@ _OPTIONAL = frozenset(
 )
 
 
-def _check_types(**arguments: Any) -> None:
-    """Everything else is checked in C++; a wrong Python type would not get there with its name."""
+def _call(op: Any, tensors: dict[str, Any], options: dict[str, Any]) -> Any:
+    """The op of tensors, which come first, and options, both by name; of DTensors on each rank's part."""
+    if _check_types(tensors | options):
+        from .dtensor import call_on_shards
+
+        return call_on_shards(op, tensors, options)
+    return op(*tensors.values(), **options)
+
+
+def _check_types(arguments: dict[str, Any]) -> bool:
+    """Whether any is a DTensor. All else is checked in C++; a wrong Python type would not get there with its name."""
+    distributed = False
     for name, value in arguments.items():
         if value is None and name in _OPTIONAL:
             continue
@@ -40,11 +52,16 @@ def _check_types(**arguments: Any) -> None:
             expected, kinds = "an int", (int, torch.SymInt)
         elif name == "scale":
             expected, kinds = "a number", (int, float, torch.SymInt, torch.SymFloat)
+        elif name == "transposed":
+            expected, kinds = "a bool", (bool,)
         else:
             expected, kinds = "a tensor", (Tensor,)
         if not isinstance(value, kinds):
             optional = " or None" if name in _OPTIONAL else ""
             raise TypeError(f"{name} must be {expected}{optional}, got {type(value).__name__}")
+        if kinds == (Tensor,) and type(value) is not Tensor:
+            distributed |= hasattr(value, "placements")
+    return distributed
 
 
 def compress(
@@ -94,8 +111,8 @@ def compress(
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_k": max_seqlen_k,
     }
-    _check_types(x=x, pe=pe, w1=w1, b1=b1, w2=w2, b2=b2, **options)
-    return torch.ops.nsa.compress(x, pe, w1, b1, w2, b2, **options)
+    tensors = {"x": x, "pe": pe, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    return _call(torch.ops.nsa.compress, tensors, options)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> Tensor:
@@ -115,8 +132,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, transposed: bool = False) -> 
     Raises:
         ValueError: sizes that do not fit. TypeError: dtypes that are not floating, devices that differ.
     """
-    _check_types(x=x, cos=cos, sin=sin)
-    return torch.ops.nsa.rotate(x, cos, sin, transposed)
+    return _call(torch.ops.nsa.rotate, {"x": x, "cos": cos, "sin": sin}, {"transposed": transposed})
 
 
 def compressed_attention(
@@ -164,8 +180,8 @@ def compressed_attention(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(q=q, k_cmp=k_cmp, v_cmp=v_cmp, **options)
-    return torch.ops.nsa.compressed_attention(q, k_cmp, v_cmp, **options)
+    tensors = {"q": q, "k_cmp": k_cmp, "v_cmp": v_cmp}
+    return _call(torch.ops.nsa.compressed_attention, tensors, options)
 
 
 def select_blocks(
@@ -227,8 +243,8 @@ def select_blocks(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(q=q, k_cmp=k_cmp, lse=lse, **options)
-    return torch.ops.nsa.select_blocks(q, k_cmp, lse, **options)
+    tensors = {"q": q, "k_cmp": k_cmp, "lse": lse}
+    return _call(torch.ops.nsa.select_blocks, tensors, options)
 
 
 def selected_attention(
@@ -271,8 +287,8 @@ def selected_attention(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(q=q, k=k, v=v, block_indices=block_indices, **options)
-    return torch.ops.nsa.selected_attention(q, k, v, block_indices, **options)
+    tensors = {"q": q, "k": k, "v": v, "block_indices": block_indices}
+    return _call(torch.ops.nsa.selected_attention, tensors, options)
 
 
 def window_attention(
@@ -312,8 +328,8 @@ def window_attention(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(q=q, k=k, v=v, **options)
-    return torch.ops.nsa.window_attention(q, k, v, **options)
+    tensors = {"q": q, "k": k, "v": v}
+    return _call(torch.ops.nsa.window_attention, tensors, options)
 
 
 def nsa_attention(
@@ -376,7 +392,5 @@ def nsa_attention(
         "max_seqlen_k": max_seqlen_k,
         "seqused_k": seqused_k,
     }
-    _check_types(
-        q=q, k_cmp=k_cmp, v_cmp=v_cmp, k_slc=k_slc, v_slc=v_slc, k_win=k_win, v_win=v_win, gates=gates, **options
-    )
-    return torch.ops.nsa.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
+    tensors = {"q": q, "k_cmp": k_cmp, "v_cmp": v_cmp, "k_slc": k_slc, "v_slc": v_slc, "k_win": k_win, "v_win": v_win}
+    return _call(torch.ops.nsa.nsa_attention, tensors | {"gates": gates}, options)

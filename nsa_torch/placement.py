@@ -1,13 +1,15 @@
-"""Where a layer computes, and in which dtype: not always where, and as what, its weights are kept."""
+"""Where a layer computes, on which ranks, and in which dtype: not always where, and as what, its weights are kept."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from .module import NSAAttention
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,3 +34,16 @@ def compute_dtype(layer: NSAAttention, device: torch.device) -> torch.dtype:
         return torch.get_autocast_dtype(device.type)
     held = [weight.dtype for weight in (layer.q_proj.weight, *layer.parameters()) if weight.dtype in COMPUTED]
     return held[0] if held else torch.get_default_dtype()
+
+
+def heads_mesh(layer: NSAAttention) -> DeviceMesh | None:
+    """The ranks that a layer's heads are cut over by tensor parallelism."""
+    if layer.compress_k.tensor_parallel is not None:
+        return layer.compress_k.tensor_parallel
+    weight: Any = getattr(layer.o_proj, "weight", None)
+    placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
+    dims = [dim for dim, placement in enumerate(placements) if placement.is_shard(1)]
+    if not dims:
+        return None
+    mesh: DeviceMesh = weight.device_mesh
+    return mesh if mesh.ndim == 1 else mesh[tuple(mesh.mesh_dim_names[dim] for dim in dims)]  # type: ignore[index]

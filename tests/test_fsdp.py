@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nsa_torch import NSAAttention
 from nsa_torch.block_compression import BlockCompression
+from processes import assert_near, on_two_ranks, whole
 from test_module import BLOCKS, DK, DV, HEADS, HIDDEN, KV_HEADS, make, tokens
-from test_tensor_parallel import assert_near, on_two_ranks, whole
 
 VARIANTS: list[dict[str, Any]] = [
     {},

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import nn
 
+from processes import assert_near, on_two_ranks, whole
 from test_module import DK, DV, HEADS, HIDDEN, KV_HEADS, make, tokens
 
 RANKS = 2
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-
-
-def _process(rank: int, store: str, checks: tuple[Callable[[Any], None], ...]) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    try:
-        mesh = init_device_mesh("cpu", (RANKS,))
-        for check in checks:
-            check(mesh)
-        torch.distributed.barrier()  # a rank that leaves first would break the others' connections
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def on_two_ranks(*checks: Callable[[Any], None]) -> None:
-    """Processes take seconds to start: they run several checks."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (str(Path(folder) / "store"), checks), nprocs=RANKS)
 
 
 def parallel(layer: nn.Module, mesh: Any) -> nn.Module:
@@ -57,16 +32,6 @@ def parallel_by_hand(layer: nn.Module, mesh: Any) -> nn.Module:
 
     plan = {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "gate_proj")}
     return parallelize_module(layer, mesh, plan | {"o_proj": RowwiseParallel()})
-
-
-def whole(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def assert_near(got: Tensor, expected: Tensor, name: str) -> None:
-    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
 
 
 VARIANTS = [
