@@ -357,8 +357,10 @@ class NSAAttention(nn.Module):
 
         cu_seqlens: of packed tokens. cache: whose step has begun, where they continue its sequences.
         """
-        x, tables = self._in_autocast_dtype(x), for_heads(tables)
-        projected = split_heads(self.q_proj(x), self.k_proj(x), self.v_proj(x), self._gate_logits(x), self)
+        given, x, tables = x, self._in_autocast_dtype(x), for_heads(tables)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        logits = self.gate_proj(x) if self.gate_dtype is None else self._logits_in_own_dtype(given)
+        projected = split_heads(q, k, v, logits, self)
         if cache is not None:
             check_cache_heads(projected, cache)
         mesh = self._mesh(projected.k.size(-3))
@@ -371,13 +373,14 @@ class NSAAttention(nn.Module):
         k_win = k_slc if self.shared_kv else self._rotate(inputs.k_win, tables)
         return inputs._replace(q=q, k_slc=k_slc, k_win=k_win)
 
-    def _gate_logits(self, x: Tensor) -> Tensor:
-        if self.gate_dtype is None:
+    def _logits_in_own_dtype(self, x: Tensor) -> Tensor:
+        """Of the gates, in the dtype of gate_proj's weights; autocast keeps out."""
+        kind, weight = x.device.type, getattr(self.gate_proj, "weight", None)
+        x = x.to(weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.gate_dtype)
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
             return self.gate_proj(x)
-        weight = getattr(self.gate_proj, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.gate_dtype
-        with torch.autocast(x.device.type, enabled=False):
-            return self.gate_proj(x.to(dtype))
+        with torch.autocast(kind, enabled=False):
+            return self.gate_proj(x)
 
     def _in_autocast_dtype(self, x: Tensor) -> Tensor:
         """Cast once: autocast would for each of the four projections, and cast back and add each one's gradient."""

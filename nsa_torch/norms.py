@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -13,12 +14,19 @@ if TYPE_CHECKING:
 EPS = 1e-6
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm over the channels of a head, in float32 for 16-bit tensors, with its weight in the tensors' dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norms(qk_norm: object, head_dim: int, factory: dict[str, Any]) -> tuple[nn.Module | None, nn.Module | None]:
     """The norms of q and of k that NSAAttention's argument asks for. TypeError for another argument."""
     if isinstance(qk_norm, bool):
         if not qk_norm:
             return None, None
-        return nn.RMSNorm(head_dim, eps=EPS, **factory), nn.RMSNorm(head_dim, eps=EPS, **factory)
+        return HeadNorm(head_dim, eps=EPS, **factory), HeadNorm(head_dim, eps=EPS, **factory)
     if isinstance(qk_norm, (tuple, list)) and len(qk_norm) == 2:
         q_norm, k_norm = qk_norm
         if isinstance(q_norm, nn.Module) and isinstance(k_norm, nn.Module):
