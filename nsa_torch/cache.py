@@ -5,7 +5,9 @@ Of each sequence a layer keeps (l, d: compression block and stride, w: window):
 - k_cmp, v_cmp: the compressed blocks, rotated.
 - k_raw, v_raw: a ring of the compression branch's last l tokens, not rotated, for the blocks that
   are not complete yet.
-- k_win, v_win: a ring of the window branch's last w tokens, rotated. No query sees older ones.
+- k_win, v_win: a ring of the window branch's last w tokens, rotated. No query sees older ones. With
+  shared_kv there is none: the window branch reads k_slc, v_slc.
+- k_conv, v_conv, with kv_conv: a ring of the last projected tokens, before the convolution.
 Buffers have fixed shapes and are written in place, and a step reads nothing back to the host: a
 CUDA graph can capture it. Lengths live on the device; the host keeps an upper bound of them, enough
 to refuse an overflow beforehand. Lengths grow when the last layer has finished a step: one that
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .cache_step import CacheGeometry
-from .checks import check_at_least, check_divides, check_integers
+from .checks import check_at_least, check_bools, check_divides, check_integers
 from .layer_cache import NSALayerCache
 from .packing import count_blocks
 from .sequences import Reordering, Sequences
@@ -54,8 +56,9 @@ class NSACache:
         num_kv_heads, head_dim, v_head_dim: heads Hkv, dimensions Dk and Dv (default Dk).
         num_layers: layers that share the cache and agree in all other arguments.
         block_size, block_stride, window: l, d and w of the layers.
+        shared_kv, kv_conv: those of the layers.
         max_crop: `crop` can always take back this many tokens (for speculative decoding). It
-            enlarges both rings.
+            enlarges the rings.
         dtype, device: of the buffers. The branches compute in this dtype.
 
     Raises:
@@ -75,6 +78,8 @@ class NSACache:
         block_size: int = 32,
         block_stride: int = 16,
         window: int = 512,
+        shared_kv: bool = False,
+        kv_conv: int | None = None,
         max_crop: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
@@ -84,7 +89,9 @@ class NSACache:
         check_at_least(1, batch_size=batch_size, max_length=capacity, num_layers=num_layers)
         check_at_least(1, num_kv_heads=num_kv_heads, head_dim=head_dim, v_head_dim=v_head_dim)
         check_at_least(1, block_size=block_size, block_stride=block_stride, window=window)
-        check_at_least(0, max_crop=max_crop)
+        kv_conv = 0 if kv_conv is None else kv_conv
+        check_at_least(0, max_crop=max_crop, kv_conv=kv_conv)
+        check_bools(shared_kv=shared_kv)
         check_divides("block_stride", block_stride, "block_size", block_size)
         self.batch_size = batch_size
         self.max_length = max_length
@@ -98,6 +105,9 @@ class NSACache:
             window=window,
             raw_size=block_size + max_crop,
             window_size=window_size if max_length is None else min(window_size, max_length),
+            shared_kv=shared_kv,
+            kv_conv=kv_conv,
+            conv_size=kv_conv + max_crop if kv_conv else 0,
         )
         # A tensor made in inference mode could not be changed in place outside of it.
         with torch.inference_mode(False):
@@ -208,8 +218,8 @@ class NSACache:
     def crop(self, length: int | Tensor) -> None:
         """Shorten every sequence to at most `length` tokens (an int, or (B,) integers), exactly.
 
-        The rings hold the last w and l tokens and max_crop more, counted from the longest length that a sequence
-        reached since it was last empty: of that, max_crop tokens can always be taken back, in one call or in
+        The rings hold the last w, l and kv_conv tokens and max_crop more, counted from the longest length that a
+        sequence reached since it was last empty: of that, max_crop tokens can always be taken back, in one call or in
         several. Emptying a sequence always works, and so does cropping one that never outgrew its rings. Reads the
         lengths back to the host.
 
@@ -227,10 +237,11 @@ class NSACache:
         if bool((new < 0).any()):
             raise ValueError(f"length must be at least 0, got {length}")
         blocks = count_blocks(new, geometry.block_size, geometry.block_stride)
-        oldest_raw = blocks * geometry.block_stride
-        oldest_window = (new - (geometry.window - 1)).clamp(min=0)
-        held = oldest_raw >= reach - geometry.raw_size
-        held &= oldest_window >= reach - geometry.window_size
+        held = blocks * geometry.block_stride >= reach - geometry.raw_size
+        if not geometry.shared_kv:
+            held &= (new - (geometry.window - 1)).clamp(min=0) >= reach - geometry.window_size
+        if geometry.kv_conv:
+            held &= (new - (geometry.kv_conv - 1)).clamp(min=0) >= reach - geometry.conv_size
         if not bool((held | (new == 0) | (new == state.lengths)).all()):
             raise ValueError(
                 f"length must take back at most max_crop = {self.max_crop} tokens of a sequence "

@@ -46,6 +46,8 @@ def copy_cache(cache: NSACache, index: Tensor | None = None, max_crop: int | Non
         block_size=geometry.block_size,
         block_stride=geometry.block_stride,
         window=geometry.window,
+        shared_kv=geometry.shared_kv,
+        kv_conv=geometry.kv_conv,
         max_crop=cache.max_crop if max_crop is None else max_crop,
         dtype=cache.dtype,
         device=cache.device,
@@ -77,7 +79,7 @@ def _copy_ring(ring: Tensor, old: Tensor, lengths: Tensor) -> None:
     ring[batch, position % ring.size(1)] = old[batch, position % old.size(1)]
 
 
-def look(layer: NSALayerCache, lengths: Tensor) -> tuple[CacheStep, tuple[Tensor, Tensor]]:
+def look(layer: NSALayerCache, lengths: Tensor) -> tuple[CacheStep, tuple[Tensor, Tensor] | None]:
     """A step that appends nothing: one query for each sequence, which sees all that the sequence holds.
 
     lengths (B,) int32: tokens that the layer holds, within a step those of the step. Returns the step and the slots of
@@ -89,7 +91,10 @@ def look(layer: NSALayerCache, lengths: Tensor) -> tuple[CacheStep, tuple[Tensor
     used = lengths.clamp(min=1, max=width)
     position = (lengths - used).clamp(min=0).long().unsqueeze(1) + torch.arange(width, device=device)
     rows = (starts[:-1].long().unsqueeze(1) * ring + position % ring).flatten()
-    slots = layer.k_win.index_select(0, rows), layer.v_win.index_select(0, rows)
     plan = plan_step(geometry, lengths, starts, batch, 1)
+    plan = plan._replace(lengths=lengths.clamp(min=1))
+    if plan.window is None or layer.k_win is None or layer.v_win is None:
+        return plan, None
+    slots = layer.k_win.index_select(0, rows), layer.v_win.index_select(0, rows)
     window = plan.window._replace(cu_seqlens=starts * width, used=used, max_seqlen=width)
-    return plan._replace(lengths=lengths.clamp(min=1), window=window), slots
+    return plan._replace(window=window), slots

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .convolution import ContextRows, context_rows
 from .packing import count_blocks, num_blocks, packed_blocks, sequence_of
 
 
@@ -26,6 +27,9 @@ class CacheGeometry(NamedTuple):
     window: int
     raw_size: int  # ring of unrotated tokens, at least block_size
     window_size: int  # ring of window tokens, at least window, or all that a sequence can hold
+    shared_kv: bool = False  # the window branch reads k_slc, v_slc, and has no ring
+    kv_conv: int = 0  # taps of the convolution; 0: none
+    conv_size: int = 0  # ring of tokens before the convolution, at least kv_conv
 
     @property
     def blocks(self) -> int:
@@ -51,6 +55,13 @@ class RingStep(NamedTuple):
     max_seqlen: int  # at least the longest slot
 
 
+class ConvStep(NamedTuple):
+    """How one chunk is convolved with the tokens before it."""
+
+    write: Tensor  # (N,) int64: ring row of each new token
+    rows: ContextRows  # of (ring, scratch, new, zeros)
+
+
 class CacheStep(NamedTuple):
     """One chunk of N new tokens, for every layer: packed chunk b continues sequence b.
 
@@ -70,7 +81,8 @@ class CacheStep(NamedTuple):
     block_slots: Tensor  # (R,) int64: rows of k_cmp, v_cmp
     block_ends: Tensor  # (R,) int64: the new token that completes each of these blocks
     raw: RingStep
-    window: RingStep
+    window: RingStep | None  # None: the window branch has no ring of its own
+    conv: ConvStep | None = None
 
 
 class _Chunk(NamedTuple):
@@ -84,11 +96,14 @@ class _Chunk(NamedTuple):
     to_last: Tensor  # (N,) int64: stored tokens of the chunk that follow it; negative: it is not stored
     max_seqlen: int
 
+    def ring_rows(self, ring: int) -> Tensor:
+        """Where each new token is written."""
+        survives = (self.to_last >= 0) & (self.to_last < ring)
+        return torch.where(survives, self.sequence * ring + self.position % ring, self.before.numel() * ring)
+
     def through_ring(self, ring: int, context: int, held: Tensor) -> RingStep:
         """Slots of context + chunk rows: the last `held` (B,) <= context tokens, the new ones."""
         batch, tokens, device = self.before.numel(), self.position.numel(), self.position.device
-        survives = (self.to_last >= 0) & (self.to_last < ring)
-        write = torch.where(survives, self.sequence * ring + self.position % ring, batch * ring)
         cu_slots = torch.arange(batch + 1, device=device) * context + self.cu_seqlens
         rows = batch * context + tokens
         owner = sequence_of(cu_slots, rows).clamp(max=batch - 1)
@@ -97,7 +112,22 @@ class _Chunk(NamedTuple):
         new = batch * ring + 1 + self.cu_seqlens[owner] + row - held[owner]
         gather = torch.where(row < held[owner], old, new).clamp(max=batch * ring + tokens)
         used = (held + self.added).int()
-        return RingStep(write, gather, cu_slots.int(), used, context + self.max_seqlen)
+        return RingStep(self.ring_rows(ring), gather, cu_slots.int(), used, context + self.max_seqlen)
+
+    def through_window(self, geometry: CacheGeometry, after: Tensor) -> RingStep:
+        """The window branch's ring, for sequences that get `after` (B,) tokens long."""
+        ring = geometry.window_size
+        if self.max_seqlen == 1 and ring <= geometry.window:
+            # One query sees the whole ring, whose order does not matter to it: nothing is copied.
+            starts = torch.arange(self.before.numel() + 1, device=after.device)
+            return RingStep(self.ring_rows(ring), None, (starts * ring).int(), after.clamp(max=ring).int(), ring)
+        context = min(geometry.window - 1, ring)
+        return self.through_ring(ring, context, self.before.clamp(max=context))
+
+    def through_conv(self, geometry: CacheGeometry, cu_seqlens: Tensor) -> ConvStep:
+        ring, context = geometry.conv_size, geometry.kv_conv - 1
+        rows = context_rows(cu_seqlens, self.position.numel(), context, self.before, ring)
+        return ConvStep(self.ring_rows(ring), rows)
 
 
 def plan_step(geometry: CacheGeometry, lengths: Tensor, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> CacheStep:
@@ -121,13 +151,8 @@ def plan_step(geometry: CacheGeometry, lengths: Tensor, cu_seqlens: Tensor, toke
 
     first = count_blocks(before, size, stride)  # the first block that is not complete
     raw = chunk.through_ring(geometry.raw_size, size - 1, before - first * stride)
-    context = min(geometry.window - 1, geometry.window_size)
-    window = chunk.through_ring(geometry.window_size, context, before.clamp(max=context))
-    if max_seqlen == 1 and geometry.window_size <= geometry.window:
-        # One query sees the whole ring, whose order does not matter to it: nothing is copied.
-        ring = geometry.window_size
-        used = after.clamp(max=ring).int()
-        window = RingStep(window.write, None, (starts * ring).int(), used, ring)
+    window = None if geometry.shared_kv else chunk.through_window(geometry, after)
+    conv = chunk.through_conv(geometry, cu_seqlens) if geometry.kv_conv else None
 
     # `compress` turns each raw slot into blocks: first the new ones, then some without meaning.
     rows = (batch * (size - 1) + tokens) // stride
@@ -151,4 +176,5 @@ def plan_step(geometry: CacheGeometry, lengths: Tensor, cu_seqlens: Tensor, toke
         block_ends=(cu[made.sequence] + end - 1 - before[made.sequence]).clamp(0, tokens - 1),
         raw=raw,
         window=window,
+        conv=conv,
     )

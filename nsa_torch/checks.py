@@ -20,6 +20,13 @@ def check_at_least(least: int, **arguments: int) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def check_bools(**arguments: bool) -> None:
+    """TypeError unless every argument is a bool."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_divides(name: str, value: int, whole_name: str, whole: int) -> None:
     """ValueError unless `value` divides `whole`."""
     if whole % value:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
 from .block_compression import BlockCompression
@@ -22,8 +22,9 @@ def tensor_parallel_plan(layer: NSAAttention, *, sequence_parallel: bool = False
 
     Every rank gets num_kv_heads / ranks KV heads and their query heads: their columns of q_proj, k_proj, v_proj and
     gate_proj, and the rows of o_proj that read them. Weights of the compression are cut, too, where each head has its
-    own; shared ones stay whole on every rank, and their gradients are summed over the ranks in the backward. Inputs
-    and outputs of the layer are whole on every rank. `new_cache` and `choices` are of the rank's heads.
+    own, and those of kv_conv; shared ones and those of norms stay whole on every rank, and their gradients are summed
+    over the ranks in the backward. Inputs and outputs of the layer are whole on every rank. `new_cache` and `choices`
+    are of the rank's heads.
 
         parallelize_module(layer, mesh, tensor_parallel_plan(layer))
 
@@ -35,7 +36,7 @@ def tensor_parallel_plan(layer: NSAAttention, *, sequence_parallel: bool = False
     With either, hidden_states may be a DTensor on the mesh, placed in any way. The result is a plain tensor.
 
     For a model, prefix the names: {f"layers.{i}.attn.{name}": style for name, style in plan.items()}. A plan of your
-    own may leave compress_k and compress_v out: they stay ordinary parameters, whose gradients are summed, too.
+    own may leave out all but the projections: the rest stay ordinary parameters, whose gradients are summed, too.
 
     Raises:
         ValueError: by parallelize_module, before anything is cut, when the ranks do not divide num_kv_heads.
@@ -45,7 +46,27 @@ def tensor_parallel_plan(layer: NSAAttention, *, sequence_parallel: bool = False
         name: CompressionParallel(layer.num_kv_heads, sequence_parallel) for name in ("compress_k", "compress_v")
     }
     plan |= {name: ColwiseParallel() for name in ("q_proj", "k_proj", "v_proj", "gate_proj")}
+    options = {"k_conv": Shard(0), "v_conv": Shard(0), "q_norm": Replicate(), "k_norm": Replicate()}
+    plan |= {name: HeadParallel(cut) for name, cut in options.items() if getattr(layer, name) is not None}
     return plan | {"o_proj": RowwiseParallel(output_layouts=Shard(-2) if sequence_parallel else Replicate())}
+
+
+class HeadParallel(ParallelStyle):
+    """Parameters of a module of a rank's heads: cut with the channels of all heads, or those that all heads share.
+
+    The layer gives the module what its heads need of them: `local_weight`.
+
+    Args:
+        placement: of every parameter.
+    """
+
+    def __init__(self, placement: Placement):
+        super().__init__()
+        self.placement = placement
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        distribute_parameters(module, device_mesh, self.placement, self.src_data_rank)
+        return module
 
 
 class CompressionParallel(ParallelStyle):
@@ -72,12 +93,17 @@ class CompressionParallel(ParallelStyle):
             raise ValueError(
                 f"the ranks of tensor parallelism must divide num_kv_heads, {self.num_kv_heads}, got {ranks}"
             )
-        placement = Shard(0) if module.per_head else Replicate()
-        for name, weight in list(module.named_parameters()):
-            cut = distribute_tensor(weight, device_mesh, [placement], src_data_rank=self.src_data_rank)
-            module.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
+        distribute_parameters(module, device_mesh, Shard(0) if module.per_head else Replicate(), self.src_data_rank)
         module.tensor_parallel, module.sequence_parallel = device_mesh, self.sequence_parallel
         return module
+
+
+def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placement, src_data_rank: int | None) -> None:
+    """Make all parameters of a module DTensors, those of its parts too."""
+    for part in module.modules():
+        for name, weight in list(part.named_parameters(recurse=False)):
+            cut = distribute_tensor(weight, mesh, [placement], src_data_rank=src_data_rank)
+            part.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
 
 
 def cut_like(weight: DTensor, values: Tensor) -> DTensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .module import NSAAttention
 
 
 class NSAInputs(NamedTuple):
@@ -25,17 +28,25 @@ class NSAInputs(NamedTuple):
     gates: Tensor  # (..., Hq, 3), float32 or float64
 
 
-def split_heads(
-    q: Tensor, k: Tensor, v: Tensor, logits: Tensor, head_dim: int, v_head_dim: int, group_size: int
-) -> NSAInputs:
+class Projected(NamedTuple):
+    """Projected tokens in heads, before anything is done to them."""
+
+    q: Tensor  # (..., Hq, Dk)
+    k: Tensor  # (..., Hkv, branches, Dk)
+    v: Tensor  # (..., Hkv, branches, Dv)
+    logits: Tensor  # (..., Hq, 3), of the gates
+
+
+def split_heads(q: Tensor, k: Tensor, v: Tensor, logits: Tensor, layer: NSAAttention) -> Projected:
     """Projected tokens to heads, as many as there are: under tensor parallelism those of this rank.
 
-    q (..., Hq Dk), k (..., Hkv 3 Dk), v (..., Hkv 3 Dv), logits of the gates (..., Hq 3). group_size: Hq / Hkv.
+    q (..., Hq Dk), k (..., Hkv branches Dk), v (..., Hkv branches Dv), logits of the gates (..., Hq 3).
     ValueError when the projections were cut within a head, or differently.
     """
-    q = _unflatten("q_proj", q, (head_dim,))
-    k = _unflatten("k_proj", k, (3, head_dim))
-    v = _unflatten("v_proj", v, (3, v_head_dim))
+    group_size, branches = layer.num_heads // layer.num_kv_heads, layer.kv_branches
+    q = _unflatten("q_proj", q, (layer.head_dim,))
+    k = _unflatten("k_proj", k, (branches, layer.head_dim))
+    v = _unflatten("v_proj", v, (branches, layer.v_head_dim))
     logits = _unflatten("gate_proj", logits, (3,))
     heads = (q.size(-2), k.size(-3), v.size(-3), logits.size(-2))
     if heads != (heads[0], heads[0] // group_size, heads[0] // group_size, heads[0]) or heads[0] % group_size:
@@ -43,10 +54,15 @@ def split_heads(
             f"q_proj, k_proj, v_proj and gate_proj must give {group_size} query heads for each KV head, the same ones, "
             f"got {heads[0]}, {heads[1]}, {heads[2]} and {heads[3]} heads: tensor parallelism must cut them alike"
         )
+    return Projected(q, k, v, logits)
+
+
+def split_branches(projected: Projected) -> NSAInputs:
+    """Each branch's keys and values. Of two, the selected and the window branch share the second."""
+    logits = projected.logits
     gates = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
-    k_cmp, k_slc, k_win = k.unbind(-2)
-    v_cmp, v_slc, v_win = v.unbind(-2)
-    return NSAInputs(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates)
+    k, v = projected.k.unbind(-2), projected.v.unbind(-2)
+    return NSAInputs(projected.q, k[0], v[0], k[1], v[1], k[-1], v[-1], gates)
 
 
 def _unflatten(name: str, x: Tensor, head: tuple[int, ...]) -> Tensor:

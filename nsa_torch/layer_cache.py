@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .cache_step import CacheStep, RingStep
+from .convolution import ContextRows
 from .sequences import Sequences
 
 
@@ -20,15 +21,23 @@ class NSALayerCache:
         self.index = index
         self.capacity = sequences.geometry.capacity
 
-        def pair(rows: int) -> tuple[Tensor, Tensor]:
-            k, v = (x.new_zeros(rows + 1, num_kv_heads, x.size(-1)) for x in like)
+        def pair(rows: int, branches: int = 1) -> tuple[Tensor, Tensor]:
+            k, v = (x.new_zeros(rows + 1, num_kv_heads, branches * x.size(-1)) for x in like)
             return k, v
 
         geometry = sequences.geometry
         self.k_slc, self.v_slc = pair(geometry.batch_size * geometry.capacity)
         self.k_cmp, self.v_cmp = pair(geometry.block_rows)
         self.k_raw, self.v_raw = pair(geometry.batch_size * geometry.raw_size)
-        self.k_win, self.v_win = pair(geometry.batch_size * geometry.window_size)
+        self.k_win: Tensor | None = None
+        self.v_win: Tensor | None = None
+        if not geometry.shared_kv:
+            self.k_win, self.v_win = pair(geometry.batch_size * geometry.window_size)
+        self.k_conv: Tensor | None = None
+        self.v_conv: Tensor | None = None
+        if geometry.kv_conv:
+            branches = 2 if geometry.shared_kv else 3
+            self.k_conv, self.v_conv = pair(geometry.batch_size * geometry.conv_size, branches)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,9 +55,27 @@ class NSALayerCache:
         """Add unrotated tokens (N, Hkv, D); returns pending ones and these, in step.raw's slots."""
         return self._extend(self.k_raw, k, step.raw), self._extend(self.v_raw, v, step.raw)
 
-    def extend_window(self, step: CacheStep, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add rotated tokens (N, Hkv, D); returns all that they see, in step.window's slots."""
+    def extend_window(self, step: CacheStep, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Add rotated tokens (N, Hkv, D); returns all that they see, in step.window's slots.
+
+        None, and nothing is added, where the window branch reads what `store_tokens` has stored.
+        """
+        if step.window is None or self.k_win is None or self.v_win is None:
+            return None
         return self._extend(self.k_win, k, step.window), self._extend(self.v_win, v, step.window)
+
+    def extend_conv(self, k: Tensor, v: Tensor) -> tuple[ContextRows, Tensor, Tensor]:
+        """Add projected tokens of all branches (N, Hkv, branches * D) in the step that has begun.
+
+        Returns how they lie with those before them, and them so.
+        """
+        step = self.sequences.step
+        assert step is not None and step.conv is not None and self.k_conv is not None and self.v_conv is not None
+        laid_out = step.conv.rows.lay_out(k, self.k_conv), step.conv.rows.lay_out(v, self.v_conv)
+        for ring, new in ((self.k_conv, k), (self.v_conv, v)):
+            self.sequences.keep(self.index, ring, step.conv.write)
+            _store(ring, new, step.conv.write)
+        return step.conv.rows, *laid_out
 
     def store_tokens(self, step: CacheStep, k: Tensor, v: Tensor) -> None:
         """Add rotated selection-branch tokens (N, Hkv, D)."""
@@ -65,7 +92,7 @@ class NSALayerCache:
         step: CacheStep,
         q: Tensor,
         gates: Tensor,
-        window_slots: tuple[Tensor, Tensor],
+        window_slots: tuple[Tensor, Tensor] | None,
         *,
         select_size: int,
         num_selected: int,
@@ -90,11 +117,14 @@ class NSALayerCache:
             "max_seqlen_k": step.capacity,
             "seqused_k": step.lengths,
         }
-        ring = queries | {
-            "cu_seqlens_k": step.window.cu_seqlens,
-            "max_seqlen_k": step.window.max_seqlen,
-            "seqused_k": step.window.used,
-        }
+        if step.window is None or window_slots is None:
+            near, window_slots = slots, (self.k_slc[:-1], self.v_slc[:-1])
+        else:
+            near = queries | {
+                "cu_seqlens_k": step.window.cu_seqlens,
+                "max_seqlen_k": step.window.max_seqlen,
+                "seqused_k": step.window.used,
+            }
         blocks = slots | {
             "block_size": geometry.block_size,
             "block_stride": geometry.block_stride,
@@ -113,7 +143,7 @@ class NSALayerCache:
         o_slc, _ = ops.selected_attention(
             q, self.k_slc[:-1], self.v_slc[:-1], block_indices, select_size=select_size, **slots
         )
-        o_win, _ = ops.window_attention(q, *window_slots, window=geometry.window, **ring)
+        o_win, _ = ops.window_attention(q, *window_slots, window=geometry.window, **near)
         g_cmp, g_slc, g_win = gates.unsqueeze(-1).unbind(-2)
         return (g_cmp * o_cmp + g_slc * o_slc + g_win * o_win).to(dtype)
 
@@ -121,12 +151,11 @@ class NSALayerCache:
         """Every buffer, seen as (B, rows of one sequence, Hkv, D)."""
         geometry = self.sequences.geometry._replace(capacity=self.capacity)
         batch = geometry.batch_size
-        rows = {
-            "slc": geometry.capacity,
-            "cmp": geometry.blocks,
-            "raw": geometry.raw_size,
-            "win": geometry.window_size,
-        }
+        rows = {"slc": geometry.capacity, "cmp": geometry.blocks, "raw": geometry.raw_size}
+        if not geometry.shared_kv:
+            rows["win"] = geometry.window_size
+        if geometry.kv_conv:
+            rows["conv"] = geometry.conv_size
         names = {f"{tensor}_{branch}": size for branch, size in rows.items() for tensor in "kv"}
         return {name: getattr(self, name)[: batch * size].unflatten(0, (batch, size)) for name, size in names.items()}
 

@@ -8,13 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from .cache import NSACache, NSALayerCache
-from .checks import check_tensors
+from .checks import check_at_least, check_tensors
+from .heads import Projected
 from .packing import padding_rows
-from .placement import moves_weights
+from .placement import COMPUTED, moves_weights
 from .ranks import whole_like
 
 if TYPE_CHECKING:
     from .module import NSAAttention
+
+
+def check_rope(rope_theta: float | None, rope_dim: int | None, head_dim: int) -> None:
+    if rope_theta is None:
+        if rope_dim is not None:
+            raise ValueError(f"rope_dim must be None when rope_theta is: tables tell their width, got {rope_dim}")
+        return
+    if not rope_theta > 0:
+        raise ValueError(f"rope_theta must be above 0, or None, got {rope_theta}")
+    if rope_dim is None:
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even unless rope_theta is None, got {head_dim} (or give rope_dim)")
+        return
+    check_at_least(2, rope_dim=rope_dim)
+    if rope_dim % 2 or rope_dim > head_dim:
+        raise ValueError(f"rope_dim must be even and at most head_dim, {head_dim}, got {rope_dim}")
+
+
+def check_gate_dtype(gate_dtype: torch.dtype | None) -> None:
+    if gate_dtype is None:
+        return
+    if not isinstance(gate_dtype, torch.dtype):
+        raise TypeError(f"gate_dtype must be a dtype or None, got {type(gate_dtype).__name__}")
+    if gate_dtype not in COMPUTED:
+        raise ValueError(f"gate_dtype must be one of {', '.join(map(str, COMPUTED))}, got {gate_dtype}")
 
 
 def check_like_weight(layer: NSAAttention, hidden_states: Tensor) -> None:
@@ -60,7 +86,7 @@ def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache, hidden_sta
             raise ValueError(f"cache must be of one layer (give cache[i]), got {len(cache)}")
         cache = cache[0]
     geometry = cache.sequences.geometry
-    for name in ("block_size", "block_stride", "window"):
+    for name in ("block_size", "block_stride", "window", "shared_kv", "kv_conv"):
         expected, got = getattr(layer, name), getattr(geometry, name)
         if got != expected:
             raise ValueError(f"cache must have {name} {expected}, got {got}")
@@ -72,3 +98,9 @@ def check_cache(layer: NSAAttention, cache: NSACache | NSALayerCache, hidden_sta
     if torch.is_grad_enabled() and (hidden_states.requires_grad or any(p.requires_grad for p in layer.parameters())):
         raise RuntimeError("a cache records no gradients: use torch.no_grad()")
     return cache
+
+
+def check_cache_heads(projected: Projected, cache: NSALayerCache) -> None:
+    heads, held = projected.k.size(-3), cache.k_slc.size(-2)
+    if heads != held:
+        raise ValueError(f"cache must have the {heads} KV heads of k_proj here, got {held}")

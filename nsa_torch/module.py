@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from . import checkpoints, ops
 from .block_compression import BlockCompression
 from .cache import NSACache, NSALayerCache
-from .checks import check_at_least, check_divides
-from .heads import NSAInputs, split_heads
-from .layer_checks import check_cache, take_tokens
+from .checks import check_at_least, check_bools, check_divides
+from .convolution import CausalConv, convolve_heads
+from .heads import NSAInputs, split_branches, split_heads
+from .layer_checks import check_cache, check_cache_heads, check_gate_dtype, check_rope, take_tokens
+from .norms import make_norms, norm_heads
 from .packing import packed_block_ends, packed_positions
 from .placement import compute_device, compute_dtype, heads_mesh
 from .ranks import gather_tokens, own_tokens, spread_tokens
@@ -38,7 +40,7 @@ class NSAAttention(nn.Module):
     Args:
         hidden_size: channels of the input and the output.
         num_heads, num_kv_heads: Hq query heads share Hkv key/value heads; Hkv divides Hq.
-        head_dim: Dk, default hidden_size // num_heads; even when the layer has RoPE.
+        head_dim: Dk, default hidden_size // num_heads; even when all of it is rotated.
         v_head_dim: Dv, default Dk.
         block_size, block_stride: length l and stride d of compression blocks; d divides l.
         select_size: length l' of selection blocks; d divides l'.
@@ -47,7 +49,18 @@ class NSAAttention(nn.Module):
         window: w, keys that the window branch sees, the query's own included.
         compression: "mlp", "linear" or "mean", see BlockCompression.
         rope_theta: base of the rotary embedding; None: the layer has none of its own.
+        rope_dim: channels of a head that rope_theta rotates, the first ones; even, default Dk.
+        rope_interleaved: channels 2 c and 2 c + 1 of a head turn as a pair, instead of c and c + rope_dim / 2.
         bias: biases in q_proj, k_proj, v_proj and o_proj. gate_proj always has one.
+        qkv_bias, o_bias: biases in q_proj, k_proj and v_proj, and in o_proj; default `bias`.
+        qk_norm: RMSNorm over Dk of every head of q and of k, before compression and rotation, in float32 for 16-bit
+            tensors; one weight for all query heads, one for the keys of all heads and branches. Or two modules
+            (q_norm, k_norm), each from (..., Dk) to the same shape.
+        shared_kv: the selected and the window branch read the same keys and values.
+        kv_conv: taps of a causal convolution on projected keys and values, each channel by itself, before norm,
+            compression and rotation; None or 0: none. See `nsa_torch.convolution.CausalConv`.
+        gate_dtype: dtype of gate_proj, and of the logits that it computes, under autocast too; default that of
+            the layer.
         scale: of the scores, default Dk ** -0.5.
         compression_hidden: width of the compression's mlp, default 2 D.
         per_head_compression: each KV head has its own compression weights.
@@ -55,10 +68,14 @@ class NSAAttention(nn.Module):
     Parameters:
         q_proj: Linear(hidden -> Hq Dk).
         k_proj, v_proj: Linear(hidden -> Hkv 3 Dk or Dv): of each head the three branches, in the order compressed,
-            selected, window.
+            selected, window. With shared_kv Linear(hidden -> Hkv 2 Dk or Dv): compressed, then shared.
         gate_proj: Linear(hidden -> Hq 3), with a bias; a sigmoid follows.
         o_proj: Linear(Hq Dv -> hidden).
         compress_k, compress_v: BlockCompression of the compressed branch's keys and values.
+        q_norm, k_norm: RMSNorm(Dk) or the modules given, with qk_norm.
+        k_conv, v_conv: CausalConv of the channels of k_proj and v_proj, with kv_conv.
+
+    docs/layer.md says in which order all that is applied, and what a cache keeps.
 
     For tensor parallelism see `nsa_torch.distributed.tensor_parallel_plan`: a rank has the heads that its parts of the
     projections give. Checkpoints of version 0.1, whose rows of k_proj and v_proj are ordered (3, Hkv, D), are converted
@@ -68,6 +85,7 @@ class NSAAttention(nn.Module):
 
     Raises:
         ValueError: a size or an option out of range; the message names it.
+        TypeError: an option of another kind.
     """
 
     _version = checkpoints.VERSION
@@ -89,7 +107,15 @@ class NSAAttention(nn.Module):
         window: int = 512,
         compression: str = "mlp",
         rope_theta: float | None = 10000.0,
+        rope_dim: int | None = None,
+        rope_interleaved: bool = False,
         bias: bool = False,
+        qkv_bias: bool | None = None,
+        o_bias: bool | None = None,
+        qk_norm: bool | tuple[nn.Module, nn.Module] = False,
+        shared_kv: bool = False,
+        kv_conv: int | None = None,
+        gate_dtype: torch.dtype | None = None,
         scale: float | None = None,
         compression_hidden: int | None = None,
         per_head_compression: bool = False,
@@ -108,10 +134,13 @@ class NSAAttention(nn.Module):
         check_divides("block_stride", block_stride, "select_size", select_size)
         check_at_least(0, num_initial=num_initial, num_local=num_local)
         check_at_least(max(1, num_initial + num_local), num_selected=num_selected)
-        if rope_theta is not None and not rope_theta > 0:
-            raise ValueError(f"rope_theta must be above 0, or None, got {rope_theta}")
-        if rope_theta is not None and head_dim % 2:
-            raise ValueError(f"head_dim must be even unless rope_theta is None, got {head_dim}")
+        qkv_bias, o_bias = (bias if given is None else given for given in (qkv_bias, o_bias))
+        check_bools(bias=bias, qkv_bias=qkv_bias, o_bias=o_bias)
+        check_bools(rope_interleaved=rope_interleaved, shared_kv=shared_kv)
+        kv_conv = 0 if kv_conv is None else kv_conv
+        check_at_least(0, kv_conv=kv_conv)
+        check_rope(rope_theta, rope_dim, head_dim)
+        check_gate_dtype(gate_dtype)
         self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.head_dim, self.v_head_dim = head_dim, v_head_dim
@@ -119,13 +148,17 @@ class NSAAttention(nn.Module):
         self.select_size, self.num_selected = select_size, num_selected
         self.num_initial, self.num_local = num_initial, num_local
         self.window, self.rope_theta, self.scale = window, rope_theta, scale
+        self.rope_dim, self.rope_interleaved = rope_dim, rope_interleaved
+        self.shared_kv, self.kv_conv, self.gate_dtype = shared_kv, kv_conv, gate_dtype
 
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias, **factory)
-        self.k_proj = nn.Linear(hidden_size, 3 * num_kv_heads * head_dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(hidden_size, 3 * num_kv_heads * v_head_dim, bias=bias, **factory)
-        self.gate_proj = nn.Linear(hidden_size, num_heads * 3, bias=True, **factory)
-        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=bias, **factory)
+        kv_rows = num_kv_heads * self.kv_branches
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, kv_rows * head_dim, bias=qkv_bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, kv_rows * v_head_dim, bias=qkv_bias, **factory)
+        gate_factory = factory if gate_dtype is None else factory | {"dtype": gate_dtype}
+        self.gate_proj = nn.Linear(hidden_size, num_heads * 3, bias=True, **gate_factory)
+        self.o_proj = nn.Linear(num_heads * v_head_dim, hidden_size, bias=o_bias, **factory)
         phi = factory | {
             "block_size": block_size,
             "block_stride": block_stride,
@@ -135,18 +168,29 @@ class NSAAttention(nn.Module):
         }
         self.compress_k = BlockCompression(head_dim, **phi)
         self.compress_v = BlockCompression(v_head_dim, **phi)
+        self.q_norm, self.k_norm = make_norms(qk_norm, head_dim, factory)
+        convs = [CausalConv(kv_rows * dim, kv_conv, **factory) if kv_conv else None for dim in (head_dim, v_head_dim)]
+        self.k_conv, self.v_conv = convs
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: as torch does a Linear's, and as BlockCompression does its."""
+        """Draw all parameters anew: as torch does a Linear's, and as BlockCompression and CausalConv do theirs.
+
+        Norms are reset, too, those given as qk_norm if they have reset_parameters.
+        """
         projections = (self.q_proj, self.k_proj, self.v_proj, self.gate_proj, self.o_proj)
-        for module in (*projections, self.compress_k, self.compress_v):
-            module.reset_parameters()
+        for module in (*projections, self.compress_k, self.compress_v, self.k_conv, self.v_conv):
+            if module is not None:
+                module.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if callable(reset := getattr(norm, "reset_parameters", None)):
+                reset()
 
     def _load_from_state_dict(
         self, state_dict: MutableMapping[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         # Any other module's state is of version 1, too, such as that of a dense layer whose projections are taken over.
-        if local_metadata.get("version") == 1 and f"{prefix}gate_proj.weight" in state_dict:
+        of_0_1 = local_metadata.get("version") == 1 and f"{prefix}gate_proj.weight" in state_dict
+        if of_0_1 and not self.shared_kv:
             checkpoints.convert_layer_0_1(state_dict, prefix, self.num_kv_heads)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
@@ -179,6 +223,8 @@ class NSAAttention(nn.Module):
             block_size=self.block_size,
             block_stride=self.block_stride,
             window=self.window,
+            shared_kv=self.shared_kv,
+            kv_conv=self.kv_conv,
             max_crop=max_crop,
             dtype=compute_dtype(self, device) if dtype is None else dtype,
             device=device,
@@ -188,7 +234,7 @@ class NSAAttention(nn.Module):
         self,
         hidden_states: Tensor,
         *,
-        position_embeddings: Tables | None = None,
+        position_embeddings: Tables | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: NSACache | NSALayerCache | None = None,
@@ -197,9 +243,11 @@ class NSAAttention(nn.Module):
 
         Args:
             hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1.
-            position_embeddings: (cos, sin) in the convention of Hugging Face's Llama, in place of
-                rope_theta: each (B, T, Dk), (1, T, Dk) or (T, Dk), packed (sum T, Dk) or with a
-                leading 1.
+            position_embeddings: in place of rope_theta, (cos, sin), each (B, T, R), (1, T, R) or (T, R), packed
+                (sum T, R) or with a leading 1. R is even and at most Dk; the first R channels of a head are rotated.
+                Entry c of a row belongs to channel c: angles stand twice, in both halves as in Hugging Face's Llama,
+                or side by side with rope_interleaved. Or one complex tensor (freqs_cis) of width R / 2, a number for
+                each pair, whichever channels that is.
             cu_seqlens: (B + 1,) int32 on the same device: where each packed sequence starts and
                 the last one ends. On a GPU tokens may follow the last one, to fill a batch of fixed
                 size: whatever they hold, their rows of the result are zeros, they change no
@@ -243,7 +291,7 @@ class NSAAttention(nn.Module):
         self,
         hidden_states: Tensor,
         *,
-        position_embeddings: Tables | None = None,
+        position_embeddings: Tables | Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
     ) -> NSAChoices:
@@ -265,6 +313,11 @@ class NSAAttention(nn.Module):
         mesh = heads_mesh(self)
         return 1 if mesh is None else mesh.size()
 
+    @property
+    def kv_branches(self) -> int:
+        """How many keys and values of a token each KV head has: of three branches, or of two with shared_kv."""
+        return 2 if self.shared_kv else 3
+
     def _mesh(self, kv_heads: int) -> DeviceMesh | None:
         """The ranks of tensor parallelism that have the other heads, if this one has not all of them."""
         return None if kv_heads == self.num_kv_heads else heads_mesh(self)
@@ -276,19 +329,56 @@ class NSAAttention(nn.Module):
         names = ("select_size", "num_selected", "num_initial", "num_local")
         return {name: getattr(self, name) for name in names}
 
-    def _given_tables(self, position_embeddings: Tables | None, x: Tensor) -> Tables | None:
+    def _given_tables(self, position_embeddings: Tables | Tensor | None, x: Tensor) -> Tables | None:
         if position_embeddings is None:
             return None
-        return check_tables(position_embeddings, (*x.shape[:-1], self.head_dim))
+        return check_tables(position_embeddings, (*x.shape[:-1], self.head_dim), self.rope_interleaved)
 
-    def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:
-        """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated."""
-        x, tables = self._in_autocast_dtype(x), for_heads(tables)
+    def _own_tables(self, positions: Tensor, dtype: torch.dtype) -> Tables | None:
+        if self.rope_theta is None:
+            return None
+        dim = self.head_dim if self.rope_dim is None else self.rope_dim
+        return rope_tables(positions, dim, self.rope_theta, dtype)
+
+    def _rotate(self, heads: Tensor, tables: Tables | None) -> Tensor:
+        return rotate(heads, tables, self.rope_interleaved)
+
+    def _project(
+        self,
+        x: Tensor,
+        tables: Tables | None,
+        cu_seqlens: Tensor | None = None,
+        cache: NSALayerCache | None = None,
+    ) -> NSAInputs:
+        """Tokens (..., hidden_size) to queries, keys, values and gates; k_cmp is not rotated.
+
+        cu_seqlens: of packed tokens. cache: whose step has begun, where they continue its sequences.
+        """
+        given, x, tables = x, self._in_autocast_dtype(x), for_heads(tables)
         x = spread_tokens(self, x)
-        projected = self.q_proj(x), self.k_proj(x), self.v_proj(x), self.gate_proj(x)
-        inputs = split_heads(*projected, self.head_dim, self.v_head_dim, self.num_heads // self.num_kv_heads)
-        q, k_slc, k_win = (rotate(t, tables) for t in (inputs.q, inputs.k_slc, inputs.k_win))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        logits = self.gate_proj(x) if self.gate_dtype is None else self._logits_in_own_dtype(spread_tokens(self, given))
+        projected = split_heads(q, k, v, logits, self)
+        if cache is not None:
+            check_cache_heads(projected, cache)
+        mesh = self._mesh(projected.k.size(-3))
+        if self.k_conv is not None and self.v_conv is not None:
+            projected = convolve_heads(projected, (self.k_conv, self.v_conv), cu_seqlens, cache, mesh)
+        q = norm_heads("q_norm", self.q_norm, projected.q, mesh)
+        k = norm_heads("k_norm", self.k_norm, projected.k, mesh)
+        inputs = split_branches(projected._replace(q=q, k=k))
+        q, k_slc = self._rotate(inputs.q, tables), self._rotate(inputs.k_slc, tables)
+        k_win = k_slc if self.shared_kv else self._rotate(inputs.k_win, tables)
         return inputs._replace(q=q, k_slc=k_slc, k_win=k_win)
+
+    def _logits_in_own_dtype(self, x: Tensor) -> Tensor:
+        """Of the gates, in the dtype of gate_proj's weights; autocast keeps out."""
+        kind, weight = x.device.type, getattr(self.gate_proj, "weight", None)
+        x = x.to(weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else self.gate_dtype)
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return self.gate_proj(x)
+        with torch.autocast(kind, enabled=False):
+            return self.gate_proj(x)
 
     def _in_autocast_dtype(self, x: Tensor) -> Tensor:
         """Cast once: autocast would for each of the four projections, and cast back and add each one's gradient."""
@@ -300,7 +390,7 @@ class NSAAttention(nn.Module):
     def _inputs(
         self,
         x: Tensor,
-        position_embeddings: Tables | None,
+        position_embeddings: Tables | Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
     ) -> tuple[NSAInputs, dict[str, Any]]:
@@ -312,8 +402,8 @@ class NSAAttention(nn.Module):
                 positions = torch.arange(tokens, device=x.device)
             else:
                 positions = packed_positions(cu_seqlens, tokens)
-            tables = rope_tables(positions, self.head_dim, self.rope_theta, x.dtype)
-        inputs = self._project(x, tables)
+            tables = self._own_tables(positions, x.dtype)
+        inputs = self._project(x, tables, cu_seqlens)
         mesh = self._mesh(inputs.k_cmp.size(-2))
         k_cmp = self.compress_k(inputs.k_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
         v_cmp = self.compress_v(inputs.v_cmp, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, mesh=mesh)
@@ -323,7 +413,7 @@ class NSAAttention(nn.Module):
                 ends = torch.arange(rows, device=x.device) * stride + size - 1
             else:
                 ends = packed_block_ends(cu_seqlens, tokens, rows, size, stride)
-            k_cmp = rotate(k_cmp, for_heads(take_rows(tables, ends)))
+            k_cmp = self._rotate(k_cmp, for_heads(take_rows(tables, ends)))
         packing: dict[str, Any] = {}
         if cu_seqlens is not None:
             packing = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
@@ -333,7 +423,7 @@ class NSAAttention(nn.Module):
     def _attend_cached(
         self,
         x: Tensor,
-        position_embeddings: Tables | None,
+        position_embeddings: Tables | Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: NSALayerCache,
@@ -352,17 +442,15 @@ class NSAAttention(nn.Module):
         if x.size(0) == 0:
             return torch.zeros(0, self.num_heads // self.ranks, self.v_head_dim, dtype=x.dtype, device=x.device)
         step = cache.begin(cu_seqlens, x.size(0), x.size(0) if max_seqlen is None else max_seqlen)
-        if tables is None and self.rope_theta is not None:
-            tables = rope_tables(step.positions, self.head_dim, self.rope_theta, x.dtype)
-        inputs = self._project(x, tables)
-        if inputs.k_win.size(-2) != (expected := cache.k_win.size(-2)):
-            raise ValueError(f"cache must have the {inputs.k_win.size(-2)} KV heads of k_proj here, got {expected}")
+        if tables is None:
+            tables = self._own_tables(step.positions, x.dtype)
+        inputs = self._project(x, tables, cu_seqlens, cache)
 
         raw: dict[str, Any] = {"cu_seqlens": step.raw.cu_seqlens, "max_seqlen": step.raw.max_seqlen}
         raw["mesh"] = self._mesh(inputs.k_cmp.size(-2))
         k_raw, v_raw = cache.extend_raw(step, inputs.k_cmp, inputs.v_cmp)
         k_cmp = self.compress_k(k_raw.to(inputs.q.dtype), **raw)
-        k_cmp = rotate(k_cmp, for_heads(take_rows(tables, step.block_ends)))
+        k_cmp = self._rotate(k_cmp, for_heads(take_rows(tables, step.block_ends)))
         cache.store_blocks(step, k_cmp, self.compress_v(v_raw.to(inputs.q.dtype), **raw))
         cache.store_tokens(step, inputs.k_slc, inputs.v_slc)
         window_slots = cache.extend_window(step, inputs.k_win, inputs.v_win)
@@ -372,4 +460,7 @@ class NSAAttention(nn.Module):
     def extra_repr(self) -> str:
         heads = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")
         blocks = ("block_size", "block_stride", *self._choice_options(), "window", "rope_theta")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in (*heads, *blocks))
+        # The others show in the modules that they add.
+        options = ("rope_dim", "rope_interleaved", "shared_kv", "kv_conv", "gate_dtype")
+        given = (name for name in options if getattr(self, name))
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*heads, *blocks, *given))

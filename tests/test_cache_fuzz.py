@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
 STEPS, SEEDS = 100, 20
 LONGEST = 40
+OPTIONS = {"kv_conv": 3, "shared_kv": True, "qk_norm": True, "rope_dim": 4, "rope_interleaved": True}
 
 
 class Fuzz:
@@ -30,9 +32,11 @@ class Fuzz:
     def __init__(self, seed: int, patch: pytest.MonkeyPatch, device: str, dtype: torch.dtype):
         self.rng, self.patch, self.device, self.dtype = random.Random(seed), patch, device, dtype
         rng = self.rng
-        sizes = rng.choice(
+        sizes: dict[str, Any] = rng.choice(
             ({}, {"block_size": 4}, {"window": 3}, {"window": 100}, {"select_size": 4, "block_stride": 2})
         )
+        # Not from `rng`: what is drawn after it stays.
+        sizes = sizes | random.Random(seed).choice(({}, {}, {"kv_conv": 4}, {"shared_kv": True}, OPTIONS))
         self.layers: list[NSAAttention] = [make(seed=i, **sizes).to(device, dtype) for i in range(2)]
         self.batch, self.max_crop = rng.choice((1, 2, 3)), rng.choice((0, 0, 2, 5))
         self.max_length = rng.choice((LONGEST, LONGEST + 9, None))

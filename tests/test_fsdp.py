@@ -21,6 +21,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"compression": "mean"},
     {"compression_hidden": 2 * DK - 1},  # too narrow for a mean
     {"compression_hidden": 2 * DK + 3},
+    {"qk_norm": True, "kv_conv": 4, "shared_kv": True, "rope_dim": 4, "rope_interleaved": True, "qkv_bias": True},
 ]
 
 
@@ -63,7 +64,7 @@ def _torchtitans_recipe(mesh: Any) -> None:
 def _gradients(mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    layer = make()
+    layer = make(qk_norm=True, kv_conv=4)
     sharded = copy.deepcopy(layer)
     fully_shard(sharded, mesh=mesh)
     x = tokens(2, 75)

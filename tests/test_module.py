@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import nsa_torch
+from layer_reference import reference_forward, turn
 from nsa_torch import NSAAttention, reference
 from nsa_torch.module import BlockCompression
 from nsa_torch.rope import rope_tables, rotate
@@ -34,54 +35,6 @@ def make(*, seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> NSA
 def tokens(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, HIDDEN, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def turn(x: Tensor, position: Tensor, theta: float | None) -> Tensor:
-    """RoPE as a multiplication of complex numbers: x (B, T, H, D), position (T,)."""
-    if theta is None:
-        return x
-    a, b = x.chunk(2, dim=-1)
-    half = a.size(-1)
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    angle = position.to(torch.float64)[:, None, None] * frequency
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle).to(torch.complex(a, b))
-    return torch.cat((turned.real, turned.imag), dim=-1)
-
-
-def compress_by_reference(phi: BlockCompression, x: Tensor) -> Tensor:
-    sizes = {"block_size": phi.block_size, "block_stride": phi.block_stride}
-    return reference.compress(x, phi.pe, phi.w1, phi.b1, phi.w2, phi.b2, **sizes)
-
-
-def reference_forward(module: NSAAttention, x: Tensor) -> Tensor:
-    """The layer, from its parameters and the definition of the ops; x (B, T, hidden)."""
-    heads, kv_heads, theta = module.num_heads, module.num_kv_heads, module.rope_theta
-    batch, length, _ = x.shape
-    position = torch.arange(length)
-    q = turn(module.q_proj(x).view(batch, length, heads, -1), position, theta)
-    k = module.k_proj(x).view(batch, length, kv_heads, 3, -1).transpose(2, 3)
-    v = module.v_proj(x).view(batch, length, kv_heads, 3, -1).transpose(2, 3)
-    k_cmp = compress_by_reference(module.compress_k, k[:, :, 0])
-    last = torch.arange(k_cmp.size(1)) * module.block_stride + module.block_size - 1
-    out = reference.nsa_attention(
-        q,
-        turn(k_cmp, last, theta),
-        compress_by_reference(module.compress_v, v[:, :, 0]),
-        turn(k[:, :, 1], position, theta),
-        v[:, :, 1],
-        turn(k[:, :, 2], position, theta),
-        v[:, :, 2],
-        module.gate_proj(x).view(batch, length, heads, 3).sigmoid(),
-        block_size=module.block_size,
-        block_stride=module.block_stride,
-        select_size=module.select_size,
-        num_selected=module.num_selected,
-        num_initial=module.num_initial,
-        num_local=module.num_local,
-        window=module.window,
-        scale=module.scale,
-    )
-    return module.o_proj(out.flatten(2))
 
 
 def gradients(module: NSAAttention, x: Tensor, out: Tensor) -> dict[str, Tensor]:

@@ -40,6 +40,8 @@ VARIANTS = [
     {"compression": "linear"},
     {"compression": "linear", "per_head_compression": True},
     {"compression": "mean", "rope_theta": None},
+    {"qk_norm": True, "kv_conv": 4},
+    {"shared_kv": True, "kv_conv": 3, "rope_dim": 4, "rope_interleaved": True, "per_head_compression": True},
 ]
 
 
@@ -63,15 +65,17 @@ def _outputs_and_gradients(mesh: Any) -> None:
             assert_near(got[name], tensor, f"{plan.__name__} {options} {name}")
         heads = HEADS // RANKS
         assert cut.q_proj.weight.to_local().shape == (heads * DK, HIDDEN)
-        assert cut.k_proj.weight.to_local().shape == (KV_HEADS // RANKS * 3 * DK, HIDDEN)
+        assert cut.k_proj.weight.to_local().shape == (KV_HEADS // RANKS * layer.kv_branches * DK, HIDDEN)
         assert cut.choices(x, **packing).gates.shape == (*x.shape[:-1], heads, 3)
         if options.get("per_head_compression") and plan is parallel:
             assert cut.compress_v.w1.to_local().shape[0] == KV_HEADS // RANKS
+        if options.get("kv_conv") and plan is parallel:
+            assert cut.v_conv.weight.to_local().shape[0] == KV_HEADS // RANKS * layer.kv_branches * DV
 
 
 def _training(mesh: Any) -> None:
     """Ten steps of AdamW: shared weights stay equal on all ranks, and equal to one process."""
-    layer = make()
+    layer = make(qk_norm=True, kv_conv=3)
     cut = parallel(copy.deepcopy(layer), mesh)
     x, target = tokens(2, 29), tokens(2, 29, seed=5)
     for module in (layer, cut):
@@ -92,7 +96,8 @@ def test_training() -> None:
 
 @torch.no_grad()
 def _decoding(mesh: Any) -> None:
-    variants = ({}, {"per_head_compression": True, "bias": True})
+    options = {"qk_norm": True, "kv_conv": 4, "shared_kv": True}
+    variants = ({}, {"per_head_compression": True, "bias": True}, options)
     for options, plan in itertools.product(variants, (parallel, parallel_by_hand)):
         layer, x = make(**options), tokens(2, 37)
         expected, cut = layer(x), plan(layer, mesh)

@@ -40,7 +40,10 @@ X = tokens(1, 10)
     [
         ({"hidden_states": X.tolist()}, "hidden_states must be a tensor, got list"),
         ({"hidden_states": X, "cu_seqlens": [0, 10]}, "cu_seqlens must be a tensor, got list"),
-        ({"hidden_states": X, "position_embeddings": X}, r"position_embeddings must be \(cos, sin\), got Tensor"),
+        (
+            {"hidden_states": X, "position_embeddings": X},
+            r"position_embeddings must be \(cos, sin\) or one complex tensor, got torch.float64",
+        ),
         ({"hidden_states": X, "position_embeddings": (1, 2)}, r"position_embeddings\[0\] must be a tensor, got int"),
         ({"hidden_states": X, "cache": "new"}, "cache must be an NSACache or a layer of one, got str"),
     ],

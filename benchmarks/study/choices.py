@@ -33,8 +33,8 @@ class Direct(nsa_torch.NSAAttention):
 class SharedKeys(nsa_torch.NSAAttention):
     """NSA that compresses the selected branch's keys: what that branch learns about them also serves the choice."""
 
-    def _project(self, x: Tensor, tables: rope.Tables | None) -> Any:
-        inputs = super()._project(x, tables)
+    def _project(self, x: Tensor, tables: rope.Tables | None, *where: Any) -> Any:
+        inputs = super()._project(x, tables, *where)
         if tables is None:
             return inputs._replace(k_cmp=inputs.k_slc)
         cos, sin = rope.for_heads(tables)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ... import ops
 from ...cache import NSALayerCache
 from ...cache_copy import look
-from ...heads import NSAInputs
 from ...module import NSAAttention
-from ...rope import Tables, check_tables, for_heads, rotate
+from ...rope import Tables, check_tables
 from .batches import Packing
 from .cache import NSAModelCache
 from .options import head_dim
@@ -28,21 +27,17 @@ class NSASelfAttention(NSAAttention):
     def __init__(self, config: Any, layer_idx: int):
         heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
         qkv_bias, o_bias = config.projection_biases()
-        super().__init__(config.hidden_size, *heads, rope_theta=None, bias=qkv_bias, **config.nsa_options())
-        if o_bias != qkv_bias:
-            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=o_bias)
         norm = config.head_norm()
-        self.q_norm: nn.Module | None = None if norm is None else norm()
-        self.k_norm: nn.Module | None = None if norm is None else norm()
+        super().__init__(
+            config.hidden_size,
+            *heads,
+            rope_theta=None,
+            qkv_bias=qkv_bias,
+            o_bias=o_bias,
+            qk_norm=False if norm is None else (norm(), norm()),
+            **config.nsa_options(),
+        )
         self.layer_idx = layer_idx
-
-    def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:
-        if self.q_norm is None or self.k_norm is None:
-            return super()._project(x, tables)
-        inputs, tables = super()._project(x, None), for_heads(tables)
-        q, k_slc, k_win = self.q_norm(inputs.q), self.k_norm(inputs.k_slc), self.k_norm(inputs.k_win)
-        q, k_slc, k_win = (rotate(heads, tables) for heads in (q, k_slc, k_win))
-        return inputs._replace(q=q, k_slc=k_slc, k_win=k_win, k_cmp=self.k_norm(inputs.k_cmp))
 
     def forward(  # type: ignore[override]
         self,
