@@ -260,8 +260,10 @@ class NSAAttention(nn.Module):
     @property
     def ranks(self) -> int:
         """Over how many ranks of tensor parallelism the heads are cut."""
-        if self.compress_k.tensor_parallel is not None:
-            return self.compress_k.tensor_parallel.size()
+        # An adapter may stand around the compression.
+        mesh = next((m.tensor_parallel for m in self.compress_k.modules() if isinstance(m, BlockCompression)), None)
+        if mesh is not None:
+            return mesh.size()
         weight: Any = getattr(self.o_proj, "weight", None)
         placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
         sizes = [weight.device_mesh.size(dim) for dim, cut in enumerate(placements) if cut.is_shard(1)]
