@@ -1,4 +1,4 @@
-"""Models of the Hugging Face integration trained as it is done: FSDP2, torch.compile and checkpointing, two processes."""
+"""Models of the Hugging Face integration trained by two processes with FSDP2, torch.compile and checkpointing."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ ADAPTERS: dict[str, Any] = {
     "gates_saved": lambda: peft.LoraConfig(
         target_modules=["k_proj"], modules_to_save=["self_attn.gate_proj", "compress_k"], **LORA
     ),
-    "compression": lambda: peft.LoraConfig(target_modules=[], target_parameters=["compress_k.w1", "compress_v.w2"], **LORA),
+    "compression": lambda: peft.LoraConfig(
+        target_modules=[], target_parameters=["compress_k.w1", "compress_v.w2"], **LORA
+    ),
     "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **IA3),
 }  # fmt: skip
 
@@ -133,7 +135,7 @@ def test_what_prompt_learning_gets_wrong_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"^{name} must not be given with PEFT's prompt learning"):
             generate(model, longer, torch.ones_like(longer), **options)
-    with pytest.raises(ValueError, match="^assisted generation must not be given"):
+    with pytest.raises(ValueError, match=r"^assisted generation must not be given"):
         generate(model, ids[:1], mask[:1], prompt_lookup_num_tokens=3)
     given = {CACHE: NSAModelCache(model.config)}
     assert torch.equal(generate(model, longer, torch.ones_like(longer), **given), expected)

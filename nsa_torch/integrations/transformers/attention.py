@@ -22,18 +22,17 @@ from .options import head_dim
 class NSASelfAttention(NSAAttention):
     """`NSAAttention` behind the call of transformers' LlamaAttention; the model's rotary embedding serves it.
 
-    config: a configuration of `families`, which says where biases are and whether heads are normed.
+    config: a configuration of `families`. dense: the family's own attention, which says where biases are, whether heads
+    are normed, and the scale.
     """
 
-    def __init__(self, config: Any, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int, dense: Any):
         heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
-        qkv_bias, o_bias = config.projection_biases()
-        super().__init__(config.hidden_size, *heads, rope_theta=None, bias=qkv_bias, **config.nsa_options())
-        if o_bias != qkv_bias:
-            self.o_proj = nn.Linear(self.o_proj.in_features, self.o_proj.out_features, bias=o_bias)
-        norm = config.head_norm()
-        self.q_norm: nn.Module | None = None if norm is None else norm()
-        self.k_norm: nn.Module | None = None if norm is None else norm()
+        options = config.nsa_options() | {"bias": dense.q_proj.bias is not None, "scale": dense.scaling}
+        super().__init__(config.hidden_size, *heads, rope_theta=None, **options)
+        self.o_proj = dense.o_proj
+        self.q_norm: nn.Module | None = getattr(dense, "q_norm", None)
+        self.k_norm: nn.Module | None = getattr(dense, "k_norm", None)
         self.layer_idx = layer_idx
 
     def _project(self, x: Tensor, tables: Tables | None) -> NSAInputs:

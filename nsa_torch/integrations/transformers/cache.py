@@ -251,9 +251,11 @@ def adopt(cache: Any, config: Any, name: str) -> NSAModelCache:
     """The NSAModelCache of a cache that was given as `name`: itself, or what a transformers' cache holds.
 
     A DynamicCache or a StaticCache without tokens gets an NSAModelCache's layers in place of its own, and from then on
-    speaks for it; a StaticCache's is of its fixed length. TypeError for any other cache. One that holds keys and values
-    of a single attention, as the prefix of PEFT's prefix tuning, says nothing of the three branches' own: the compressed
-    branch would need keys before rotation, and a gradient into the prefix would have to pass through the cache.
+    speaks for it; a StaticCache's is of its fixed length.
+
+    TypeError for any other cache. One that holds keys and values of a single attention, as the prefix of PEFT's prefix
+    tuning, says nothing of the three branches' own. The compressed branch would need keys before rotation, and a
+    gradient into the prefix would have to pass through the cache.
     """
     if isinstance(cache, NSAModelCache):
         return cache

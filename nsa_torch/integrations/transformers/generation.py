@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -15,16 +17,22 @@ from .modeling import CACHE, NSAPreTrained
 
 
 class NSAForCausalLM(NSAPreTrained):
-    """Before a family's causal language model among the bases, whose `base_class` is the family's NSAModel."""
+    """Before a family's causal language model, `dense_class`, among the bases; `base_class`: the family's NSAModel."""
 
     base_class: type[Any]
+    dense_class: type[Any]
     config: Any
 
     def __init__(self, config: Any):
-        PreTrainedModel.__init__(self, config)  # the family's own would build the dense model
+        # The family's own would build the dense model: what it has besides is taken from one without weights.
+        PreTrainedModel.__init__(self, config)
+        plain = deepcopy(config)
+        plain._attn_implementation = "eager"
+        with torch.device("meta"):
+            dense = self.dense_class(plain)
+        vars(self).update({name: what for name, what in vars(dense).items() if name not in vars(self)})
         self.model = self.base_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=dense.lm_head.bias is not None)
         self.post_init()  # type: ignore[attr-defined]
 
     @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
