@@ -13,6 +13,7 @@ from . import checkpoints, ops
 from .block_compression import BlockCompression
 from .cache import NSACache, NSALayerCache
 from .checks import check_at_least, check_divides
+from .exporting import Tokens, lengthen
 from .heads import NSAInputs, split_heads
 from .layer_checks import check_cache, take_tokens
 from .packing import packed_block_ends, packed_positions
@@ -223,11 +224,14 @@ class NSAAttention(nn.Module):
         if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
         else:
-            inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
+            tokens = Tokens(x, position_embeddings, cu_seqlens, max_seqlen)
+            inputs, packing = self._inputs(*lengthen(tokens, self.block_size + self.block_stride))
             options = self._block_options() | {"window": self.window, "scale": self.scale}
             options |= self._choice_options() | packing
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
             out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
+            if out.size(-3) != x.size(-2):
+                out = out.narrow(-3, 0, x.size(-2))
         out = self.o_proj(out.flatten(-2))
         if padding is not None and not (type(self.o_proj) is nn.Linear and self.o_proj.bias is None):
             out = out.masked_fill(padding, 0)
