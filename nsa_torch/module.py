@@ -13,6 +13,7 @@ from .block_compression import BlockCompression
 from .cache import NSACache, NSALayerCache
 from .checks import check_at_least, check_bools, check_divides
 from .convolution import CausalConv, convolve_heads
+from .exporting import Tokens, lengthen
 from .heads import NSAInputs, split_branches, split_heads
 from .layer_checks import check_cache, check_cache_heads, check_gate_dtype, check_rope, take_tokens
 from .norms import make_norms, norm_heads
@@ -274,11 +275,14 @@ class NSAAttention(nn.Module):
             if x.size(-2) == 0:
                 return self.o_proj(out.flatten(-2)).view(hidden_states.shape)
         else:
-            inputs, packing = self._inputs(x, position_embeddings, cu_seqlens, max_seqlen)
+            tokens = Tokens(x, position_embeddings, cu_seqlens, max_seqlen)
+            inputs, packing = self._inputs(*lengthen(tokens, self.block_size + self.block_stride))
             options = self._block_options() | {"window": self.window, "scale": self.scale}
             options |= self._choice_options() | packing
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
             out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
+            if out.size(-3) != x.size(-2):
+                out = out.narrow(-3, 0, x.size(-2))
         out = self.o_proj(out.reshape(*hidden_states.shape[:-1], out.size(-2) * out.size(-1)))
         if padding is not None and not (type(self.o_proj) is nn.Linear and self.o_proj.bias is None):
             out = out.masked_fill(own_tokens(self, padding), 0)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .block_compression import BlockCompression
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,14 +38,20 @@ def compute_dtype(layer: NSAAttention, device: torch.device) -> torch.dtype:
     return held[0] if held else torch.get_default_dtype()
 
 
+def compression_of(layer: NSAAttention) -> BlockCompression:
+    """That of the keys; an adapter may stand around it."""
+    return next(module for module in layer.compress_k.modules() if isinstance(module, BlockCompression))
+
+
 def heads_mesh(layer: NSAAttention) -> DeviceMesh | None:
     """The ranks that a layer's heads are cut over by tensor parallelism."""
-    if layer.compress_k.tensor_parallel is not None:
-        return layer.compress_k.tensor_parallel
+    mesh = compression_of(layer).tensor_parallel
+    if mesh is not None:
+        return mesh
     weight: Any = getattr(layer.o_proj, "weight", None)
     placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
     dims = [dim for dim, placement in enumerate(placements) if placement.is_shard(1)]
     if not dims:
         return None
-    mesh: DeviceMesh = weight.device_mesh
-    return mesh if mesh.ndim == 1 else mesh[tuple(mesh.mesh_dim_names[dim] for dim in dims)]  # type: ignore[index]
+    whole: DeviceMesh = weight.device_mesh
+    return whole if whole.ndim == 1 else whole[tuple(whole.mesh_dim_names[dim] for dim in dims)]  # type: ignore[index]

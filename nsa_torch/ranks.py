@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from .checks import check_tensors
-from .placement import heads_mesh
+from .placement import compression_of, heads_mesh
 
 if TYPE_CHECKING:
     from .module import NSAAttention
@@ -23,7 +23,7 @@ def gather_tokens(layer: NSAAttention, hidden_states: Tensor) -> Tensor:
     """
     check_tensors(hidden_states=hidden_states)
     mesh, placements = heads_mesh(layer), getattr(hidden_states, "placements", None)
-    if placements is None and not layer.compress_k.sequence_parallel:
+    if placements is None and not compression_of(layer).sequence_parallel:
         return hidden_states
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -68,8 +68,8 @@ def whole_like(x: Any, other: Tensor) -> Tensor:
 
 def own_tokens(layer: NSAAttention, tokens: Tensor) -> Tensor:
     """Of (sum T, 1) for all tokens what this rank's results are for, where a layer's results are cut."""
-    mesh = layer.compress_k.tensor_parallel
-    if mesh is None or not layer.compress_k.sequence_parallel:
+    mesh = compression_of(layer).tensor_parallel
+    if mesh is None or not compression_of(layer).sequence_parallel:
         return tokens
     each = -(-tokens.size(0) // mesh.size())  # as Shard cuts them
     return tokens[mesh.get_local_rank() * each :][:each]

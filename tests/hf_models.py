@@ -15,8 +15,18 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
 }  # fmt: skip
-# What a family needs besides: Qwen3's heads do not follow from its hidden size.
-EXTRA = {"Llama": {"attention_bias": True}, "Qwen3": {"head_dim": 16}}
+# What a family needs besides: heads that do not follow from the hidden size; experts that compute in float64.
+EXTRA: dict[str, dict[str, Any]] = {
+    "Arcee": {"attention_bias": True},
+    "Gemma": {"head_dim": 16},
+    "Granite": {"attention_multiplier": 0.5, "residual_multiplier": 0.7, "logits_scaling": 1.5},
+    "Llama": {"attention_bias": True},
+    "Ministral": {"head_dim": 16},
+    "Mixtral": {"num_local_experts": 4, "experts_implementation": "eager"},
+    "Qwen3": {"head_dim": 16},
+    "Qwen3Moe": {"head_dim": 16, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2},
+}
+EXTRA["Qwen3Moe"]["experts_implementation"] = "eager"
 NSA = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 
 # Llama's norms round to float32 in a float64 model too.

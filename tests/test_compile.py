@@ -175,26 +175,51 @@ def test_decoding_of_several_layers_and_ragged_chunks():
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(strict):
     module = make().eval()
-    sizes = {"hidden_states": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", min=16)}}
+    sizes = {"hidden_states": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}}
     program = torch.export.export(module, (tokens(2, 37),), dynamic_shapes=sizes, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
     for exported in (program, torch.export.load(file)):
-        for shape in ((2, 37), (3, 50), (2, 16), (2, 1003)):
+        for shape in ((2, 37), (3, 50), (2, 1003), (1, 1), (2, 1), (2, 7), (1, 8), (2, 11), (2, 12)):
             x = tokens(*shape)
             torch.testing.assert_close(exported.module()(x), module(x), rtol=1e-5, atol=1e-5)
 
 
-def test_export_of_packed_sequences():
-    module = make().eval()
-    cu_seqlens = torch.tensor([0, 20, 37], dtype=torch.int32)
-    sizes = {"hidden_states": {0: torch.export.Dim("length", min=16)}, "cu_seqlens": None}
-    program = torch.export.export(module, (tokens(37),), {"cu_seqlens": cu_seqlens}, dynamic_shapes=sizes)
-    for bounds in ([0, 20, 37], [0, 50, 51], [0, 0, 16]):
-        x, cu_seqlens = tokens(bounds[-1]), torch.tensor(bounds, dtype=torch.int32)
-        out = program.module()(x, cu_seqlens=cu_seqlens)
-        torch.testing.assert_close(out, module(x, cu_seqlens=cu_seqlens), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("options", [{}, {"max_seqlen": 50}])
+def test_export_of_packed_sequences(options):
+    module = make(bias=True).eval()
+    given = {"cu_seqlens": torch.tensor([0, 20, 37], dtype=torch.int32), **options}
+    sizes = {"hidden_states": {0: torch.export.Dim("length")}, "cu_seqlens": {0: torch.export.Dim("ends")}}
+    sizes |= dict.fromkeys(options)
+    program = torch.export.export(module, (tokens(37),), given, dynamic_shapes=sizes)
+    for bounds in ([0, 20, 37], [0, 50, 51], [0, 0, 16], [0, 1], [0, 1, 3, 5], [0, 7]):
+        x, given["cu_seqlens"] = tokens(bounds[-1]), torch.tensor(bounds, dtype=torch.int32)
+        torch.testing.assert_close(program.module()(x, **given), module(x, **given), rtol=1e-5, atol=1e-5)
+
+
+def test_export_with_position_embeddings():
+    module = make(rope_theta=None).eval()
+    length = {0: torch.export.Dim("length")}
+    sizes = {"hidden_states": {1: length[0]}, "position_embeddings": (length, length)}
+
+    def tables(n: int):
+        return rope_tables(torch.arange(n), DK, 500.0, torch.float32)
+
+    program = torch.export.export(module, (tokens(2, 37),), {"position_embeddings": tables(37)}, dynamic_shapes=sizes)
+    for n in (1, 5, 50):
+        x, given = tokens(2, n), {"position_embeddings": tables(n)}
+        torch.testing.assert_close(program.module()(x, **given), module(x, **given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 37])
+def test_export_of_a_fixed_length(length):
+    """Of enough tokens, none are added."""
+    module, x = make().eval(), tokens(2, length)
+    program = torch.export.export(module, (x,))
+    torch.testing.assert_close(program.module()(x), module(x), rtol=1e-5, atol=1e-5)
+    sizes = {node.meta["val"].size(1) for node in program.graph.nodes if "linear" in node.name}
+    assert sizes == {length if length >= 12 else length + 12, length}
 
 
 def test_exported_program_trains():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSAModelCache, use_nsa
+from nsa_torch.integrations import transformers as nsa_transformers
+from nsa_torch.integrations.transformers import CACHE, NSAModelCache, families, use_nsa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+FAMILIES = list(families.NAMES)
+CLASSIFIED = [name for name in FAMILIES if hasattr(transformers, f"{name}ForSequenceClassification")]
 
 
 def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
@@ -55,15 +58,19 @@ def test_generation_with_the_cache_equals_without(family: str) -> None:
 def test_saved_models_load_with_the_same_results(tmp_path: Path, family: str) -> None:
     ids = torch.stack(make_sequences([30, 30]))
     autos = {"Model": AutoModel, "ForCausalLM": AutoModelForCausalLM}
-    autos["ForSequenceClassification"] = AutoModelForSequenceClassification
+    if family in CLASSIFIED:
+        autos["ForSequenceClassification"] = AutoModelForSequenceClassification
     for head, auto in autos.items():
         model = use_nsa(dense_model(family + head), **NSA)
         model.save_pretrained(tmp_path / head)
         loaded, info = auto.from_pretrained(tmp_path / head, dtype=torch.float64, output_loading_info=True)
         assert type(loaded) is type(model) and loaded.config.nsa_options() == model.config.nsa_options()
         assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert type(model) is getattr(nsa_transformers, type(model).__name__)
+        again = pickle.loads(pickle.dumps(model))
         with torch.no_grad():
             torch.testing.assert_close(loaded.eval()(ids)[0], model(ids)[0], **close)
+            assert torch.equal(again(ids)[0], model(ids)[0])
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
@@ -92,7 +99,7 @@ def test_models_saved_by_version_0_1_are_converted(tmp_path: Path, family: str) 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CLASSIFIED)
 def test_sequences_are_classified_by_their_last_real_token(family: str) -> None:
     dense, model = dense_pair(f"{family}ForSequenceClassification", num_labels=3)
     sequences = make_sequences([33, 12, 20])
@@ -124,9 +131,23 @@ def test_every_weight_is_trained(family: str) -> None:
 def test_other_models_are_refused() -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     gpt = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=40, **sizes))
-    with pytest.raises(TypeError, match=r"one of LlamaModel, LlamaForCausalLM, .*got GPTNeoXForCausalLM"):
+    with pytest.raises(TypeError, match=r"one of ArceeModel, .*LlamaForCausalLM, .*got GPTNeoXForCausalLM"):
         use_nsa(gpt)
     with pytest.raises(TypeError, match="got LlamaForQuestionAnswering"):
         use_nsa(transformers.LlamaForQuestionAnswering(transformers.LlamaConfig(**LLAMA)))
     with pytest.raises(TypeError, match="got dict"):
         use_nsa({})  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_routers_of_experts_are_recorded_and_balanced(family: str) -> None:
+    ids, outs = torch.stack(make_sequences([40, 40])), []
+    for model in dense_pair(f"{family}ForCausalLM"):
+        outs.append(model(ids, labels=ids, output_router_logits=True, output_hidden_states=True))
+    for name in ("loss", "aux_loss"):
+        torch.testing.assert_close(outs[1][name], outs[0][name], **close)
+    for name in ("router_logits", "hidden_states"):
+        assert len(outs[1][name]) == len(outs[0][name]) >= 2
+        for sparse, dense in zip(outs[1][name], outs[0][name], strict=True):
+            torch.testing.assert_close(sparse, dense, **close)

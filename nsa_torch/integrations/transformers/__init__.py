@@ -1,57 +1,33 @@
-"""Native Sparse Attention in models of Hugging Face transformers: Llama, Mistral, Qwen2, Qwen3.
+"""Native Sparse Attention in models of Hugging Face transformers: Llama, Mistral, Qwen2, Qwen3, and more of their kind.
 
     model = use_nsa(llama, window=128)              # from a dense model, whose weights it copies, or
     config = NSALlamaConfig(hidden_size=256, num_attention_heads=8, num_key_value_heads=2, window=128)
     model = NSALlamaForCausalLM(config)             # a new one
 
+Arcee, Gemma, Granite, Llama, Ministral, Mistral, Mixtral, Qwen2, Qwen3 and Qwen3Moe have NSA...Config, NSA...Model,
+NSA...ForCausalLM and, where transformers has it, NSA...ForSequenceClassification. Sliding windows of a family are gone:
+NSA's window is for all layers.
+
 They are ordinary transformers models: batches padded on either side with an `attention_mask`, `generate` with a cache
-(greedy, sampling, beams, assisted), gradient checkpointing, torch.compile, `save_pretrained`, and, once this module is
-imported, `from_pretrained` of AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification. Packed sequences
-come as `cu_seq_lens_q`, as for FlashAttention, or as `position_ids` that restart. Needs transformers 5.
+(greedy, sampling, beams, assisted), gradient checkpointing, torch.compile, `save_pretrained`, PEFT's adapters and
+virtual tokens, and, once this module is imported, `from_pretrained` of AutoModel, AutoModelForCausalLM and
+AutoModelForSequenceClassification. Packed sequences come as `cu_seq_lens_q`, as for FlashAttention, or as
+`position_ids` that restart. Needs transformers 5.23 or 5.24.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .attention import NSASelfAttention
 from .cache import NSAModelCache
 from .convert import use_nsa
-from .families import (
-    NSALlamaConfig,
-    NSALlamaForCausalLM,
-    NSALlamaForSequenceClassification,
-    NSALlamaModel,
-    NSAMistralConfig,
-    NSAMistralForCausalLM,
-    NSAMistralForSequenceClassification,
-    NSAMistralModel,
-    NSAQwen2Config,
-    NSAQwen2ForCausalLM,
-    NSAQwen2ForSequenceClassification,
-    NSAQwen2Model,
-    NSAQwen3Config,
-    NSAQwen3ForCausalLM,
-    NSAQwen3ForSequenceClassification,
-    NSAQwen3Model,
-)
+from .families import CLASSES
 from .modeling import CACHE
 
-__all__ = [
-    "CACHE",
-    "NSALlamaConfig",
-    "NSALlamaForCausalLM",
-    "NSALlamaForSequenceClassification",
-    "NSALlamaModel",
-    "NSAMistralConfig",
-    "NSAMistralForCausalLM",
-    "NSAMistralForSequenceClassification",
-    "NSAMistralModel",
-    "NSAModelCache",
-    "NSAQwen2Config",
-    "NSAQwen2ForCausalLM",
-    "NSAQwen2ForSequenceClassification",
-    "NSAQwen2Model",
-    "NSAQwen3Config",
-    "NSAQwen3ForCausalLM",
-    "NSAQwen3ForSequenceClassification",
-    "NSAQwen3Model",
-    "NSASelfAttention",
-    "use_nsa",
-]
+globals().update(CLASSES)
+
+__all__ = ["CACHE", "NSAModelCache", "NSASelfAttention", "use_nsa", *CLASSES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """The families' classes."""

@@ -21,22 +21,23 @@ from .options import head_dim
 class NSASelfAttention(NSAAttention):
     """`NSAAttention` behind the call of transformers' LlamaAttention; the model's rotary embedding serves it.
 
-    config: a configuration of `families`, which says where biases are and whether heads are normed.
+    config: a configuration of `families`. dense: the family's own attention, which says where biases are, whether heads
+    are normed, and the scale.
     """
 
-    def __init__(self, config: Any, layer_idx: int):
+    def __init__(self, config: Any, layer_idx: int, dense: Any):
         heads = (config.num_attention_heads, config.num_key_value_heads, head_dim(config))
-        qkv_bias, o_bias = config.projection_biases()
-        norm = config.head_norm()
+        norms: Any = getattr(dense, "q_norm", None), getattr(dense, "k_norm", None)
         super().__init__(
             config.hidden_size,
             *heads,
             rope_theta=None,
-            qkv_bias=qkv_bias,
-            o_bias=o_bias,
-            qk_norm=False if norm is None else (norm(), norm()),
+            qkv_bias=dense.q_proj.bias is not None,
+            qk_norm=False if None in norms else norms,
+            scale=dense.scaling,
             **config.nsa_options(),
         )
+        self.o_proj = dense.o_proj
         self.layer_idx = layer_idx
 
     def forward(  # type: ignore[override]

@@ -15,6 +15,7 @@ from ...cache_copy import copy_cache, reserve
 from ...cache_step import CacheStep
 from .cache_layer import NSAModelCacheLayer
 from .options import head_dim
+from .peft import NO_PREFIX
 
 _MAX_CROP = 64
 # Of longer chunks only the last _MAX_CROP tokens can be taken back: they are prompts, and rings of their size cost.
@@ -250,7 +251,11 @@ def adopt(cache: Any, config: Any, name: str) -> NSAModelCache:
     """The NSAModelCache of a cache that was given as `name`: itself, or what a transformers' cache holds.
 
     A DynamicCache or a StaticCache without tokens gets an NSAModelCache's layers in place of its own, and from then on
-    speaks for it; a StaticCache's is of its fixed length. TypeError for any other cache.
+    speaks for it; a StaticCache's is of its fixed length.
+
+    TypeError for any other cache. One that holds keys and values of a single attention, as the prefix of PEFT's prefix
+    tuning, says nothing of the three branches' own. The compressed branch would need keys before rotation, and a
+    gradient into the prefix would have to pass through the cache.
     """
     if isinstance(cache, NSAModelCache):
         return cache
@@ -259,7 +264,10 @@ def adopt(cache: Any, config: Any, name: str) -> NSAModelCache:
         return layers[0].cache
     if layers is None or cache.offloading or any(layer.is_initialized for layer in layers):
         expected = "an NSAModelCache, or a DynamicCache or StaticCache without tokens and offloading"
-        raise TypeError(f"{name} must be {expected}, got {type(cache).__name__}")
+        message = f"{name} must be {expected}, got {type(cache).__name__}"
+        if layers is not None and cache.get_seq_length() > 0:
+            message += f" with {cache.get_seq_length()} tokens: {NO_PREFIX}"
+        raise TypeError(message)
     adopted = NSAModelCache(config, layers[0].max_cache_len if type(cache) is StaticCache else None)
     cache.layers, cache.layer_class_to_replicate = adopted.layers, None
     return adopted

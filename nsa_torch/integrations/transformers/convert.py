@@ -19,7 +19,8 @@ def use_nsa(model: PreTrainedModel, **nsa_options: Any) -> Any:
     Every branch starts with the keys and values of the dense layer, gates near a half, the compression near the mean.
 
     Args:
-        model: the base model, the causal language model or the sequence classifier of Llama, Mistral, Qwen2 or Qwen3.
+        model: the base model, the causal language model or the sequence classifier of a family with NSA, such as Llama,
+            Mistral, Qwen2 or Qwen3.
         nsa_options: block_size, block_stride, select_size, num_selected, num_initial, num_local, window, compression.
 
     Returns:

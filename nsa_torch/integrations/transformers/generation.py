@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 import functools
+from copy import deepcopy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from . import peft
 from .cache import NSAModelCache, adopt
 from .modeling import CACHE, NSAPreTrained
 
 
 class NSAForCausalLM(NSAPreTrained):
-    """Before a family's causal language model among the bases, whose `base_class` is the family's NSAModel."""
+    """Before a family's causal language model, `dense_class`, among the bases; `base_class`: the family's NSAModel."""
 
     base_class: type[Any]
+    dense_class: type[Any]
     config: Any
 
     def __init__(self, config: Any):
-        PreTrainedModel.__init__(self, config)  # the family's own would build the dense model
+        # The family's own would build the dense model: what it has besides is taken from one without weights.
+        PreTrainedModel.__init__(self, config)
+        plain = deepcopy(config)
+        plain._attn_implementation = "eager"
+        with torch.device("meta"):
+            dense = self.dense_class(plain)
+        vars(self).update({name: what for name, what in vars(dense).items() if name not in vars(self)})
         self.model = self.base_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=dense.lm_head.bias is not None)
         self.post_init()  # type: ignore[attr-defined]
 
     @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the family's model. A call that fails leaves the cache as it was."""
-        given = args[3] if len(args) > 3 else kwargs.get("cache", kwargs.get("past_key_values"))
+        if "past_key_values" in kwargs and CACHE not in kwargs:
+            kwargs[CACHE] = kwargs.pop("past_key_values")
+        given = args[3] if len(args) > 3 else kwargs.get(CACHE)
         cache = None if given is None else adopt(given, self.config, CACHE)
         state = None if cache is None else cache.state()
         try:
@@ -40,6 +51,7 @@ class NSAForCausalLM(NSAPreTrained):
             raise
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        peft.check_prompt_learning(self, 0, None, assisted=True)
         if kwargs.get(CACHE) is not None:
             adopt(kwargs[CACHE], self.config, CACHE).starts_assisted = True
         return super()._assisted_decoding(input_ids, *args, **kwargs)  # type: ignore[misc]
@@ -81,6 +93,8 @@ class NSAForCausalLM(NSAPreTrained):
         first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") is None
         if cache is not None and cache.columns > 0 and not first:
             inputs.pop("attention_mask", None)  # tokens that `generate` chose are real, and what is cached is known
+        if CACHE in inputs and peft.wrapper(self) is not None:
+            inputs["past_key_values"] = inputs.pop(CACHE)  # PEFT knows it by its old name alone
         return inputs
 
     def _prepare_cache_for_generation(
@@ -93,6 +107,10 @@ class NSAForCausalLM(NSAPreTrained):
         cache, implementation = model_kwargs.get(CACHE), generation_config.cache_implementation
         if implementation not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation must be None, 'dynamic' or 'static', got {implementation!r}")
+        max_cache_length += peft.num_virtual_tokens(self)
+        if generation_config.use_cache:
+            columns = 0 if cache is None else cache.get_seq_length()
+            peft.check_prompt_learning(self, columns, generation_config.prefill_chunk_size, assisted=False)
         if cache is not None:
             held = adopt(cache, self.config, CACHE)
             if implementation is not None:

@@ -61,11 +61,17 @@ class NSAModel(NSAPreTrained):
 
     config: Any
     layers: nn.ModuleList
+    _can_record_outputs: dict[str, Any] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        recorded: dict[str, Any] = super()._can_record_outputs or {}  # type: ignore[misc]
+        cls._can_record_outputs = {name: what for name, what in recorded.items() if name != "attentions"}
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.layers):
-            layer.self_attn = NSASelfAttention(config, index)
+            layer.self_attn = NSASelfAttention(config, index, layer.self_attn)
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from ...checkpoints import VERSION
 
@@ -22,6 +22,13 @@ class NSAOptions:
     compression: str = "mlp"
     # Order of the rows of k_proj and v_proj in a saved model, see nsa_torch.checkpoints.
     nsa_version: int = VERSION
+    base_model_tp_plan: ClassVar[dict[str, str] | None]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The projections of attention are not cut as the family's own are.
+        plan = getattr(cls, "base_model_tp_plan", None) or {}
+        cls.base_model_tp_plan = {name: how for name, how in plan.items() if "self_attn" not in name}
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
