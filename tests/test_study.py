@@ -16,7 +16,7 @@ from study import block_lists, layers, models, reformer
 from study.choices import random_blocks
 from study.layers import Shape
 from study.nsa_layers import ClosedGates, nsa_layer
-from study.runs import PLANS, RATES, RECALL_TOKENS, make_task
+from study.runs import NEEDLE_TOKENS, PLANS, RATES, RECALL_TOKENS, SHORT_NEEDLE_TOKENS, make_task, predicted_seconds
 from study.training import Run, write_json
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, head_dim=16)
@@ -247,3 +247,28 @@ def test_seeds_and_equal_time_follow_from_the_sweep(tmp_path: Path) -> None:
     assert [(run.model, run.lr, run.seed, run.tokens) for run in runs] == [
         ("nsa", RATES[1], seed, RECALL_TOKENS // 2) for seed in (0, 1, 2)
     ]
+
+
+def test_needle_models_that_learned_are_made_with_all_seeds_in_their_peers_time(tmp_path: Path) -> None:
+    found = {"full+conv": 0.9, "nsa-dropped+conv": 0.8, "nsa+conv": 0.1}
+    for model, codes in found.items():
+        for lr in RATES:
+            run = Run("needle-8k", model, lr, 0, SHORT_NEEDLE_TOKENS)
+            cells = {"512": [codes, codes if lr == RATES[2] else 0.0]}
+            scores = {"needle": {"codes": cells, "digits": cells}}
+            write_json(tmp_path / f"{run.name}.json", {"run": asdict(run), "status": "done", "scores": scores})
+    assert PLANS["needle"](tmp_path) == [
+        Run("needle", "full+conv", RATES[2], seed, NEEDLE_TOKENS) for seed in (0, 1, 2)
+    ]
+    lengths = [stage.length for stage in make_task("needle").sizes.stages]
+    cost = {"full+conv": 3.0, "nsa-dropped+conv": 2.0, "nsa+conv": 2.0}
+    rows = [{"model": name, "length": n, "seconds_per_million": s} for name, s in cost.items() for n in lengths]
+    write_json(tmp_path / "_steps_needle.json", {"rows": rows})
+    runs = PLANS["needle-time"](tmp_path)
+    assert {run.tokens for run in runs} == {NEEDLE_TOKENS * 3 // 2}
+    assert [(run.model, run.seed) for run in runs] == [
+        ("nsa-dropped+conv", 0), ("nsa+conv", 0), ("nsa-dropped+conv", 1), ("nsa-dropped+conv", 2)
+    ]  # fmt: skip
+    assert 0 < predicted_seconds(tmp_path, runs[:1]) == pytest.approx(2.0 * NEEDLE_TOKENS * 1.5e-6)
+    short = Run("needle-8k", "full+conv", 1e-3, 0, SHORT_NEEDLE_TOKENS)
+    assert predicted_seconds(tmp_path, [short]) == pytest.approx(3.0 * SHORT_NEEDLE_TOKENS * 1e-6)

@@ -35,13 +35,21 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-TIMED_AS = {"mqar": "recall"}  # whose steps are of the same sizes
+TIMED_AS = {"mqar": "recall", "needle-8k": "needle"}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS = 32_000_000
-NEEDLE_TOKENS = 100_000_000
-LANGUAGE_TOKENS = 64_000_000
-FIRST_LANGUAGE_TOKENS = 16_000_000
+SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS = 16_000_000, 40_000_000
+SWEPT_NEEDLE = ("needle-8k", SHORT_NEEDLE_TOKENS)
+NEEDLE_PEERS = {"nsa-dropped+conv": "full+conv", "nsa+conv": "full+conv", "nsa": "full"}
+NEEDLE_MODELS = ("full+conv", "nsa-dropped+conv", "nsa+conv", "nsa", "full")
+LEARNED = 0.5  # of the codes of a sweep: a model that finds fewer is made once instead of three times
+LANGUAGE_TOKENS = 16_000_000
+LANGUAGE_MODELS = ("nsa", "full", "nsa+conv", "full+conv")
+SWEPT_LANGUAGE = ("language", LANGUAGE_TOKENS)
+LANGUAGE_PEERS = {"nsa": "full", "nsa+conv": "full+conv"}
+LONG_LANGUAGE_TOKENS = 16_000_000
+TIME_ASKED = 0.6  # of full attention's time, to its final loss
 PEERS = {
     "nsa": "full",
     "nsa+conv": "full+conv",
@@ -57,8 +65,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "recall-long": lambda: Recall(lengths=(2048, 4096, 8192)),
     "mqar": lambda: Recall(kind="mqar"),
     "language": Language,
+    "language-32k": lambda: Language(length=32768, scored=(1024, 8192, 32768)),
     "language-code": lambda: Language(split="code"),
     "needle": Needle,
+    "needle-8k": lambda: Needle(lengths=(512, 1024, 2048, 4096, 8192)),
     "needle-4": lambda: Needle(needles=4),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
@@ -96,23 +106,52 @@ def seeds(task: str, models: tuple[str, ...], tokens: int) -> Plan:
     return plan
 
 
-def equal_time(task: str, pairs: dict[str, str], tokens: int) -> Plan:
-    """Each model with the tokens that it can take in the time that its peer takes for `tokens`, both alone.
+def equal_time(
+    task: str, pairs: dict[str, str], tokens: int, *, share: float = 1.0, swept: tuple[str, int] | None = None
+) -> Plan:
+    """Each model with the tokens that it can take in `share` of the time that its peer takes for `tokens`, both alone.
 
-    Times are those of `python -m study steps`, so that runs may be made side by side, on any machine.
+    Times are those of `python -m study steps`, so that runs may be made side by side, on any machine. Rates are the
+    best of the sweep of a task with so many tokens: this one, or `swept`.
     """
 
     def plan(out: Path) -> list[Run]:
         results = read_results(out)
-        rates, cost = best_rates(results, task, tokens), seconds_per_million(out, task)
+        rates, cost = best_rates(results, *(swept or (task, tokens))), seconds_per_million(out, task)
         runs = []
-        for model, peer in pairs.items():
-            if model in rates and {model, peer} <= set(cost):
-                fitting = round(tokens * cost[peer] / cost[model], -5)
-                runs += [Run(task, model, rates[model], seed, int(fitting)) for seed in SEEDS]
+        for seed in SEEDS:
+            for model, peer in pairs.items():
+                if model in rates and {model, peer} <= set(cost):
+                    fitting = round(share * tokens * cost[peer] / cost[model], -5)
+                    runs.append(Run(task, model, rates[model], seed, int(fitting)))
         return runs
 
     return plan
+
+
+def at_best_rates(task: str, models: tuple[str, ...], tokens: int, swept: tuple[str, int]) -> Plan:
+    """Every model with every seed, at the best rate of another task's sweep."""
+
+    def plan(out: Path) -> list[Run]:
+        rates = best_rates(read_results(out), *swept)
+        return [Run(task, model, rates[model], seed, tokens) for seed in SEEDS for model in models if model in rates]
+
+    return plan
+
+
+def learned(plan: Plan, swept: tuple[str, int]) -> Plan:
+    """The plan's runs; of models that found few codes in the sweep those of the first seed alone."""
+
+    def kept(out: Path) -> list[Run]:
+        codes: dict[str, float] = {}
+        for result in read_results(out):
+            run = result["run"]
+            if (run["task"], run["tokens"]) == swept and "needle" in result.get("scores", {}):
+                cells = [cell for row in result["scores"]["needle"]["codes"].values() for cell in row]
+                codes[run["model"]] = max(codes.get(run["model"], 0.0), sum(cells) / len(cells))
+        return [run for run in plan(out) if run.seed == SEEDS[0] or codes.get(run.model, 0.0) >= LEARNED]
+
+    return kept
 
 
 def score(result: dict[str, Any]) -> float:
@@ -147,7 +186,7 @@ def seconds_per_million(out: Path, task: str) -> dict[str, float]:
     share = {stage.length: stage.share / sum(s.share for s in stages) for stage in stages}
     cost: dict[str, float] = {}
     for row in json.loads(path.read_text())["rows"]:
-        cost[row["model"]] = cost.get(row["model"], 0.0) + share[row["length"]] * row["seconds_per_million"]
+        cost[row["model"]] = cost.get(row["model"], 0.0) + share.get(row["length"], 0.0) * row["seconds_per_million"]
     return cost
 
 
@@ -202,18 +241,23 @@ PLANS: dict[str, Plan] = {
     "recall-sharper": first("recall", SHARPER, RECALL_TOKENS),
     "recall-sharp-sweep": sweep("recall", SHARPER[:1], RECALL_TOKENS),
     "recall-sharp-seeds": seeds("recall", SHARPER[:1], RECALL_TOKENS),
+    "mqar-first": first("mqar", COMPARED, RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
+    "recall-reformer-first": first("recall", ("reformer",), RECALL_TOKENS),
     "recall-reformer-sweep": sweep("recall", ("reformer",), RECALL_TOKENS),
     "recall-reformer-seeds": seeds("recall", ("reformer",), RECALL_TOKENS),
-    "needle-sweep": sweep("needle", COMPARED, NEEDLE_TOKENS),
-    "needle-seeds": seeds("needle", COMPARED, NEEDLE_TOKENS),
-    "needle-time": equal_time("needle", PEERS, NEEDLE_TOKENS),
+    "needle-8k-sweep": sweep("needle-8k", NEEDLE_MODELS, SHORT_NEEDLE_TOKENS),
+    "needle": learned(at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE), SWEPT_NEEDLE),
+    "needle-time": learned(equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE), SWEPT_NEEDLE),
     "language-first": lambda out: [
-        Run("language", model, RATES[0], seed, FIRST_LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
+        Run("language", model, RATES[0], seed, LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
     ],
-    "language-sweep": sweep("language", COMPARED, LANGUAGE_TOKENS),
-    "language-seeds": seeds("language", COMPARED, LANGUAGE_TOKENS),
-    "language-time": equal_time("language", PEERS, LANGUAGE_TOKENS),
+    "language-sweep": sweep("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
+    "language-seeds": seeds("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
+    "language-32k": at_best_rates("language-32k", ("full", "full+conv"), LONG_LANGUAGE_TOKENS, SWEPT_LANGUAGE),
+    "language-32k-time": equal_time(
+        "language-32k", LANGUAGE_PEERS, LONG_LANGUAGE_TOKENS, share=TIME_ASKED, swept=SWEPT_LANGUAGE
+    ),
 }
