@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from study import report, texts
-from study.language import DIGITS, Language, Needle
+from study.language import DIGITS, RARE_BYTES, Language, Needle
 from study.layers import Shape
 from study.models import Decoder
 from study.recall import Recall
@@ -69,6 +69,15 @@ def test_needles_are_in_the_text_and_all_asked_for_at_its_end(needles: int, fold
         told = sentence.findall(text + codes[-1] + ".\n")  # each hidden one, then each answered question
         assert len(told) == 2 * needles and sorted(told[:needles]) == sorted(told[needles:])
         assert "".join(code for _, code in told[needles:]) == codes
+
+
+def test_rare_codes_are_of_different_signs_that_no_text_has(folder: Path) -> None:
+    task = Needle(rare=True, needles=2, folder=folder)
+    batch = task.batch(400, 8, generator(CPU, 5))
+    codes = batch.targets.unflatten(1, (2, DIGITS)).tolist()
+    assert all(len(set(code)) == DIGITS and set(code) <= set(RARE_BYTES) for row in codes for code in row)
+    assert len({code for row in codes for code in map(tuple, row)}) == 16
+    assert not set(RARE_BYTES) & set(task.training.on(CPU).tolist())
 
 
 def test_needles_lie_at_their_depths_and_the_last_is_asked_for(folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 `Language` predicts every byte; it is scored in bits per byte, by position, on packages that were not trained on.
 `Needle` puts a line "The code of KEY is VALUE." into a text at any depth, and ends with "The code of KEY is ": the
-digits of VALUE must follow.
+signs of VALUE must follow: digits, or signs that real text has not.
 """
 
 from __future__ import annotations
@@ -103,6 +103,8 @@ class Language:
 
 KEY_LETTERS, DIGITS = 4, 6
 LEAD, BETWEEN, END = b"\nThe code of ", b" is ", b".\n"
+DIGIT_BYTES = tuple(range(48, 58))
+RARE_BYTES = (*range(1, 9), *range(14, 32))  # control characters, in none of the texts
 NEEDLE_SHARES = {512: 6, 1024: 4, 2048: 5, 4096: 5, 8192: 5, 16384: 5, 32768: 4, 65536: 6}
 NEEDLE_SHAPE = Shape(rope_theta=1e6)  # with base 10,000 the slowest angle too turns round within 65,536 tokens
 
@@ -114,6 +116,8 @@ class Needle:
     split: str = "english"
     lengths: tuple[int, ...] = tuple(NEEDLE_SHARES)
     needles: int = 1
+    rare: bool = False  # codes of different RARE_BYTES: each sign says where it stands, and no other text is like it
+    shares: tuple[float, ...] = ()  # of the tokens, for each length; none: those of NEEDLE_SHARES
     depths: int = 8  # scored: the middles of so many equal parts of the text
     shape: Shape = NEEDLE_SHAPE
     tokens_per_step: int = 16384
@@ -123,7 +127,8 @@ class Needle:
 
     @property
     def sizes(self) -> Sizes:
-        stages = tuple(Stage(length, NEEDLE_SHARES.get(length, 4)) for length in self.lengths)
+        shares = self.shares or [NEEDLE_SHARES.get(length, 4) for length in self.lengths]
+        stages = tuple(Stage(length, share) for length, share in zip(self.lengths, shares, strict=True))
         return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width)
 
     @cached_property
@@ -154,7 +159,7 @@ class Needle:
         if room < 0:
             raise ValueError(f"length must be at least {length - room} to hold needles and questions, got {length}")
         keys = torch.randint(97, 123, (sequences, needles, KEY_LETTERS), generator=random, device=device)
-        values = torch.randint(48, 58, (sequences, needles, DIGITS), generator=random, device=device)
+        values = self._codes((sequences, needles), random)
         told = self._sentences(keys, values)
         start = (depth * (room + 1)).long().clamp(max=room) + needle * depth.argsort(1).argsort(1)
         places = start.unsqueeze(-1) + torch.arange(needle, device=device)
@@ -163,6 +168,13 @@ class Needle:
         ends = length - tail + torch.arange(asked, device=device) * needle + question - 1
         positions = (ends.unsqueeze(-1) + torch.arange(DIGITS, device=device)).flatten()
         return Batch(pieces, values[:, -asked:].flatten(1), positions.expand(sequences, -1))
+
+    def _codes(self, size: tuple[int, int], random: torch.Generator) -> Tensor:
+        """Bytes (*size, DIGITS)."""
+        signs = torch.tensor(RARE_BYTES if self.rare else DIGIT_BYTES, device=random.device)
+        if not self.rare:
+            return signs[torch.randint(len(signs), (*size, DIGITS), generator=random, device=random.device)]
+        return signs[torch.rand(*size, len(signs), generator=random, device=random.device).argsort(-1)[..., :DIGITS]]
 
     def _sentences(self, keys: Tensor, values: Tensor) -> Tensor:
         """(sequences, needles, letters) and (..., digits) to (..., bytes of a sentence)."""

@@ -35,20 +35,20 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-TIMED_AS = {"mqar": "recall", "needle-8k": "needle"}  # whose steps are of the same sizes
+TIMED_AS = {"mqar": "recall", "needle-8k": "needle", "needle-rare": "needle"}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
-RECALL_TOKENS = 32_000_000
-SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS = 16_000_000, 40_000_000
+RECALL_TOKENS, REFORMER_TOKENS = 32_000_000, 8_000_000
+SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS = 16_000_000, 40_000_000, 30_000_000
 SWEPT_NEEDLE = ("needle-8k", SHORT_NEEDLE_TOKENS)
-NEEDLE_PEERS = {"nsa-dropped+conv": "full+conv", "nsa+conv": "full+conv", "nsa": "full"}
+RARE_PEERS = {"nsa+conv": "full+conv", "nsa-dropped+conv": "full+conv"}
+NEEDLE_PEERS = RARE_PEERS | {"nsa": "full"}
 NEEDLE_MODELS = ("full+conv", "nsa-dropped+conv", "nsa+conv", "nsa", "full")
-LEARNED = 0.5  # of the codes of a sweep: a model that finds fewer is made once instead of three times
 LANGUAGE_TOKENS = 16_000_000
 LANGUAGE_MODELS = ("nsa", "full", "nsa+conv", "full+conv")
 SWEPT_LANGUAGE = ("language", LANGUAGE_TOKENS)
 LANGUAGE_PEERS = {"nsa": "full", "nsa+conv": "full+conv"}
-LONG_LANGUAGE_TOKENS = 16_000_000
+LONG_LANGUAGE_TOKENS = 8_000_000
 TIME_ASKED = 0.6  # of full attention's time, to its final loss
 PEERS = {
     "nsa": "full",
@@ -70,6 +70,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "needle": Needle,
     "needle-8k": lambda: Needle(lengths=(512, 1024, 2048, 4096, 8192)),
     "needle-4": lambda: Needle(needles=4),
+    "needle-rare": lambda: Needle(rare=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
         tokens_per_step=2048, mlp_width=64, reference="mini-nsa+conv", evaluated_tokens=32768,
@@ -107,7 +108,13 @@ def seeds(task: str, models: tuple[str, ...], tokens: int) -> Plan:
 
 
 def equal_time(
-    task: str, pairs: dict[str, str], tokens: int, *, share: float = 1.0, swept: tuple[str, int] | None = None
+    task: str,
+    pairs: dict[str, str],
+    tokens: int,
+    *,
+    share: float = 1.0,
+    swept: tuple[str, int] | None = None,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> Plan:
     """Each model with the tokens that it can take in `share` of the time that its peer takes for `tokens`, both alone.
 
@@ -119,7 +126,7 @@ def equal_time(
         results = read_results(out)
         rates, cost = best_rates(results, *(swept or (task, tokens))), seconds_per_million(out, task)
         runs = []
-        for seed in SEEDS:
+        for seed in seeds:
             for model, peer in pairs.items():
                 if model in rates and {model, peer} <= set(cost):
                     fitting = round(share * tokens * cost[peer] / cost[model], -5)
@@ -129,29 +136,21 @@ def equal_time(
     return plan
 
 
-def at_best_rates(task: str, models: tuple[str, ...], tokens: int, swept: tuple[str, int]) -> Plan:
-    """Every model with every seed, at the best rate of another task's sweep."""
+def at_best_rates(
+    task: str, models: tuple[str, ...], tokens: int, swept: tuple[str, int], *, seeds: tuple[int, ...] = SEEDS
+) -> Plan:
+    """Every model at the best rate of another task's sweep."""
 
     def plan(out: Path) -> list[Run]:
         rates = best_rates(read_results(out), *swept)
-        return [Run(task, model, rates[model], seed, tokens) for seed in SEEDS for model in models if model in rates]
+        return [Run(task, model, rates[model], seed, tokens) for seed in seeds for model in models if model in rates]
 
     return plan
 
 
-def learned(plan: Plan, swept: tuple[str, int]) -> Plan:
-    """The plan's runs; of models that found few codes in the sweep those of the first seed alone."""
-
-    def kept(out: Path) -> list[Run]:
-        codes: dict[str, float] = {}
-        for result in read_results(out):
-            run = result["run"]
-            if (run["task"], run["tokens"]) == swept and "needle" in result.get("scores", {}):
-                cells = [cell for row in result["scores"]["needle"]["codes"].values() for cell in row]
-                codes[run["model"]] = max(codes.get(run["model"], 0.0), sum(cells) / len(cells))
-        return [run for run in plan(out) if run.seed == SEEDS[0] or codes.get(run.model, 0.0) >= LEARNED]
-
-    return kept
+def together(*plans: Plan) -> Plan:
+    """Their runs, all first seeds first."""
+    return lambda out: sorted((run for plan in plans for run in plan(out)), key=lambda run: run.seed)
 
 
 def score(result: dict[str, Any]) -> float:
@@ -245,19 +244,25 @@ PLANS: dict[str, Plan] = {
     "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
-    "recall-reformer-first": first("recall", ("reformer",), RECALL_TOKENS),
+    "recall-reformer-first": first("recall", ("reformer",), REFORMER_TOKENS),
     "recall-reformer-sweep": sweep("recall", ("reformer",), RECALL_TOKENS),
     "recall-reformer-seeds": seeds("recall", ("reformer",), RECALL_TOKENS),
     "needle-8k-sweep": sweep("needle-8k", NEEDLE_MODELS, SHORT_NEEDLE_TOKENS),
-    "needle": learned(at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE), SWEPT_NEEDLE),
-    "needle-time": learned(equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE), SWEPT_NEEDLE),
+    "needle": at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    "needle-time": equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    "needle-rare": together(
+        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE),
+        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE),
+        at_best_rates("needle-rare", ("full",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
+        equal_time("needle-rare", {"nsa": "full"}, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    ),
     "language-first": lambda out: [
         Run("language", model, RATES[0], seed, LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
     ],
     "language-sweep": sweep("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
     "language-seeds": seeds("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
-    "language-32k": at_best_rates("language-32k", ("full", "full+conv"), LONG_LANGUAGE_TOKENS, SWEPT_LANGUAGE),
-    "language-32k-time": equal_time(
-        "language-32k", LANGUAGE_PEERS, LONG_LANGUAGE_TOKENS, share=TIME_ASKED, swept=SWEPT_LANGUAGE
+    "language-32k": together(
+        at_best_rates("language-32k", ("full", "full+conv"), LONG_LANGUAGE_TOKENS, SWEPT_LANGUAGE),
+        equal_time("language-32k", LANGUAGE_PEERS, LONG_LANGUAGE_TOKENS, share=TIME_ASKED, swept=SWEPT_LANGUAGE),
     ),
 }
