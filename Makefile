@@ -71,7 +71,7 @@ study-small: $(STAMPS)/build $(STAMPS)/test  ## train every model of the study o
 
 study: $(STAMPS)/build $(STAMPS)/test  ## make all runs of the study that do not exist yet, on a GPU: docs/study.md
 	test -e runs/texts/manifest.json || { $(STUDY) texts; }
-	for task in recall needle language; do \
+	for task in recall needle language language-32k; do \
 	  test -e benchmarks/results/study/_steps_$$task.json || ( $(STUDY) steps --task $$task --device cuda ) || exit 1; done
 	$(STUDY) plan all --dry-run
 	$(STUDY) plan all --device cuda $(ARGS)

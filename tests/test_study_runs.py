@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from study import report, runner, training
+from study.__main__ import main
 from study.layers import Shape
 from study.recall import Recall
 from study.runs import PLANS, make_task
@@ -82,7 +83,7 @@ def test_processes_end_with_the_command_that_started_them(tmp_path: Path, monkey
     monkeypatch.setattr(runner.multiprocessing, "parent_process", Killed)
     monkeypatch.setattr(runner.os, "_exit", leave)
     with pytest.raises(SystemExit):
-        runner._work(RUN, tmp_path, "cpu", 1, math.inf, None)
+        runner._work(RUN, tmp_path, "cpu", 1, math.inf, False, None)
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -103,6 +104,19 @@ def test_command_line(tmp_path: Path) -> None:
     done = subprocess.run(planned, cwd=BENCHMARKS, check=True, capture_output=True, text=True)
     assert f"{len(PLANS['small'](tmp_path))} to make" in done.stdout
     assert "exists   " not in done.stdout
+
+
+def test_kept_weights_are_the_trained_ones_and_can_be_drawn(tmp_path: Path) -> None:
+    run, picture = Run("recall-small", "nsa", 3e-3, 0, tokens=2048), tmp_path / "layers.png"
+    assert runner.make_runs([run], tmp_path, device="cpu", keep=True, quiet=True) == {run.name: "done"}
+    trained = Trainer(run, make_task("recall-small"), CPU, tmp_path / "again.pt")
+    trained.train(lambda progress: None, math.inf)
+    kept = torch.load(tmp_path / "checkpoints" / f"{run.name}.weights", weights_only=True)
+    assert all(torch.equal(kept[name], value) for name, value in trained.model.state_dict().items())
+    command = ["layers", run.name, "--length", "128", "--picture", str(picture), "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert picture.stat().st_size > 1000
+    assert main(["layers", "none", "--picture", str(picture), "--device", "cpu", "--out", str(tmp_path)]) == 2
 
 
 @pytest.mark.cuda

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from study import report, texts
-from study.language import DIGITS, Language, Needle
+from study.language import DIGITS, RARE_BYTES, Language, Needle
 from study.layers import Shape
 from study.models import Decoder
 from study.recall import Recall
@@ -55,14 +56,32 @@ def test_distances_of_mqar_are_mostly_short() -> None:
     assert gap.median() < 200  # half of it, were they spread evenly
 
 
-def test_needle_is_in_the_text_and_asked_for_at_its_end(folder: Path) -> None:
+@pytest.mark.parametrize("needles", [1, 3])
+def test_needles_are_in_the_text_and_all_asked_for_at_its_end(needles: int, folder: Path) -> None:
+    task = Needle(needles=needles, folder=folder)
+    batch = task.batch(400, 8, generator(CPU, 5))
+    assert batch.positions is not None and batch.targets.shape == batch.positions.shape == (8, needles * DIGITS)
+    sentence = re.compile(r"\nThe code of ([a-z]{4}) is (\d{6})\.\n")
+    for tokens, targets, positions in zip(batch.tokens, batch.targets, batch.positions, strict=True):
+        text, codes = bytes(tokens.tolist()).decode(), bytes(targets.tolist()).decode()
+        assert [text[place + 1] for place in positions[:-1].tolist()] == list(codes[:-1])
+        assert positions[-1] == len(text) - 1
+        told = sentence.findall(text + codes[-1] + ".\n")  # each hidden one, then each answered question
+        assert len(told) == 2 * needles and sorted(told[:needles]) == sorted(told[needles:])
+        assert "".join(code for _, code in told[needles:]) == codes
+
+
+def test_rare_codes_are_of_different_signs_that_no_text_has(folder: Path) -> None:
+    task = Needle(rare=True, needles=2, folder=folder)
+    batch = task.batch(400, 8, generator(CPU, 5))
+    codes = batch.targets.unflatten(1, (2, DIGITS)).tolist()
+    assert all(len(set(code)) == DIGITS and set(code) <= set(RARE_BYTES) for row in codes for code in row)
+    assert len({code for row in codes for code in map(tuple, row)}) == 16
+    assert not set(RARE_BYTES) & set(task.training.on(CPU).tolist())
+
+
+def test_needles_lie_at_their_depths_and_the_last_is_asked_for(folder: Path) -> None:
     task = Needle(needles=3, folder=folder)
-    batch = task.batch(600, 4, generator(CPU, 5))
-    for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
-        text, code = bytes(tokens.tolist()).decode(), bytes(targets.tolist()).decode()
-        assert text.endswith(" is " + code[:-1])
-        key = text.rpartition("\nThe code of ")[2][:4]
-        assert f"\nThe code of {key} is {code}.\n" in text
     ends = task.hide(
         task.training.pieces(300, 2, generator(CPU, 1)),
         torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.5, 1.0]]),

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from . import report, texts
+from .layer_reads import draw_layers
 from .models import ATTENTION
-from .runner import make_runs, unmade
+from .runner import checkpoint_path, make_runs, unmade
 from .runs import COMPARED, LISTED, ON_CPU, PLANS, TASKS, make_task, predicted_seconds
 from .step_times import measure_steps, write_times
-from .training import Run, read_results
+from .training import Run, read_results, weights_path
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "study"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,6 +40,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     plan.add_argument("--jobs", type=int, default=1, help="runs side by side")
     plan.add_argument("--seconds", type=float, default=math.inf, help="stop after so long; the next call goes on")
     plan.add_argument("--retry", action="store_true", help="make failed runs again")
+    plan.add_argument("--keep", action="store_true", help="keep the trained weights, in checkpoints/NAME.weights")
     plan.add_argument("--dry-run", action="store_true", help="only say what would be done")
     one = add("one", "make one run")
     one.add_argument("--task", required=True, choices=tuple(TASKS))
@@ -47,6 +49,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     one.add_argument("--seed", type=int, default=0)
     one.add_argument("--tokens", type=int, default=0)
     one.add_argument("--seconds", type=float, default=0.0)
+    one.add_argument("--keep", action="store_true", help="keep the trained weights, in checkpoints/NAME.weights")
+    layers = add("layers", "draw what the layers of a run whose weights were kept read of a text")
+    layers.add_argument("name", help="of the run")
+    layers.add_argument("--length", type=int, default=8192, help="of the text")
+    layers.add_argument("--picture", type=Path, required=True)
     add("report", "fill docs/study.md and its pictures from the results")
     commands.add_parser("texts", help="prepare the real texts: apt-get download, dpkg -x, strip; into runs/texts")
     steps = add("steps", "time training steps of a task, each model alone, at each length")
@@ -72,15 +79,22 @@ def main(arguments: list[str] | None = None) -> int:
         write_times(options.out / f"_steps_{options.task}.json", rows | {"task": options.task})
         return 0
     try:
-        return _one(options) if options.command == "one" else _plans(options)
-    except ValueError as error:
+        return {"one": _one, "layers": _layers, "plan": _plans}[options.command](options)
+    except (ValueError, FileNotFoundError) as error:
         print(f"study: error: {error}", file=sys.stderr)
         return 2
 
 
 def _one(options: argparse.Namespace) -> int:
     run = Run(options.task, options.model, options.lr, options.seed, options.tokens, options.seconds)
-    return _say(make_runs([run], options.out, device=options.device), options.out)
+    return _say(make_runs([run], options.out, device=options.device, keep=options.keep), options.out)
+
+
+def _layers(options: argparse.Namespace) -> int:
+    run = Run(**json.loads((options.out / f"{options.name}.json").read_text())["run"])
+    weights, device = weights_path(checkpoint_path(options.out, run)), torch.device(options.device)
+    print(draw_layers(run.model, weights, make_task(run.task), options.length, device, options.picture))
+    return 0
 
 
 def _plans(options: argparse.Namespace) -> int:
@@ -101,7 +115,9 @@ def _plans(options: argparse.Namespace) -> int:
             print("".join(f"  {'to make' if run in missing else 'exists '}  {run.name}\n" for run in runs), end="")
         elif missing:
             left = end - time.monotonic()
-            statuses = make_runs(runs, options.out, device=options.device, jobs=options.jobs, seconds=left)
+            statuses = make_runs(
+                runs, options.out, device=options.device, jobs=options.jobs, seconds=left, keep=options.keep
+            )
             failed |= _say(statuses, options.out)
     return failed
 

@@ -2,7 +2,7 @@
 
 `Language` predicts every byte; it is scored in bits per byte, by position, on packages that were not trained on.
 `Needle` puts a line "The code of KEY is VALUE." into a text at any depth, and ends with "The code of KEY is ": the
-digits of VALUE must follow.
+signs of VALUE must follow: digits, or signs that real text has not.
 """
 
 from __future__ import annotations
@@ -103,26 +103,32 @@ class Language:
 
 KEY_LETTERS, DIGITS = 4, 6
 LEAD, BETWEEN, END = b"\nThe code of ", b" is ", b".\n"
-NEEDLE_SHARES = {512: 0.2, 1024: 0.15, 2048: 0.15, 4096: 0.125, 8192: 0.125, 16384: 0.125, 32768: 0.0625, 65536: 0.0625}
+DIGIT_BYTES = tuple(range(48, 58))
+RARE_BYTES = (*range(1, 9), *range(14, 32))  # control characters, in none of the texts
+NEEDLE_SHARES = {512: 6, 1024: 4, 2048: 5, 4096: 5, 8192: 5, 16384: 5, 32768: 4, 65536: 6}
+NEEDLE_SHAPE = Shape(rope_theta=1e6)  # with base 10,000 the slowest angle too turns round within 65,536 tokens
 
 
 @dataclass(frozen=True)
 class Needle:
-    """One of `needles` hidden keys is asked for; each needle lies at a depth of its own."""
+    """`needles` keys are hidden, each at a depth of its own. Scored: one of them is asked for; in training all are."""
 
     split: str = "english"
     lengths: tuple[int, ...] = tuple(NEEDLE_SHARES)
     needles: int = 1
+    rare: bool = False  # codes of different RARE_BYTES: each sign says where it stands, and no other text is like it
+    shares: tuple[float, ...] = ()  # of the tokens, for each length; none: those of NEEDLE_SHARES
     depths: int = 8  # scored: the middles of so many equal parts of the text
-    shape: Shape = SHAPE
-    tokens_per_step: int = 65536
+    shape: Shape = NEEDLE_SHAPE
+    tokens_per_step: int = 16384
     mlp_width: int = 512
     scored_texts: int = 16  # for each length and depth
     folder: Path = texts.FOLDER
 
     @property
     def sizes(self) -> Sizes:
-        stages = tuple(Stage(length, NEEDLE_SHARES.get(length, 0.1)) for length in self.lengths)
+        shares = self.shares or [NEEDLE_SHARES.get(length, 4) for length in self.lengths]
+        stages = tuple(Stage(length, share) for length, share in zip(self.lengths, shares, strict=True))
         return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width)
 
     @cached_property
@@ -135,35 +141,45 @@ class Needle:
 
     def batch(self, length: int, sequences: int, generator: torch.Generator) -> Batch:
         depth = torch.rand(sequences, self.needles, generator=generator, device=generator.device)
-        return self.hide(self.training.pieces(length, sequences, generator), depth, generator)
+        pieces = self.training.pieces(length, sequences, generator)
+        return self.hide(pieces, depth, generator, asked=self.needles)
 
-    def hide(self, pieces: Tensor, depth: Tensor, random: torch.Generator) -> Batch:
-        """Needles at `depth` (sequences, needles), 0 to 1, written over pieces (sequences, T); later ones lie on top.
+    def hide(self, pieces: Tensor, depth: Tensor, random: torch.Generator, *, asked: int = 1) -> Batch:
+        """Needles at `depth` (sequences, needles), 0 to 1, written over pieces (sequences, T), none over another.
 
-        The last needle, which nothing covers, is the one asked for. All but the last of its digits are told after the
-        question, so that each digit is predicted from the right ones before it.
+        The last `asked` of them are asked for, one after the other. A question is followed by its answer, at the text's
+        end by all but its last digit, so that each digit is predicted from the right ones before it.
         """
         sequences, length = pieces.shape
-        device, pieces = pieces.device, pieces.clone()
-        needle, question = len(LEAD + BETWEEN + END) + KEY_LETTERS + DIGITS, len(LEAD + BETWEEN) + KEY_LETTERS
-        room = length - question - (DIGITS - 1) - needle
+        device, pieces, needles = pieces.device, pieces.clone(), depth.size(1)
+        question = len(LEAD + BETWEEN) + KEY_LETTERS
+        needle, tail = question + DIGITS + len(END), question + DIGITS - 1
+        tail += (asked - 1) * needle
+        room = length - tail - needles * needle
         if room < 0:
-            raise ValueError(f"length must be at least {length - room} to hold a needle and its question, got {length}")
-        size = (sequences, self.needles)
-        keys = torch.randint(97, 123, (*size, KEY_LETTERS), generator=random, device=device)
-        values = torch.randint(48, 58, (*size, DIGITS), generator=random, device=device)
-        for number in range(self.needles):
-            told = self._sentence(keys[:, number], values[:, number])
-            start = (depth[:, number] * (room + 1)).long().clamp(max=room)
-            pieces.scatter_(1, start[:, None] + torch.arange(needle, device=device), told)
-        asked, code = self._sentence(keys[:, -1], values[:, -1]), values[:, -1]
-        pieces[:, length - question - (DIGITS - 1) :] = asked[:, : question + DIGITS - 1]
-        positions = torch.arange(length - DIGITS, length, device=device).expand(sequences, DIGITS)
-        return Batch(pieces, code, positions)
+            raise ValueError(f"length must be at least {length - room} to hold needles and questions, got {length}")
+        keys = torch.randint(97, 123, (sequences, needles, KEY_LETTERS), generator=random, device=device)
+        values = self._codes((sequences, needles), random)
+        told = self._sentences(keys, values)
+        start = (depth * (room + 1)).long().clamp(max=room) + needle * depth.argsort(1).argsort(1)
+        places = start.unsqueeze(-1) + torch.arange(needle, device=device)
+        pieces.scatter_(1, places.flatten(1), told.flatten(1))
+        pieces[:, length - tail :] = told[:, -asked:].flatten(1)[:, :tail]
+        ends = length - tail + torch.arange(asked, device=device) * needle + question - 1
+        positions = (ends.unsqueeze(-1) + torch.arange(DIGITS, device=device)).flatten()
+        return Batch(pieces, values[:, -asked:].flatten(1), positions.expand(sequences, -1))
 
-    def _sentence(self, keys: Tensor, values: Tensor) -> Tensor:
-        parts = [torch.tensor(list(part), device=keys.device).expand(len(keys), -1) for part in (LEAD, BETWEEN, END)]
-        return torch.cat((parts[0], keys, parts[1], values, parts[2]), dim=1)
+    def _codes(self, size: tuple[int, int], random: torch.Generator) -> Tensor:
+        """Bytes (*size, DIGITS)."""
+        signs = torch.tensor(RARE_BYTES if self.rare else DIGIT_BYTES, device=random.device)
+        if not self.rare:
+            return signs[torch.randint(len(signs), (*size, DIGITS), generator=random, device=random.device)]
+        return signs[torch.rand(*size, len(signs), generator=random, device=random.device).argsort(-1)[..., :DIGITS]]
+
+    def _sentences(self, keys: Tensor, values: Tensor) -> Tensor:
+        """(sequences, needles, letters) and (..., digits) to (..., bytes of a sentence)."""
+        parts = [torch.tensor(list(p), device=keys.device).expand(*keys.shape[:2], -1) for p in (LEAD, BETWEEN, END)]
+        return torch.cat((parts[0], keys, parts[1], values, parts[2]), dim=-1)
 
     @torch.no_grad()
     def evaluate(self, model: Decoder, device: torch.device) -> dict[str, Any]:

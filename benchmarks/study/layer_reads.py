@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 import nsa_torch
 from nsa_torch.diagnostics import diagnose
 
+from .models import make_model
 from .tasks import EVALUATION, Task, generator, half_precision
 
 MEASURES = ("mass", "mass_best", "mass_forced", "overlap", "gates", "gates_most", "contributions")
@@ -26,6 +28,19 @@ def layer_reads(model: nn.Module, task: Task, device: torch.device) -> list[dict
     return [
         {"queries": layer.queries} | {name: _rounded(getattr(layer, name)) for name in MEASURES} for layer in layers
     ]
+
+
+def draw_layers(name: str, weights: Path, task: Task, length: int, device: torch.device, picture: Path) -> str:
+    """What the layers of a model `name`, whose weights a run kept, read of one text: a picture, and the table."""
+    sizes = task.sizes
+    model, _ = make_model(name, sizes.vocabulary, sizes.shape, sizes.mlp_width, sizes.reference)
+    model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    model.to(device)
+    batch = task.batch(length, 1, generator(device, EVALUATION, length))
+    with half_precision(device):
+        diagnosis = diagnose(model, batch.tokens, queries=1024)
+    diagnosis.save_picture(picture)
+    return str(diagnosis)
 
 
 def _rounded(values: Tensor) -> Any:

@@ -30,7 +30,13 @@ def result_path(out: Path, run: Run) -> Path:
     return out / f"{run.name}.json"
 
 
-def _work(run: Run, out: Path, device: str, jobs: int, deadline: float, progress: DictProxy[str, float] | None) -> str:
+def checkpoint_path(out: Path, run: Run) -> Path:
+    return out / "checkpoints" / f"{run.name}.pt"
+
+
+def _work(
+    run: Run, out: Path, device: str, jobs: int, deadline: float, keep: bool, progress: DictProxy[str, float] | None
+) -> str:
     """Make one run and write its result. Returns its status, "unfinished" at the deadline."""
     if time.monotonic() > deadline:
         return "unfinished"
@@ -45,11 +51,10 @@ def _work(run: Run, out: Path, device: str, jobs: int, deadline: float, progress
         if progress is not None:
             progress[run.name] = done
 
-    checkpoint = out / "checkpoints" / f"{run.name}.pt"
+    checkpoint = checkpoint_path(out, run)
     try:
-        result = execute(
-            run, make_task(run.task), place, checkpoint, side_by_side=jobs, deadline=deadline, report=report
-        )
+        task = make_task(run.task)
+        result = execute(run, task, place, checkpoint, side_by_side=jobs, deadline=deadline, report=report, keep=keep)
     except Exception as error:
         result = _failure(run, device, repr(error), traceback.format_exc())
     if result is None:
@@ -80,7 +85,14 @@ def unmade(runs: list[Run], out: Path) -> list[Run]:
 
 
 def make_runs(
-    runs: list[Run], out: Path, *, device: str, jobs: int = 1, seconds: float = math.inf, quiet: bool = False
+    runs: list[Run],
+    out: Path,
+    *,
+    device: str,
+    jobs: int = 1,
+    seconds: float = math.inf,
+    keep: bool = False,
+    quiet: bool = False,
 ) -> dict[str, str]:
     """Make the runs that do not exist yet; returns the status of each of those.
 
@@ -90,6 +102,7 @@ def make_runs(
         device: "cuda" or "cpu".
         jobs: how many run side by side. Runs that a clock ends are made alone, after the others.
         seconds: stop after so long; what is under way goes on in the next call.
+        keep: write the trained weights too.
         quiet: no progress bar.
     """
     deadline = time.monotonic() + seconds
@@ -98,12 +111,19 @@ def make_runs(
     statuses: dict[str, str] = {}
     with tqdm(total=len(missing), unit="run", disable=quiet) as bar:
         for group, processes in ((together, jobs), (alone, 1)):
-            _make_group(group, out, device, processes, deadline, statuses, bar)
+            _make_group(group, out, device, processes, deadline, keep, statuses, bar)
     return statuses
 
 
 def _make_group(
-    runs: list[Run], out: Path, device: str, jobs: int, deadline: float, statuses: dict[str, str], bar: tqdm[Any]
+    runs: list[Run],
+    out: Path,
+    device: str,
+    jobs: int,
+    deadline: float,
+    keep: bool,
+    statuses: dict[str, str],
+    bar: tqdm[Any],
 ) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
@@ -113,7 +133,7 @@ def _make_group(
             if deaths == ATTEMPTS:
                 break
             with ProcessPoolExecutor(min(jobs, len(left)), mp_context=context) as pool:
-                futures = {pool.submit(_work, run, out, device, jobs, deadline, progress): run for run in left}
+                futures = {pool.submit(_work, run, out, device, jobs, deadline, keep, progress): run for run in left}
                 _watch(futures, statuses, progress, bar)
             deaths = deaths + 1 if len(unmade(left, out)) == len(left) else 0
         for run in left:

@@ -35,13 +35,21 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-TIMED_AS = {"mqar": "recall"}  # whose steps are of the same sizes
+TIMED_AS = {"mqar": "recall", "needle-8k": "needle", "needle-rare": "needle"}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
-RECALL_TOKENS = 32_000_000
-NEEDLE_TOKENS = 100_000_000
-LANGUAGE_TOKENS = 64_000_000
-FIRST_LANGUAGE_TOKENS = 16_000_000
+RECALL_TOKENS, REFORMER_TOKENS = 32_000_000, 8_000_000
+SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS = 16_000_000, 40_000_000, 30_000_000
+SWEPT_NEEDLE = ("needle-8k", SHORT_NEEDLE_TOKENS)
+RARE_PEERS = {"nsa+conv": "full+conv", "nsa-dropped+conv": "full+conv"}
+NEEDLE_PEERS = RARE_PEERS | {"nsa": "full"}
+NEEDLE_MODELS = ("full+conv", "nsa-dropped+conv", "nsa+conv", "nsa", "full")
+LANGUAGE_TOKENS = 16_000_000
+LANGUAGE_MODELS = ("nsa", "full", "nsa+conv", "full+conv")
+SWEPT_LANGUAGE = ("language", LANGUAGE_TOKENS)
+LANGUAGE_PEERS = {"nsa": "full", "nsa+conv": "full+conv"}
+LONG_LANGUAGE_TOKENS = 8_000_000
+TIME_ASKED = 0.6  # of full attention's time, to its final loss
 PEERS = {
     "nsa": "full",
     "nsa+conv": "full+conv",
@@ -57,9 +65,12 @@ TASKS: dict[str, Callable[[], Task]] = {
     "recall-long": lambda: Recall(lengths=(2048, 4096, 8192)),
     "mqar": lambda: Recall(kind="mqar"),
     "language": Language,
+    "language-32k": lambda: Language(length=32768, scored=(1024, 8192, 32768)),
     "language-code": lambda: Language(split="code"),
     "needle": Needle,
+    "needle-8k": lambda: Needle(lengths=(512, 1024, 2048, 4096, 8192)),
     "needle-4": lambda: Needle(needles=4),
+    "needle-rare": lambda: Needle(rare=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
         tokens_per_step=2048, mlp_width=64, reference="mini-nsa+conv", evaluated_tokens=32768,
@@ -96,23 +107,50 @@ def seeds(task: str, models: tuple[str, ...], tokens: int) -> Plan:
     return plan
 
 
-def equal_time(task: str, pairs: dict[str, str], tokens: int) -> Plan:
-    """Each model with the tokens that it can take in the time that its peer takes for `tokens`, both alone.
+def equal_time(
+    task: str,
+    pairs: dict[str, str],
+    tokens: int,
+    *,
+    share: float = 1.0,
+    swept: tuple[str, int] | None = None,
+    seeds: tuple[int, ...] = SEEDS,
+) -> Plan:
+    """Each model with the tokens that it can take in `share` of the time that its peer takes for `tokens`, both alone.
 
-    Times are those of `python -m study steps`, so that runs may be made side by side, on any machine.
+    Times are those of `python -m study steps`, so that runs may be made side by side, on any machine. Rates are the
+    best of the sweep of a task with so many tokens: this one, or `swept`.
     """
 
     def plan(out: Path) -> list[Run]:
         results = read_results(out)
-        rates, cost = best_rates(results, task, tokens), seconds_per_million(out, task)
+        rates, cost = best_rates(results, *(swept or (task, tokens))), seconds_per_million(out, task)
         runs = []
-        for model, peer in pairs.items():
-            if model in rates and {model, peer} <= set(cost):
-                fitting = round(tokens * cost[peer] / cost[model], -5)
-                runs += [Run(task, model, rates[model], seed, int(fitting)) for seed in SEEDS]
+        for seed in seeds:
+            for model, peer in pairs.items():
+                if model in rates and {model, peer} <= set(cost):
+                    fitting = round(share * tokens * cost[peer] / cost[model], -5)
+                    runs.append(Run(task, model, rates[model], seed, int(fitting)))
         return runs
 
     return plan
+
+
+def at_best_rates(
+    task: str, models: tuple[str, ...], tokens: int, swept: tuple[str, int], *, seeds: tuple[int, ...] = SEEDS
+) -> Plan:
+    """Every model at the best rate of another task's sweep."""
+
+    def plan(out: Path) -> list[Run]:
+        rates = best_rates(read_results(out), *swept)
+        return [Run(task, model, rates[model], seed, tokens) for seed in seeds for model in models if model in rates]
+
+    return plan
+
+
+def together(*plans: Plan) -> Plan:
+    """Their runs, all first seeds first."""
+    return lambda out: sorted((run for plan in plans for run in plan(out)), key=lambda run: run.seed)
 
 
 def score(result: dict[str, Any]) -> float:
@@ -147,7 +185,7 @@ def seconds_per_million(out: Path, task: str) -> dict[str, float]:
     share = {stage.length: stage.share / sum(s.share for s in stages) for stage in stages}
     cost: dict[str, float] = {}
     for row in json.loads(path.read_text())["rows"]:
-        cost[row["model"]] = cost.get(row["model"], 0.0) + share[row["length"]] * row["seconds_per_million"]
+        cost[row["model"]] = cost.get(row["model"], 0.0) + share.get(row["length"], 0.0) * row["seconds_per_million"]
     return cost
 
 
@@ -202,18 +240,29 @@ PLANS: dict[str, Plan] = {
     "recall-sharper": first("recall", SHARPER, RECALL_TOKENS),
     "recall-sharp-sweep": sweep("recall", SHARPER[:1], RECALL_TOKENS),
     "recall-sharp-seeds": seeds("recall", SHARPER[:1], RECALL_TOKENS),
+    "mqar-first": first("mqar", COMPARED, RECALL_TOKENS),
     "mqar-sweep": sweep("mqar", COMPARED, RECALL_TOKENS),
     "mqar-seeds": seeds("mqar", COMPARED, RECALL_TOKENS),
     "recall-ablations": ablations("recall", "nsa", ABLATIONS, RECALL_TOKENS),
+    "recall-reformer-first": first("recall", ("reformer",), REFORMER_TOKENS),
     "recall-reformer-sweep": sweep("recall", ("reformer",), RECALL_TOKENS),
     "recall-reformer-seeds": seeds("recall", ("reformer",), RECALL_TOKENS),
-    "needle-sweep": sweep("needle", COMPARED, NEEDLE_TOKENS),
-    "needle-seeds": seeds("needle", COMPARED, NEEDLE_TOKENS),
-    "needle-time": equal_time("needle", PEERS, NEEDLE_TOKENS),
+    "needle-8k-sweep": sweep("needle-8k", NEEDLE_MODELS, SHORT_NEEDLE_TOKENS),
+    "needle": at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    "needle-time": equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    "needle-rare": together(
+        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE),
+        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE),
+        at_best_rates("needle-rare", ("full",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
+        equal_time("needle-rare", {"nsa": "full"}, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    ),
     "language-first": lambda out: [
-        Run("language", model, RATES[0], seed, FIRST_LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
+        Run("language", model, RATES[0], seed, LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
     ],
-    "language-sweep": sweep("language", COMPARED, LANGUAGE_TOKENS),
-    "language-seeds": seeds("language", COMPARED, LANGUAGE_TOKENS),
-    "language-time": equal_time("language", PEERS, LANGUAGE_TOKENS),
+    "language-sweep": sweep("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
+    "language-seeds": seeds("language", LANGUAGE_MODELS, LANGUAGE_TOKENS),
+    "language-32k": together(
+        at_best_rates("language-32k", ("full", "full+conv"), LONG_LANGUAGE_TOKENS, SWEPT_LANGUAGE),
+        equal_time("language-32k", LANGUAGE_PEERS, LONG_LANGUAGE_TOKENS, share=TIME_ASKED, swept=SWEPT_LANGUAGE),
+    ),
 }

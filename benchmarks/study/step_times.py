@@ -13,7 +13,8 @@ import torch
 from .tasks import Task
 from .training import Run, Trainer, environment, write_json
 
-WARM, TIMED, TOGETHER = 3, 7, 4  # times that are left out and that count, each of so many steps that follow one another
+WARM, TIMED = 3, 7  # times that are left out and that count
+TOGETHER = 4  # each time is of so many steps that follow one another; of fewer where a text is longer than a step
 
 
 def measure_steps(models: list[str], task: Task, device: torch.device) -> dict[str, Any]:
@@ -25,12 +26,13 @@ def measure_steps(models: list[str], task: Task, device: torch.device) -> dict[s
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             times = []
+            together = max(1, TOGETHER // max(1, length // task.sizes.tokens_per_step))
             for _ in range(WARM + TIMED):
                 started = time.perf_counter()
-                for _ in range(TOGETHER):
+                for _ in range(together):
                     loss = trainer.one_step(length)
                 loss.item()
-                times.append((time.perf_counter() - started) / TOGETHER)
+                times.append((time.perf_counter() - started) / together)
             median = statistics.median(times[WARM:])
             tokens = trainer.tokens // trainer.step
             row = {

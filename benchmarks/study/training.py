@@ -174,6 +174,11 @@ class Trainer:
         return True
 
 
+def weights_path(checkpoint: Path) -> Path:
+    """Where a trained model's weights are kept."""
+    return checkpoint.with_suffix(".weights")
+
+
 def _commit() -> str:
     """Of this checkout, "-changed" behind it where the sources differ; "unknown" outside one."""
     root = Path(__file__).resolve().parents[2]
@@ -210,8 +215,11 @@ def execute(
     side_by_side: int = 1,
     deadline: float = math.inf,
     report: Callable[[float], None] = lambda progress: None,
+    keep: bool = False,
 ) -> dict[str, Any] | None:
     """Train and score a run; None if `deadline` came first: called again, it goes on.
+
+    keep: write the weights too, beside the checkpoint (`weights_path`).
 
     The result's `status` is "done", "diverged" or "stopped" (MAX_SECONDS); the last two are scored as they are.
     """
@@ -228,6 +236,9 @@ def execute(
     except Diverged as error:
         status, reason = "diverged", str(error)
     peak = trainer.peak_bytes()
+    if keep:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(trainer.model.state_dict(), weights_path(checkpoint))
     started = time.monotonic()
     trainer.model.eval()
     scores = task.evaluate(trainer.model, device)
