@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from .checks import check_tensors
@@ -42,7 +43,9 @@ def gather_tokens(layer: NSAAttention, hidden_states: Tensor) -> Tensor:
     other: Any = hidden_states
     if other.device_mesh != mesh:
         raise ValueError(f"hidden_states must be on the mesh of the layer's heads, {mesh}, got {other.device_mesh}")
-    return other.redistribute(placements=[Replicate()])
+    gathered = other.redistribute(placements=[Replicate()])
+    # Torch views a DTensor by the strides of the whole, which its local tensor does not always have.
+    return gathered if gathered.to_local().is_contiguous() else gathered.clone(memory_format=torch.contiguous_format)
 
 
 def spread_tokens(layer: NSAAttention, x: Tensor) -> Tensor:
