@@ -1,8 +1,9 @@
 """Floating-point operations of every op, for torch.utils.flop_counter.FlopCounterMode.
 
 What is counted is what the method's maths asks for: matrix products over the keys that queries see, a multiply-add as
-two, and the gates' sums. Masked keys are not counted, nor is what a kernel does twice, nor the softmax, the choice of
-blocks, a mean, or `rotate`. Of a list of blocks all entries count as full, the query's own up to the query.
+two, and the gates' sums; of a backward those of the gradients that are asked for. Masked keys are not counted, nor is
+what a kernel does twice, nor the softmax, the choice of blocks, a mean, or `rotate`. Of a list of blocks all entries
+count as full, the query's own up to the query.
 
 Packed sequences are counted by their lengths where `cu_seqlens_q` and `cu_seqlens_k` hold any (on a GPU reading them
 waits for it); fake tensors and those on the meta device as if all sequences of a batch had the same length.
@@ -10,7 +11,7 @@ waits for it); fake tensors and those on the meta device as if all sequences of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -83,10 +84,20 @@ def _lengths(queries: Tensor, keys: int, call: Call) -> Lengths:
     return list(zip(each_q, each_k, strict=True))
 
 
-def _attention(call: Call, pairs: int, values: Tensor, backward: bool) -> int:
-    """q k^T and p v; backward: these scores again, dp = do v^T, dv = p^T do, dq = ds k, dk = ds^T q."""
+def _attention(call: Call, pairs: int, values: Tensor, wanted: Sequence[bool] | None) -> int:
+    """q k^T and p v; of a backward whose gradients of q, k and v are `wanted`: these scores again, dp = do v^T,
+    dq = ds k, dk = ds^T q, dv = p^T do.
+    """
     dim_k, dim_v = call["q"].size(-1), values.size(-1)
-    return 2 * call["q"].size(-2) * pairs * (3 * dim_k + 2 * dim_v if backward else dim_k + dim_v)
+    channels = dim_k + dim_v
+    if wanted is not None:
+        of_q, of_k, of_v = wanted
+        channels = dim_k * (any(wanted) + of_q + of_k) + dim_v * ((of_q or of_k) + of_v)
+    return 2 * int(call["q"].size(-2)) * pairs * channels
+
+
+def _wanted(call: Call, backward: bool) -> Sequence[bool] | None:
+    return call["output_mask"] if backward else None
 
 
 def _blocks(call: Call, keys: int | None = None) -> int:
@@ -99,7 +110,7 @@ def _blocks(call: Call, keys: int | None = None) -> int:
 
 
 def _compressed_attention(call: Call, backward: bool) -> int:
-    return _attention(call, _blocks(call), call["v_cmp"], backward)
+    return _attention(call, _blocks(call), call["v_cmp"], _wanted(call, backward))
 
 
 def _select_blocks(call: Call, backward: bool) -> int:
@@ -109,12 +120,12 @@ def _select_blocks(call: Call, backward: bool) -> int:
 def _selected_attention(call: Call, backward: bool) -> int:
     lengths = _lengths(call["q"], call["k"].size(-3), call)
     pairs = selected_pairs(lengths, call["select_size"], call["block_indices"].size(-1))
-    return _attention(call, pairs, call["v"], backward)
+    return _attention(call, pairs, call["v"], _wanted(call, backward))
 
 
 def _window_attention(call: Call, backward: bool) -> int:
     pairs = window_pairs(_lengths(call["q"], call["k"].size(-3), call), call["window"])
-    return _attention(call, pairs, call["v"], backward)
+    return _attention(call, pairs, call["v"], _wanted(call, backward))
 
 
 def _nsa_attention(call: Call, backward: bool) -> int:
@@ -122,11 +133,17 @@ def _nsa_attention(call: Call, backward: bool) -> int:
     keys, given = call["k_slc"].size(-3), call.get("block_indices")
     lengths, blocks = _lengths(call["q"], keys, call), _blocks(call, keys)
     num_selected = call["num_selected"] if given is None else given.size(-1)
-    total = 6 * (call["q"].numel() // call["q"].size(-1)) * call["v_slc"].size(-1) * (2 if backward else 1)
-    total += _attention(call, blocks, call["v_cmp"], backward)
-    total += _attention(call, selected_pairs(lengths, call["select_size"], num_selected), call["v_slc"], backward)
-    total += _attention(call, window_pairs(lengths, call["window"]), call["v_win"], backward)
-    return total + (2 * call["q"].size(-2) * blocks * call["q"].size(-1) if given is None else 0)
+    gates = 6 * (call["q"].numel() // call["q"].size(-1)) * call["v_slc"].size(-1)
+    selected = selected_pairs(lengths, call["select_size"], num_selected)
+    branches = ((blocks, "v_cmp"), (selected, "v_slc"), (window_pairs(lengths, call["window"]), "v_win"))
+    if not backward:
+        total = gates + sum(_attention(call, pairs, call[values], None) for pairs, values in branches)
+        return total + (2 * call["q"].size(-2) * blocks * call["q"].size(-1) if given is None else 0)
+    of_q, *of_keys, of_gates = call["output_mask"]
+    total = gates * (of_gates + (of_q or any(of_keys)))  # of <do, o>, and of gate do
+    for (pairs, values), of_kv in zip(branches, (of_keys[:2], of_keys[2:4], of_keys[4:]), strict=True):
+        total += _attention(call, pairs, call[values], (of_q, *of_kv))
+    return total
 
 
 def _compress(call: Call, backward: bool) -> int:
@@ -134,9 +151,12 @@ def _compress(call: Call, backward: bool) -> int:
     x, stride = call["x"], call["block_stride"]
     lengths = _lengths(x, x.size(-3), call)
     blocks = sum(max((keys - call["block_size"]) // stride + 1, 0) for _, keys in lengths)
-    weights: Iterable[Tensor] = (call[name] for name in ("w1", "w2") if call.get(name) is not None)
-    total = sum(2 * blocks * x.size(-2) * weight.size(-1) * weight.size(-2) for weight in weights)
-    return 2 * total if backward else total
+    of = {name: call[name].size(-1) * call[name].size(-2) for name in ("w1", "w2") if call.get(name) is not None}
+    if not backward:
+        return 2 * blocks * x.size(-2) * sum(of.values())
+    of_x, of_pe, of_w1, of_b1, of_w2, _ = call["output_mask"]
+    products = of.get("w1", 0) * (of_x + of_w1) + of.get("w2", 0) * (of_w2 + (of_x or of_pe or of_w1 or of_b1))
+    return 2 * blocks * x.size(-2) * products
 
 
 def _register(name: str, formula: Callable[[Call, bool], int], backward: bool = False) -> None:

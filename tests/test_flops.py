@@ -190,3 +190,27 @@ def test_a_layer_counts_in_all_modes() -> None:
             assert counted(lambda: layer(x)) == expected
     with torch.autocast("cpu", torch.bfloat16):
         assert counted(lambda: layer(x)) == expected
+
+
+def of_some(op: str, wanted: set[str]) -> int:
+    """FLOPs of a backward whose other inputs are frozen."""
+    inputs = inputs_of(op, SHAPES["paper_options_chunk"])
+    leaves = inputs.tensors | {name: inputs.tensors[name].requires_grad_() for name in wanted}
+    result = getattr(nsa_torch, op)(**leaves, **inputs.options)
+    out = result[0] if isinstance(result, tuple) else result
+    return counted(out.sum().backward)
+
+
+def test_a_backward_counts_what_is_asked_for() -> None:
+    """Each gradient adds its own product to those that they share: the scores again, and dp."""
+    shape = SHAPES["paper_options_chunk"]
+    dim_k, dim_v = shape.dim_k, shape.dim_v
+    q, k, v, both = (of_some("window_attention", names) for names in ({"q"}, {"k"}, {"v"}, {"q", "k"}))
+    pairs = q // (2 * dim_k + dim_v)
+    assert (q, k, v) == (pairs * (2 * dim_k + dim_v), q, pairs * (dim_k + dim_v))
+    assert both == pairs * (3 * dim_k + dim_v)
+    gates, window = (of_some("nsa_attention", names) for names in ({"gates"}, {"k_win"}))
+    assert gates == 6 * shape.batch * shape.seqlen_q * shape.heads_q * dim_v
+    assert window == gates + k
+    first, second, bias = (of_some("compress", names) for names in ({"w1"}, {"w2"}, {"b2"}))
+    assert bias == 0 and first == second * (1 + shape.block_size)
