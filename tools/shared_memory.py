@@ -43,7 +43,7 @@ run, with the stages that fit.
 
 Those of 10.x and 12.x run the PTX of 8.0, which their driver compiles. `tests/test_ptx.py` assembles all of it by ptxas
 instead, for 10.0 and 12.0. Of CUDA 13.0's PTX all 322 kernels assemble, with the static shared memory of the table: so
-the columns of 99 and of 227 KB are theirs. For 8.0 none spills registers; for these two some spill a few bytes a thread:
+the columns of 99 and of 227 KB are theirs. None spills registers for 8.0; for these two some do, a few bytes a thread:
 
 | kernel | elements | Dk, Dv | stored + loaded, 10.0 | 12.0 |
 |---|---|---|---|---|
