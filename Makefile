@@ -6,7 +6,8 @@
 #   MAX_JOBS compile jobs at once (2: one with templates takes up to 2 GB)
 #   V=1      show every command, of pip and of the compilers too
 #
-# Stamps under $(VENV)/stamps say what is installed and built, so that a second run starts at once.
+# Stamps under $(VENV)/stamps say what is installed and built, so that a second run starts at once. build/settings says for
+# what: environments share the libraries, and where one builds them otherwise, the others' stamps are out of date.
 
 TORCH ?=
 PYTHON ?= python3
@@ -36,9 +37,9 @@ export CCACHE_NOHASHDIR := 1
 
 SOURCES := $(shell find csrc cmake -type f 2>/dev/null)
 # What a build depends on besides files: another value builds again.
-SETTINGS := NSA_CUDA=$(NSA_CUDA) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
+SETTINGS := NSA_CUDA=$(NSA_CUDA) NSA_TORCHES=$(NSA_TORCHES) TORCH_CUDA_ARCH_LIST=$(TORCH_CUDA_ARCH_LIST)
 
-.PHONY: help demo test lint format bench tables study study-small docs wheel build sanitize sanitize-gpu clean distclean
+.PHONY: help demo test lint format bench tables study study-small docs wheel environment build sanitize sanitize-gpu clean distclean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 
@@ -79,6 +80,8 @@ study: $(STAMPS)/build $(STAMPS)/test  ## make all runs of the study that do not
 
 docs: $(STAMPS)/venv  ## write docs/api from the docstrings
 	$(Q)$(BIN)/python docs/generate_api.py
+
+environment: $(STAMPS)/test  ## make the environment for the tests, and compile nothing
 
 build: $(STAMPS)/build  ## compile, and install the package editable in .venv
 
@@ -144,19 +147,21 @@ $(STAMPS)/lint: requirements/lint.txt $(STAMPS)/requirements
 	$(Q)$(PIP) install --progress-bar off -r $<
 	@touch $@
 
-# Rewritten only when a setting changes, so that what depends on it is rebuilt only then.
-$(STAMPS)/settings: force | $(STAMPS)/venv
+# Rewritten only when a setting changes, so that what depends on it is rebuilt only then: in every environment. A build that
+# drops the libraries of another touches it too (tools/build_command.py); one that broke off has left no build_info.json.
+build/settings: force
+	@mkdir -p build
 	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
 .PHONY: force
 
 # Metadata and the link from site-packages to this folder: again only when the packaging changes.
-$(STAMPS)/install: setup.py pyproject.toml $(wildcard tools/*build*.py) tools/layers.py tools/torches.py $(STAMPS)/requirements $(STAMPS)/settings
+$(STAMPS)/install: setup.py pyproject.toml $(wildcard tools/*build*.py) tools/layers.py tools/torches.py $(STAMPS)/requirements
 	$(call say,linking this folder into $(VENV))
 	$(Q)NSA_BUILD=0 $(PIP) install --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # Compiling in place afterwards is incremental.
-$(STAMPS)/build: $(SOURCES) $(STAMPS)/install
+$(STAMPS)/build: $(SOURCES) $(STAMPS)/install build/settings $(if $(wildcard nsa_torch/build_info.json),,force)
 	$(Q)$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 

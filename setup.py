@@ -26,7 +26,7 @@ def built() -> dict:
     from build_command import Build
 
     served = torches.served()
-    cuda = cuda_build.wanted(served)
+    cuda = cuda_build.wanted(served, torches.beneath(served))
     Build.info = {
         "torches": {torch.minor: torch.version for torch in served},
         "cuda": cuda.version if cuda else None,

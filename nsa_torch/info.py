@@ -23,8 +23,8 @@ def build_info() -> dict[str, Any]:
         ``torch`` (the version that it was built against), ``torches`` (the same of every library that the package
         holds, by minor version), ``cuda`` (toolkit version, None when built without), ``compiler``, ``openmp`` (bool:
         whether the CPU kernels run in parallel), ``architectures`` (compute capabilities that CUDA kernels were made
-        for, such as ``["8.0+PTX", "9.0a"]``), ``kernels`` (sets of kernels: ``"cpu"``, ``"sm80"``, the portable ones,
-        ``"sm90a"``, those for Hopper).
+        for, such as ``["8.0+PTX", "9.0a"]``; `which_kernel` says of a GPU whether any of them runs there),
+        ``kernels`` (sets of kernels: ``"cpu"``, ``"sm80"``, the portable ones, ``"sm90a"``, those for Hopper).
     """
     from nsa_torch import _C
 
@@ -134,10 +134,13 @@ def which_kernel(
             "mean"; the rows of w1 of an mlp (default 2 `head_dim`); whether each KV head has weights of its own.
 
     Returns:
-        (kernel, reason), a pair with more attributes: see `KernelPlan`. Tensors are taken to be contiguous.
+        (kernel, reason), a pair with more attributes: see `KernelPlan`. Tensors are taken to be contiguous. The reason
+        also tells if this build has no code that runs on a GPU of `capability`.
 
     Raises:
         ValueError: an argument is out of range; the message names it and what is allowed.
+        RuntimeError: no `capability` is given, and this build has no code that runs on the current GPU: what the call
+            raises.
     """
     from nsa_torch import _C
 
@@ -147,8 +150,11 @@ def which_kernel(
     query = _C.KernelQuery()
     query.op, query.device, query.dtype, query.backward = op, device, dtype, backward
     query.gradients = list(gradients)
-    if capability is None and device == "cuda" and torch.cuda.is_available():
+    asked = capability is not None
+    if not asked and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
+        if refusal := _refusal(capability):
+            raise RuntimeError(refusal)
     query.capability = (8, 0) if capability is None else capability
     query.batch, query.num_heads, query.num_kv_heads = batch, num_heads, num_kv_heads
     query.head_dim, query.v_head_dim = head_dim, head_dim if v_head_dim is None else v_head_dim
@@ -159,7 +165,17 @@ def which_kernel(
     query.hidden_size = 2 * head_dim if hidden_size is None else hidden_size
     report = _C.which_kernel(query)
     launches = [_launch(each) for each in report.launches]
-    return KernelPlan(launches, report.reason, report.splits, report.workspace_bytes)
+    refusal = _refusal(query.capability) if asked and device == "cuda" else ""
+    reason = f"{report.reason}; but a call fails: {refusal}" if refusal else report.reason
+    return KernelPlan(launches, reason, report.splits, report.workspace_bytes)
+
+
+def _refusal(capability: tuple[int, int]) -> str:
+    """What a call on such a GPU raises for want of code that runs there; empty where there is some."""
+    from nsa_torch import _C
+
+    architectures = _C.build_info()["architectures"]
+    return _C.no_kernels(architectures, capability) if architectures else ""
 
 
 def _launch(reported: _C.ReportedLaunch) -> KernelLaunch:

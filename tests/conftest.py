@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # the list of shapes is shared with the benchmarks
 
 import nsa_torch  # noqa: E402
-from helpers import Inputs, Target, differentiable  # noqa: E402
+from helpers import COMPARED, Inputs, Target, differentiable  # noqa: E402
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
@@ -31,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def noted(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What the test compares with the reference, and under which torch, in the report of the run."""
+    COMPARED.clear()
+    yield
+    if COMPARED:
+        noted = [("compared", what) for what in sorted(COMPARED)]
+        request.node.user_properties += [("torch", str(torch.__version__)), *noted]
 
 
 @pytest.fixture(params=DEVICES)

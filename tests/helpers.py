@@ -36,6 +36,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 Results = dict[str, Tensor]
 
+# What a test has held to the reference, outputs and gradients, as "op device dtype Dk Dv": conftest.py writes it into
+# the report of a run, and tools/support.py makes the README's table of it.
+COMPARED: set[str] = set()
+
 
 class Target(NamedTuple):
     device: str
@@ -208,6 +212,7 @@ def check_op(op: str, inputs: Inputs, target: Target = Target("cpu", torch.float
         return check_as_given(op, inputs.to(target.device, target.dtype), target.dtype)
     results = evaluate(getattr(nsa_torch, op), inputs)
     assert_close(results, evaluate(getattr(reference, op), inputs), FLOAT64_TOLERANCE)
+    _note(op, inputs, target.dtype)
     return results
 
 
@@ -217,7 +222,16 @@ def check_as_given(op: str, inputs: Inputs, dtype: torch.dtype, *, wanted: Seque
     results = evaluate(getattr(nsa_torch, op), inputs, wanted=wanted)
     truth = evaluate(expected, inputs.to(inputs.device, torch.float64), wanted=wanted)
     assert_errs_at_most_twice(results, truth, evaluate(expected, inputs, wanted=wanted), dtype)
+    if wanted is None:
+        _note(op, inputs, dtype)
     return results
+
+
+def _note(op: str, inputs: Inputs, dtype: torch.dtype) -> None:
+    if "q" in inputs.tensors:
+        value = next(tensor for name, tensor in inputs.tensors.items() if name.startswith("v"))
+        dims = f"{inputs.tensors['q'].size(-1)} {value.size(-1)}"
+        COMPARED.add(f"{op} {inputs.device} {str(dtype).removeprefix('torch.')} {dims}")
 
 
 def assert_close(actual: Results, expected: Results, tolerance: float) -> None:

@@ -1,23 +1,18 @@
-"""What a build says where something is missing: one line. Which torch it is for, and what metadata say of that."""
+"""What a build says where something is missing: one line."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-import backend
 import build_command
 import check_build
 import cuda_build
-import torches
 from torches import Torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,16 +109,52 @@ def test_no_nvcc_and_none_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("asked", ["", "1"])
-def test_an_nvcc_of_another_major_version(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = fake_toolkit(tmp_path / "cuda", "12.4")
+@pytest.mark.parametrize(
+    ("toolkit", "cuda", "remedy"),
+    [
+        ("12.4", "13.2", "set CUDA_HOME to a toolkit of CUDA 13"),
+        ("13.0", "14.1", "set CUDA_HOME to a toolkit of CUDA 14"),
+        ("13.0", "12.6", "install a torch built with CUDA 13, such as PyPI's"),
+        (
+            "11.8",
+            "12.6",
+            "install a torch built with CUDA 13, such as PyPI's, and set CUDA_HOME to a toolkit of CUDA 13",
+        ),
+    ],
+)
+def test_an_nvcc_of_another_major_version(
+    toolkit: str, cuda: str, remedy: str, asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = fake_toolkit(tmp_path / "cuda", toolkit)
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(home))
     monkeypatch.setenv("NSA_CUDA", asked)
     with pytest.raises(SystemExit) as error:
-        cuda_build.wanted([Torch(tmp_path, "2.11.0", "12.8"), Torch(tmp_path, "2.15.0", "13.2")])
+        cuda_build.wanted([Torch(tmp_path, "2.11.0", toolkit), Torch(tmp_path, "2.15.0", cuda)])
     assert str(error.value) == (
-        f"nsa_torch: nvcc in {home} is of CUDA 12.4, but torch 2.15.0 was built with CUDA 13.2: set CUDA_HOME to a "
-        "toolkit of CUDA 13, or NSA_CUDA=0 to do without CUDA"
+        f"nsa_torch: nvcc in {home} is of CUDA {toolkit}, but torch 2.15.0 was built with CUDA {cuda}: {remedy}, "
+        "or NSA_CUDA=0 to do without CUDA"
     )
+
+
+@pytest.mark.parametrize("asked", ["", "1"])
+def test_torches_with_cuda_and_without_in_one_build(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", "13.0")))
+    monkeypatch.setenv("NSA_CUDA", asked)
+    mixed = [
+        Torch(tmp_path, "2.11.0+cpu", None),
+        Torch(tmp_path, "2.12.1", "13.0"),
+        Torch(tmp_path, "2.15.0", "13.2"),
+    ]
+    with pytest.raises(SystemExit) as error:
+        cuda_build.wanted(mixed)
+    assert str(error.value) == (
+        "nsa_torch: of NSA_TORCHES torch 2.12.1, 2.15.0 was built with CUDA, and torch 2.11.0+cpu without: name those "
+        "of one kind, or set NSA_CUDA=0 to do without CUDA"
+    )
+    monkeypatch.setenv("NSA_CUDA", "0")
+    assert cuda_build.wanted(mixed) is None
 
 
 def test_another_minor_version_of_cuda_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,84 +171,21 @@ def test_cuda_is_asked_for_with_a_torch_that_has_none(tmp_path: Path, monkeypatc
         cuda_build.wanted([Torch(tmp_path, "2.15.0+cpu", None)])
 
 
-def fake_torch(folder: Path, version: str, cuda: str = "None") -> Path:
-    (folder / "torch").mkdir(parents=True)
-    (folder / "torch" / "version.py").write_text(
-        f"from typing import Optional\n__version__ = '{version}'\ndebug = False\ncuda: Optional[str] = {cuda}\n"
-    )
-    return folder
-
-
-def test_torches_are_read_where_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = [fake_torch(tmp_path / "b", "2.15.0+cu132", "'13.2'"), fake_torch(tmp_path / "a", "2.11.1+cpu")]
-    monkeypatch.setenv("NSA_TORCHES", os.pathsep.join(map(str, folders)))
-    older, newer = torches.served()
-    assert (older.minor, older.cuda, newer.minor, newer.cuda) == ("2.11", None, "2.15", "13.2")
-    monkeypatch.setenv("NSA_TORCHES", str(tmp_path / "nothing"))
-    with pytest.raises(SystemExit, match="there is no torch in"):
-        torches.served()
-    monkeypatch.setenv("NSA_TORCHES", os.pathsep.join([str(folders[0])] * 2))
-    with pytest.raises(SystemExit, match="twice"):
-        torches.served()
-
-
-def test_the_installed_torch_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NSA_TORCHES", raising=False)
-    (found,) = torches.served()
-    assert (found.version, found.cuda) == (torch.__version__, torch.version.cuda)
-    assert found.root == Path(torch.__file__).parent.resolve()
-
-
-@pytest.mark.parametrize(
-    ("minors", "expected"),
-    [
-        (["2.15"], "torch>=2.15,<2.16"),
-        (["2.12", "2.11"], "torch>=2.11,<2.13"),
-        (torches.SUPPORTED, "torch>=2.11,<2.16"),
-        (["2.9", "2.11", "2.12"], "torch>=2.9,<2.13,!=2.10.*"),
-    ],
-)
-def test_what_metadata_require(minors: list[str], expected: str) -> None:
-    assert torches.requirement(minors) == expected
-
-
-@pytest.mark.parametrize(
-    ("installed", "expected"),
-    [("2.13.0", "torch==2.13.*"), ("2.12.1+cu130", "torch==2.12.*"), ("2.10.0", None), (None, None)],
-)
-def test_an_isolated_build_takes_the_torch_that_is_installed(
-    installed: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_isolated_build_heeds_the_torch_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if installed is not None:
-        stated = tmp_path / f"torch-{installed}.dist-info"
-        stated.mkdir()
-        (stated / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {installed}\n")
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    assert backend.get_requires_for_build_wheel() == [expected or "torch>=2.11,<2.16"]
-    assert backend.get_requires_for_build_sdist() == []
-
-
-def test_a_build_for_another_torch_keeps_what_still_fits(tmp_path: Path) -> None:
-    package = tmp_path / "nsa_torch"
-    (package / "lib").mkdir(parents=True)
-    info = {"cuda": None, "architectures": [], "sources": "a"}
-
-    def held() -> list[str]:
-        return list(json.loads((package / "build_info.json").read_text())["torches"])
-
-    for minor in ("2.11", "2.15"):
-        (package / "lib" / f"libnsa_torch_{minor.replace('.', '_')}.so").touch()
-        build_command.write_info(package, info | {"torches": {minor: f"{minor}.0"}})
-    assert held() == ["2.11", "2.15"]
-    build_command.write_info(package, info | {"sources": "b", "torches": {"2.11": "2.11.0"}})
-    assert held() == ["2.11"]
-
-
-@pytest.mark.parametrize("version", ["2.10.0", "2.16.1+cu130"])
-def test_a_torch_that_is_not_supported_is_named(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NSA_TORCHES", str(fake_torch(tmp_path / "a", version)))
-    with pytest.raises(SystemExit, match=rf"torch must be 2.11 or .* or 2.15, got {re.escape(version)}$"):
-        torches.served()
+    """The torch that pip fetches for it is PyPI's, which may have been built otherwise."""
+    home = fake_toolkit(tmp_path / "cuda", "13.0")
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(home))
+    monkeypatch.setenv("NSA_CUDA", "")
+    fetched = [Torch(tmp_path, "2.13.0", "13.0")]
+    assert cuda_build.wanted(fetched, Torch(tmp_path, "2.13.0+cu130", "13.0")) == (home, "13.0")
+    assert cuda_build.wanted(fetched, Torch(tmp_path, "2.13.0+cpu", None)) is None
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "nsa_torch: building for torch 2.13.0, without CUDA, like the torch 2.13.0+cpu that is installed"
+    )
+    with pytest.raises(SystemExit, match=r"torch 2\.13\.0\+cu126 was built with CUDA 12\.6: install a torch"):
+        cuda_build.wanted(fetched, Torch(tmp_path, "2.13.0+cu126", "12.6"))
 
 
 def test_a_build_that_breaks_off_leaves_nothing_listed(tmp_path: Path) -> None:

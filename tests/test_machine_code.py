@@ -81,9 +81,10 @@ def early_arrivals(kernel: Kernel) -> list[str]:
     pending: set[int] = set()  # first registers of what was loaded
     early = []
     for at, name, operands in kernel.instructions:
-        writes = 0 if name.startswith(("ST", "RED", "HGMMA")) else 1  # operands, which come first
-        used = registers(operands[writes:], 4 if name.startswith(("HMMA", "HGMMA")) or ".128" in name else 1)
-        pending = {first for first in pending if not used & set(range(first, first + 4))}
+        if pending:
+            writes = 0 if name.startswith(("ST", "RED", "HGMMA")) else 1  # operands, which come first
+            used = registers(operands[writes:], 4 if name.startswith(("HMMA", "HGMMA")) or ".128" in name else 1)
+            pending = {first for first in pending if not used & set(range(first, first + 4))}
         if name.startswith("LDSM"):
             pending |= registers(operands[:1], 1)
         elif name.startswith("SYNCS.ARRIVE"):

@@ -43,6 +43,14 @@ def test_low_precision(shape: Shape, low_precision: Target) -> None:
     check_op(OP, make_inputs(OP, shape), low_precision)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_head_dimensions(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    """Those that the README's table has. On a GPU: tests/test_cuda_ops.py."""
+    shape = replace(SMALL, name=f"dims_{dims}", dim_k=dims[0], dim_v=dims[1])
+    check_op(OP, make_inputs(OP, shape), Target("cpu", dtype))
+
+
 def test_gates_may_stay_float32(device: str) -> None:
     """16-bit branches under float32 gates, as under autocast: out in 16 bits, d gates in 32."""
     exact = make_inputs(OP, TILED[0])

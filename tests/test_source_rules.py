@@ -45,15 +45,23 @@ def test_device_code_includes_no_torch(path: Path) -> None:
     assert list(includes_with_torch(path)) == []
 
 
-@pytest.mark.parametrize("name", [n for n in layers.sources(of_torch=False, cuda=True) if n.endswith(".cpp")])
-def test_the_layer_of_kernels_includes_no_torch(name: str) -> None:
-    assert list(includes_with_torch(ROOT / name)) == []
+COMPILED = sorted(path for pattern in ("*.cpp", "*.cu") for path in CSRC.rglob(pattern) if path.parent.name != "python")
 
 
-def test_every_source_is_in_one_layer() -> None:
-    both = [*layers.sources(of_torch=False, cuda=True), *layers.sources(of_torch=True, cuda=True)]
-    there = [*CSRC.rglob("*.cu"), *CSRC.rglob("*.cpp")]
-    assert sorted(both) == sorted(str(p.relative_to(ROOT)) for p in there if p.parent.name != "python")
+@pytest.mark.parametrize("path", COMPILED, ids=lambda p: str(p.relative_to(CSRC)))
+def test_a_source_is_in_the_layer_of_what_it_includes(path: Path) -> None:
+    """Of the ops, compiled for each torch, if it includes torch; else of the kernels, compiled once; never in both."""
+    name = str(path.relative_to(ROOT))
+    layers_of_it = [of_torch for of_torch in (False, True) if name in layers.sources(of_torch=of_torch, cuda=True)]
+    assert layers_of_it == [bool(list(includes_with_torch(path)))]
+
+
+def test_what_is_compiled_without_cuda() -> None:
+    without = {name for of_torch in (False, True) for name in layers.sources(of_torch=of_torch, cuda=False)}
+    device = {path for path in COMPILED if path.suffix == ".cu" or "cuda" in path.relative_to(CSRC).parts}
+    assert without == {str(path.relative_to(ROOT)) for path in {*COMPILED} - device}
+    for name in without:
+        assert not re.search(r"#include [<\"](cuda|ATen/cuda|c10/cuda)", (ROOT / name).read_text()), name
 
 
 def test_device_code_is_found() -> None:

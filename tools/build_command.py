@@ -16,6 +16,7 @@ from build_progress import shown
 from setuptools import Extension
 from torch.utils.cpp_extension import BuildExtension
 
+SETTINGS = layers.ROOT / "build" / "settings"  # on which the Makefile's stamps depend, in every environment
 INSTALLED = (("csrc/nsa.h", "include"), ("cmake/nsa_torchConfig.cmake", "share/cmake/nsa_torch"))
 
 
@@ -48,7 +49,8 @@ class Build(BuildExtension):
         package = self._package()
         with unlisted(package), shown():
             super().run()
-        write_info(package, self.info)
+        if write_info(package, self.info) and self.inplace and SETTINGS.exists():
+            SETTINGS.touch()  # the Makefile then builds again for the torches whose libraries are out of date
         if not self.inplace:
             for source, target in INSTALLED:
                 (package / target).mkdir(parents=True, exist_ok=True)
@@ -80,8 +82,12 @@ def unlisted(package: Path) -> Iterator[None]:
         path.write_text(before)
 
 
-def write_info(package: Path, info: dict[str, Any]) -> None:
-    """build_info.json. In a checkout, libraries that an earlier build made from the same sources stay listed."""
+def write_info(package: Path, info: dict[str, Any]) -> list[str]:
+    """build_info.json. In a checkout, libraries that an earlier build made from the same sources stay listed.
+
+    Returns:
+        The minor versions of torch that are listed no more.
+    """
     path = package / "build_info.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     same = all(before.get(key) == info[key] for key in ("cuda", "architectures", "sources"))
@@ -90,4 +96,6 @@ def write_info(package: Path, info: dict[str, Any]) -> None:
         for minor, version in (before.get("torches", {}) if same else {}).items()
         if (package / "lib" / f"libnsa_torch_{minor.replace('.', '_')}.so").exists()
     }
-    path.write_text(json.dumps(info | {"torches": dict(sorted((kept | info["torches"]).items()))}) + "\n")
+    held = dict(sorted((kept | info["torches"]).items()))
+    path.write_text(json.dumps(info | {"torches": held}) + "\n")
+    return sorted(set(before.get("torches", {})) - set(held))

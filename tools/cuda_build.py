@@ -15,6 +15,7 @@ from torches import Torch
 Capability = tuple[int, int]
 
 EVERYWHERE = ("8.0+PTX", "9.0a")  # where no GPU is visible
+TESTED_CUDA = 13  # the major version of PyPI's torches from 2.11 on
 HOPPER = "9.0a"  # the kernels for Hopper use instructions that plain 9.0 has not
 NAMES = {  # as torch.utils.cpp_extension takes them
     "Ampere": ("8.0", "8.6+PTX"),
@@ -55,34 +56,58 @@ def toolkit() -> Toolkit | None:
     return Toolkit(Path(CUDA_HOME), release[1]) if release else None
 
 
-def wanted(torches: Sequence[Torch]) -> Toolkit | None:
-    """The toolkit to build the CUDA parts with, or None: said in one line."""
+def wanted(torches: Sequence[Torch], beneath: Torch | None = None) -> Toolkit | None:
+    """The toolkit to build the CUDA parts with, or None: said in one line.
+
+    Args:
+        torches: those that the build is for.
+        beneath: the one that is there already, where an isolated build has fetched another of the same minor version.
+    """
     asked = os.environ.get("NSA_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"NSA_CUDA must be 0, 1 or unset, got {asked!r}")
     found = toolkit() if asked != "0" else None
-    without = [torch.version for torch in torches if torch.cuda is None]
     if asked == "1" and found is None:
         raise SystemExit("nsa_torch: NSA_CUDA=1, but there is no nvcc: install a CUDA toolkit, or set CUDA_HOME to it")
+    if found:
+        check_kinds(torches)
+    given = [*torches, *([beneath] if beneath else [])]
+    without = [torch.version for torch in given if torch.cuda is None]
     if asked == "1" and without:
         raise SystemExit(f"nsa_torch: NSA_CUDA=1, but torch {', '.join(without)} was built without CUDA")
     cuda = None if without else found
-    for torch in torches if cuda else ():
+    for torch in given if cuda else ():
         check_major(cuda, torch)
     with_cuda = f"with CUDA {cuda.version} from {cuda.home}" if cuda else "without CUDA"
+    if found and beneath and beneath.cuda is None:
+        with_cuda += f", like the torch {beneath.version} that is installed"
     print(f"nsa_torch: building for torch {', '.join(torch.version for torch in torches)}, {with_cuda}")
     if cuda and shutil.which("ccache"):  # torch calls nvcc by its path, past ccache's own
         os.environ.setdefault("PYTORCH_NVCC", f"ccache {cuda.home}/bin/nvcc")
     return cuda
 
 
+def check_kinds(torches: Sequence[Torch]) -> None:
+    """One library of kernels serves all of them: it has CUDA or not."""
+    kinds = {kind: [torch.version for torch in torches if (torch.cuda is not None) == kind] for kind in (True, False)}
+    if all(kinds.values()):
+        raise SystemExit(
+            f"nsa_torch: of NSA_TORCHES torch {', '.join(kinds[True])} was built with CUDA, and torch "
+            f"{', '.join(kinds[False])} without: name those of one kind, or set NSA_CUDA=0 to do without CUDA"
+        )
+
+
 def check_major(cuda: Toolkit, torch: Torch) -> None:
     """Libraries of one major version of CUDA serve each other."""
-    major = str(torch.cuda).split(".")[0]
-    if cuda.version.split(".")[0] != major:
+    own, major = (int(str(version).split(".")[0]) for version in (cuda.version, torch.cuda))
+    if own != major:
+        remedy = f"set CUDA_HOME to a toolkit of CUDA {major}"
+        if major < TESTED_CUDA:
+            remedy = f"install a torch built with CUDA {TESTED_CUDA}, such as PyPI's"
+            remedy += f", and set CUDA_HOME to a toolkit of CUDA {TESTED_CUDA}" if own != TESTED_CUDA else ""
         raise SystemExit(
             f"nsa_torch: nvcc in {cuda.home} is of CUDA {cuda.version}, but torch {torch.version} was built with CUDA "
-            f"{torch.cuda}: set CUDA_HOME to a toolkit of CUDA {major}, or NSA_CUDA=0 to do without CUDA"
+            f"{torch.cuda}: {remedy}, or NSA_CUDA=0 to do without CUDA"
         )
 
 

@@ -97,6 +97,18 @@ def summarize(
     return files, failures, skips
 
 
+def compared(roots: list[ElementTree.Element]) -> dict[str, list[str]]:
+    """On which device and in which dtype nsa_attention was held to the reference, and at which "Dk Dv"."""
+    found: dict[str, set[str]] = collections.defaultdict(set)
+    for case in (case for root in roots for case in root.iter("testcase")):
+        if case.find("failure") is None and case.find("error") is None:
+            for noted in case.iterfind("properties/property[@name='compared']"):
+                op, device, dtype, dims = noted.get("value", "").split(maxsplit=3)
+                if op == "nsa_attention":
+                    found[f"{device} {dtype}"].add(dims)
+    return {where: sorted(dims, key=lambda pair: [int(dim) for dim in pair.split()]) for where, dims in found.items()}
+
+
 def commit() -> str:
     result = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -131,9 +143,11 @@ def main() -> int:
         print(f"skipped {count}: {reason}")
     if options.out is not None:
         result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        result |= {"cuda": torch.version.cuda, "commit": options.commit or commit()}
+        result |= {"capability": torch.cuda.get_device_capability(), "cuda": torch.version.cuda}
+        result |= {"commit": options.commit or commit()}
         result |= {"passed": total["passed"], "failed": total["failed"], "skipped": total["skipped"]}
         result |= {"seconds": round(time.perf_counter() - started, 1), "failures": failures, "skips": skips}
+        result |= {"compared": compared(reports)}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
     return status
 

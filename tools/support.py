@@ -4,8 +4,9 @@
     python tools/support.py --check    # fails when they are not what they should be
 
 What has been shown stands in benchmarks/results/suite: a JSON for each GPU's suite (tools/gpu_suite.py --out), and one
-for each run of tests without a GPU (tools/support.py --record REPORT.xml, of `pytest --junitxml REPORT.xml`). Needs a
-build with CUDA, but no GPU.
+for each torch whose tests ran without a GPU (tools/support.py --record REPORT.xml, of `pytest --junitxml REPORT.xml`,
+which .ci/run leaves in build/). A cell names the versions of torch under which nsa_attention, its outputs and
+gradients, was held to the reference at just these head dimensions. Needs a build with CUDA, but no GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
+from gpu_suite import commit, compared, summarize  # noqa: E402
+from torches import SUPPORTED, minor_of  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results" / "suite"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- support: by tools/support.py -->\n", "<!-- end of support -->"
@@ -32,10 +36,10 @@ GPUS: dict[str, tuple[Capability, ...]] = {
     "B200, B300 (10.0, 10.3)": ((10, 0), (10, 3)),
     "RTX 50, RTX PRO (12.0)": ((12, 0),),
 }
-NAMES = {"H100": (9, 0), "H200": (9, 0)}  # in the names of GPUs that a suite ran on
-DTYPES = {"float16, bfloat16": "bfloat16", "float32": "float32"}
+DTYPES = {"float16, bfloat16": ("float16", "bfloat16"), "float32": ("float32",), "float64": ("float64",)}
 DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
 MACHINES = {"plain": "plain", "sm80": "portable", "sm90": "Hopper"}
+CPU = "none: the CPU"
 
 
 def shown() -> list[dict[str, Any]]:
@@ -44,8 +48,21 @@ def shown() -> list[dict[str, Any]]:
     return [run for run in runs if run["failed"] == 0]
 
 
-def tested_capabilities() -> set[Capability]:
-    return {capability for run in shown() for name, capability in NAMES.items() if name in run.get("gpu", "")}
+def tested(device: str, capabilities: tuple[Capability, ...], dtypes: tuple[str, ...], dims: tuple[int, int]) -> str:
+    """The versions of torch under which the whole was compared with the reference: in all dtypes, on all these GPUs."""
+
+    def minors(capability: Capability | None) -> set[str]:
+        runs = [run for run in shown() if capability is None or run.get("capability") == list(capability)]
+        held = [(run["torch"], run.get("compared", {})) for run in runs]
+        wanted = f"{dims[0]} {dims[1]}"
+        return {
+            minor_of(torch)
+            for torch, where in held
+            if all(wanted in where.get(f"{device} {dtype}", ()) for dtype in dtypes)
+        }
+
+    found = set.intersection(*(minors(capability) for capability in capabilities or (None,)))
+    return "torch " + ", ".join(sorted(found, key=SUPPORTED.index)) if found else "not tried"
 
 
 def kernels_of(capability: Capability, dtype: str, dims: tuple[int, int]) -> str:
@@ -61,27 +78,34 @@ def kernels_of(capability: Capability, dtype: str, dims: tuple[int, int]) -> str
     return " and ".join(word for machine, word in MACHINES.items() if machine in found)
 
 
-def gpu_rows() -> Iterator[str]:
+def cell(family: str, dtypes: tuple[str, ...], dims: tuple[int, int]) -> str:
+    if family == CPU:
+        return tested("cpu", (), dtypes, dims)
+    try:
+        kinds = {kernels_of(capability, dtype, dims) for capability in GPUS[family] for dtype in dtypes}
+    except ValueError:  # what the op raises for this dtype
+        return "refused"
+    if len(kinds) != 1:
+        raise SystemExit(f"support: {family} with {', '.join(dtypes)} takes several sets of kernels: {kinds}")
+    return f"{kinds.pop()}: {tested('cuda', GPUS[family], dtypes, dims)}"
+
+
+def device_rows() -> Iterator[str]:
     yield "| GPU (compute capability) | elements | " + " | ".join(f"Dk {k}, Dv {v}" for k, v in DIMS) + " |"
     yield "|---|---|" + "---|" * len(DIMS)
-    tested = tested_capabilities()
-    rows: dict[tuple[str, ...], list[str]] = {}  # families that share all cells share a row
-    for name, dtype in DTYPES.items():
-        for family, capabilities in GPUS.items():
-            state = "tested" if set(capabilities) <= tested else "not tried"
-            kinds = {tuple(kernels_of(each, dtype, dims) for dims in DIMS) for each in capabilities}
-            if len(kinds) != 1:
-                raise SystemExit(f"support: the GPUs of {family} differ: {kinds}")
-            rows.setdefault((name, *(f"{kind}: {state}" for kind in kinds.pop())), []).append(family)
-    for cells, families in rows.items():
-        yield f"| {'; '.join(families)} | " + " | ".join(cells) + " |"
-    yield "| any | float64 | " + " | ".join(["refused"] * len(DIMS)) + " |"
-    yield "| none: the CPU | all four | " + " | ".join(["tested"] * len(DIMS)) + " |"
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # families that share all cells share a row
+    for name, dtypes in DTYPES.items():
+        for family in (*GPUS, CPU):
+            row = tuple(cell(family, dtypes, dims) for dims in DIMS)
+            alike.setdefault((name, row), []).append(family)
+    rows: dict[tuple[str, tuple[str, ...]], list[str]] = {}  # and so do elements of the same families
+    for (name, row), families in alike.items():
+        rows.setdefault(("any GPU" if families == [*GPUS] else "; ".join(families), row), []).append(name)
+    for (families, row), names in sorted(rows.items(), key=lambda item: item[0][0] == CPU):
+        yield f"| {families} | {', '.join(names)} | " + " | ".join(row) + " |"
 
 
 def torch_rows() -> Iterator[str]:
-    from torches import SUPPORTED, minor_of
-
     yield "| torch | what has run |"
     yield "|---|---|"
     for minor in SUPPORTED:
@@ -91,19 +115,17 @@ def torch_rows() -> Iterator[str]:
 
 
 def tables() -> str:
-    return "\n".join([*gpu_rows(), "", *torch_rows()]) + "\n"
+    return "\n".join([*device_rows(), "", *torch_rows()]) + "\n"
 
 
 def record(report: Path) -> None:
-    """A run of tests without a GPU, by the torch that is here."""
-    import torch
-    from gpu_suite import commit, summarize
-
-    files, failures, _ = summarize([ElementTree.parse(report).getroot()])
+    """A run of tests without a GPU, under the torch that the report names."""
+    root = ElementTree.parse(report).getroot()
+    files, failures, _ = summarize([root])
     counts = {name: sum(file[name] for file in files.values()) for name in ("passed", "failed", "skipped")}
-    result = {"torch": torch.__version__, "commit": commit(), **counts, "failures": failures}
-    minor = "-".join(torch.__version__.split(".")[:2])
-    (RESULTS / f"cpu-torch-{minor}.json").write_text(json.dumps(result, indent=1) + "\n")
+    version = next(each.get("value", "") for each in root.iter("property") if each.get("name") == "torch")
+    result = {"torch": version, "commit": commit(), **counts, "failures": failures, "compared": compared([root])}
+    (RESULTS / f"cpu-torch-{minor_of(version).replace('.', '-')}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import site
+import sys
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,16 +70,40 @@ def requirement(minors: Iterable[str]) -> str:
     return ",".join([f"torch>={major}.{first}", f"<{major}.{last + 1}", *gaps])
 
 
+def beneath(fetched: Sequence[Torch]) -> Torch | None:
+    """The torch that is installed where the package goes, where a build has fetched another to build against."""
+    if os.environ.get("NSA_TORCHES"):
+        return None
+    for distribution in _installed():
+        root = Path(str(distribution.locate_file("torch"))).resolve()
+        if (root / "version.py").exists() and root not in [torch.root for torch in fetched]:
+            return at(root)
+    return None
+
+
 def for_isolated_build() -> str:
     """The torch that an isolated build fetches: of the minor version installed where the package goes, if there is one.
 
-    pip's isolated environment hides what is installed, but not where that lies.
+    Raises:
+        SystemExit: that is not a supported one. pip would put another in its place, unasked.
     """
-    folders = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
-    for found in metadata.distributions(name="torch", path=folders):
+    for found in _installed():
         if minor_of(found.version) in SUPPORTED:
             return f"torch=={minor_of(found.version)}.*"
+        raise SystemExit(
+            f"nsa_torch: torch {found.version} is installed in {found.locate_file('')}, but torch must be "
+            f"{' or '.join(SUPPORTED)}: pip install 'torch=={SUPPORTED[-1]}.*' first, or take a fresh environment"
+        )
     return requirement(SUPPORTED)
+
+
+def _installed() -> Iterator[metadata.Distribution]:
+    """Torch where the package goes. pip's isolated environment hides what is installed, but not where that lies."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    own = Path(sys.prefix, "pyvenv.cfg")
+    if not own.exists() or re.search(r"^include-system-site-packages *= *true", own.read_text(), re.MULTILINE):
+        folders += [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
+    yield from metadata.distributions(name="torch", path=list(dict.fromkeys(folders)))
 
 
 def _number(minor: str) -> tuple[int, int]:

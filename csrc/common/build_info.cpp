@@ -41,6 +41,24 @@ bool holds(const std::vector<std::string>& names, const std::string& wanted) {
   return std::find(names.begin(), names.end(), wanted) != names.end();
 }
 
+// Whether code for an architecture, such as "8.6", "8.0+PTX" or "9.0a", runs on a GPU: by CUDA's rules of
+// compatibility.
+bool serves(const std::string& architecture, int major, int minor) {
+  const char* const end = architecture.data() + architecture.size();
+  int of_major = 0;
+  int of_minor = 0;
+  const char* const point = std::from_chars(architecture.data(), end, of_major).ptr;
+  if (point == end || std::from_chars(point + 1, end, of_minor).ptr == point + 1) {
+    return false;
+  }
+  if (architecture.find('a') != std::string::npos) {  // of this one alone
+    return of_major == major && of_minor == minor;
+  }
+  const bool of_family = architecture.find('f') != std::string::npos;
+  const bool has_ptx = architecture.find("+PTX") != std::string::npos && !of_family;
+  return (of_major == major && of_minor <= minor) || (has_ptx && of_major < major);
+}
+
 }  // namespace
 
 BuildInfo build_info() {
@@ -84,6 +102,24 @@ std::string missing_kernels(const std::vector<std::string>& architectures, int m
   }
   return "nsa_torch was built without its kernels for Hopper GPUs (compute capability 9.0a): the portable kernels run, "
          "which take about twice as long. Build it again with TORCH_CUDA_ARCH_LIST=9.0a, or with that variable unset.";
+}
+
+std::string no_kernels(const std::vector<std::string>& architectures, int major, int minor) {
+  const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+  if (major < 8) {
+    return "nsa_torch needs a GPU of compute capability 8.0 or newer, and this one is of " + capability +
+           ". The CPU computes the same: move the tensors there.";
+  }
+  std::string list;
+  for (const std::string& architecture : architectures) {
+    if (serves(architecture, major, minor)) {
+      return "";
+    }
+    list += (list.empty() ? "" : ", ") + architecture;
+  }
+  return "nsa_torch was built for GPUs of compute capability " + list + ", and nothing of that runs on one of " +
+         capability +
+         ". Build it again with TORCH_CUDA_ARCH_LIST=\"8.0+PTX;9.0a\", which serves every GPU from 8.0 on.";
 }
 
 }  // namespace nsa

@@ -32,4 +32,7 @@ int64_t shared_bytes_allowed(int64_t bytes);
 // for it; "" where it lacks none.
 std::string missing_kernels(const std::vector<std::string>& architectures, int major, int minor);
 
+// The same where a build for `architectures` has no code at all that runs on the GPU; "" where it has.
+std::string no_kernels(const std::vector<std::string>& architectures, int major, int minor);
+
 }  // namespace nsa

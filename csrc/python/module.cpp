@@ -63,6 +63,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("architectures"), py::arg("capability"),
       "What a GPU of this compute capability is told of a build for these architectures; empty if it lacks nothing.");
+  m.def(
+      "no_kernels",
+      [](const std::vector<std::string>& architectures, std::pair<int, int> capability) {
+        return nsa::no_kernels(architectures, capability.first, capability.second);
+      },
+      py::arg("architectures"), py::arg("capability"),
+      "What it is told if nothing of such a build runs there; empty if something does.");
   m.def("ops_with_kernels", &nsa::ops_with_kernels, "The ops that which_kernel knows.");
 
   py::class_<nsa::KernelQuery>(m, "KernelQuery")

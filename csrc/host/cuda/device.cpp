@@ -6,6 +6,7 @@
 
 #include <array>
 #include <mutex>
+#include <string>
 
 #include "common/build_info.h"
 #include "common/sm90/tensor_map.h"
@@ -35,6 +36,8 @@ const char* why_no_sm90(const cudaDeviceProp& properties, int64_t shared_bytes) 
 
 Device describe(c10::DeviceIndex index) {
   const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(index);
+  const std::string nothing_runs = no_kernels(build_info().architectures, properties.major, properties.minor);
+  TORCH_CHECK(nothing_runs.empty(), nothing_runs);
   const int64_t shared_bytes = shared_bytes_allowed(static_cast<int64_t>(properties.sharedMemPerBlockOptin));
   return {.major = properties.major,
           .minor = properties.minor,
@@ -45,15 +48,16 @@ Device describe(c10::DeviceIndex index) {
 
 }  // namespace
 
-const Device& current_device() {
+const Device& device_at(c10::DeviceIndex index) {
   constexpr size_t kMostDevices = 64;
   static std::array<Device, kMostDevices> devices;
   static std::array<std::once_flag, kMostDevices> described;
-  const c10::DeviceIndex index = c10::cuda::current_device();
   const auto at = static_cast<size_t>(index);
   TORCH_CHECK(at < kMostDevices, "nsa_torch: there are plans for the first ", kMostDevices, " devices only");
   std::call_once(described[at], [&] { devices[at] = describe(index); });
   return devices[at];
 }
+
+const Device& current_device() { return device_at(c10::cuda::current_device()); }
 
 }  // namespace nsa::cuda

@@ -8,6 +8,7 @@
 #include "common/dispatch.h"
 #include "common/sequences.h"
 #include "common/unused_rows.h"
+#include "host/cuda/device.h"
 
 namespace nsa::cuda {
 namespace {
@@ -32,6 +33,7 @@ at::Tensor contiguous_lengths(const at::Tensor& lengths) { return lengths.contig
 }  // namespace
 
 ElementType element_type(const char* name, const at::Tensor& tensor) {
+  device_at(tensor.device().index());  // refuses a GPU that the build does not serve
   switch (tensor.scalar_type()) {
     case at::kFloat:
       return ElementType::kFloat32;

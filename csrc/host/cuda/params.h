@@ -12,7 +12,7 @@
 
 namespace nsa::cuda {
 
-// TypeError for float64, which has no kernels.
+// What every call asks first. TypeError for float64, which has no kernels, RuntimeError on a GPU that has none.
 ElementType element_type(const char* name, const at::Tensor& tensor);
 inline bool is_16_bit(ElementType type) { return type != ElementType::kFloat32; }
 
