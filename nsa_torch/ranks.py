@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,19 @@ if TYPE_CHECKING:
     from .module import NSAAttention
 
 
+def check_no_context_parallel() -> None:
+    """RuntimeError inside torch's context_parallel, which cuts tokens and tells nobody but torch's own attention.
+
+    It replaces that, which is how it is known here. Compiled code is not checked.
+    """
+    module = sys.modules.get("torch.distributed.tensor.experimental._context_parallel._attention")
+    if torch.nn.functional.scaled_dot_product_attention in getattr(module, "_replaced_functions", ()):
+        raise RuntimeError(
+            "NSAAttention does not support context_parallel: each rank would attend to its own tokens alone. "
+            "Cut the heads by nsa_torch.distributed.tensor_parallel_plan instead"
+        )
+
+
 def gather_tokens(layer: NSAAttention, hidden_states: Tensor) -> Tensor:
     """All tokens: a DTensor that is whole on every rank, where they were one, or cut over the ranks.
 
@@ -21,7 +35,10 @@ def gather_tokens(layer: NSAAttention, hidden_states: Tensor) -> Tensor:
         ValueError: a DTensor on another mesh than the layer's heads, or, in a layer whose heads are not cut, one whose
             tokens are.
         TypeError: a DTensor into a layer whose weights are plain.
+        RuntimeError: inside torch's context_parallel.
     """
+    if not torch.compiler.is_compiling():
+        check_no_context_parallel()
     check_tensors(hidden_states=hidden_states)
     mesh, placements = heads_mesh(layer), getattr(hidden_states, "placements", None)
     if placements is None and not compression_of(layer).sequence_parallel:

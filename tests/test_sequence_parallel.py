@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nsa_torch
 from processes import assert_all_near, assert_near, gradients, on_two_ranks, whole
-from test_module import HIDDEN, make, tokens
+from test_module import BLOCKS, HIDDEN, make, tokens
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
@@ -164,6 +165,55 @@ def _batches_of_dtensors(mesh: Any) -> None:
             assert_all_near(got, expected, f"{placement} {options}")
 
 
+def _queries_cut_by_hand(mesh: Any) -> None:
+    """A rank's queries with the keys up to its last one: the ops put the last query at the last key."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    generator = torch.Generator().manual_seed(3)
+    heads = {"q": 4, "k": 2, "v": 2, "gates": 4}
+    parts = {
+        name: torch.randn(2, LENGTH, count, 3 if name == "gates" else 8, generator=generator, dtype=torch.float64)
+        for name, count in heads.items()
+    }
+    blocks = {"block_size": BLOCKS["block_size"], "block_stride": BLOCKS["block_stride"]}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        k_cmp, v_cmp = (nsa_torch.compress(t, **blocks) for t in (k, v))
+        return nsa_torch.nsa_attention(q, k_cmp, v_cmp, k, v, k, v, gates.sigmoid(), **BLOCKS)
+
+    whole_parts = {name: part.clone().requires_grad_() for name, part in parts.items()}
+    expected = attend(**whole_parts)
+    weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    weighted(expected, weight).backward()
+
+    rank, each = mesh.get_local_rank(), LENGTH // mesh.size()
+    own = {n: part[:, rank * each :][:, :each].contiguous().requires_grad_() for n, part in parts.items()}
+    gathered = {
+        name: DTensor.from_local(own[name], mesh, [Shard(1)])
+        .redistribute(placements=[Replicate()])
+        .to_local(grad_placements=[Partial()])[:, : (rank + 1) * each]
+        for name in ("k", "v")
+    }
+    out = attend(**(own | gathered))
+    weighted(out, weight.chunk(2, 1)[rank]).backward()
+    assert_near(out, expected.chunk(2, 1)[rank], "out")
+    for name, part in own.items():
+        assert_near(part.grad, whole_parts[name].grad.chunk(2, 1)[rank], name)
+
+
+def _context_parallel(mesh: Any) -> None:
+    """Last, since torch 2.11 leaves its own attention replaced when something fails inside."""
+    from torch.distributed.tensor.experimental import context_parallel
+
+    layer, x = make(), tokens(2, LENGTH)
+    layer(x)
+    with (
+        pytest.raises(RuntimeError, match="NSAAttention does not support context_parallel"),
+        context_parallel(mesh, buffers=[x], buffer_seq_dims=[1]),
+    ):
+        layer(x)
+
+
 def test_on_two_ranks() -> None:
     checks = (_parts_of_the_tokens, _dtensors, _with_a_cache, _what_is_sent, _batches_of_dtensors, _refusals)
-    on_two_ranks(*checks)
+    on_two_ranks(*checks, _queries_cut_by_hand, _context_parallel)
