@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from test_compile import assert_same, compiled, graphs, loss_of, make, tokens, train
-from test_layer_options import ALL, OPTIONS, tables_of
+from test_layer_options import ALL, OPTIONS
+from test_rotary_tables import tables_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
