@@ -96,6 +96,8 @@ class CausalConv(nn.Module):
 
         laid_out: (B * (taps - 1) + N, channels), of which `take` (N,) are the tokens. mesh: x has this rank's part of
         the channels, which the ranks of this mesh share.
+
+        ValueError for packed tokens that are not laid out: their sequences would run together.
         """
         weight: Tensor | None = self.weight
         if mesh is not None:
@@ -104,6 +106,9 @@ class CausalConv(nn.Module):
             weight = local_weight(weight, mesh, True)
         assert weight is not None
         if laid_out is None:
+            if x.dim() != 3:
+                got = tuple(x.shape)
+                raise ValueError(f"x must be (B, T, channels), or packed and laid out by ContextRows, got shape {got}")
             laid_out = nn.functional.pad(x, (0, 0, self.taps - 1, 0))
         convolved = _convolve(laid_out, weight.to(x.dtype))
         return x + (convolved if take is None else convolved.index_select(-2, take))

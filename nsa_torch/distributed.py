@@ -65,7 +65,7 @@ class HeadParallel(ParallelStyle):
         self.placement = placement
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        distribute_parameters(module, device_mesh, self.placement, self.src_data_rank)
+        _distribute(module, device_mesh, self.placement, self.src_data_rank)
         return module
 
 
@@ -93,12 +93,12 @@ class CompressionParallel(ParallelStyle):
             raise ValueError(
                 f"the ranks of tensor parallelism must divide num_kv_heads, {self.num_kv_heads}, got {ranks}"
             )
-        distribute_parameters(module, device_mesh, Shard(0) if module.per_head else Replicate(), self.src_data_rank)
+        _distribute(module, device_mesh, Shard(0) if module.per_head else Replicate(), self.src_data_rank)
         module.tensor_parallel, module.sequence_parallel = device_mesh, self.sequence_parallel
         return module
 
 
-def distribute_parameters(module: nn.Module, mesh: DeviceMesh, placement: Placement, src_data_rank: int | None) -> None:
+def _distribute(module: nn.Module, mesh: DeviceMesh, placement: Placement, src_data_rank: int | None) -> None:
     """Make all parameters of a module DTensors, those of its parts too."""
     for part in module.modules():
         for name, weight in list(part.named_parameters(recurse=False)):

@@ -34,7 +34,9 @@ def compute_dtype(layer: NSAAttention, device: torch.device) -> torch.dtype:
     """Of autocast where it is on; else of the layer's first weight that is not quantized, or torch's default."""
     if torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
-    held = [weight.dtype for weight in (layer.q_proj.weight, *layer.parameters()) if weight.dtype in COMPUTED]
+    apart = () if layer.gate_dtype is None else ("gate_proj.",)  # in a dtype of its own
+    weights = [weight for name, weight in layer.named_parameters() if not name.startswith(apart)]
+    held = [weight.dtype for weight in (layer.q_proj.weight, *weights) if weight.dtype in COMPUTED]
     return held[0] if held else torch.get_default_dtype()
 
 

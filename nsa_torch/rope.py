@@ -95,7 +95,7 @@ def check_tables(tables: Tables | Tensor, shape: tuple[int, ...], interleaved: b
             raise TypeError(f"position_embeddings must be (cos, sin) or one complex tensor, got {tables.dtype}")
         _check_shape(tables, shape, 1)
         angles = torch.cat((tables, tables), dim=-1)
-        pair = angles.real, angles.imag
+        pair = angles.real.contiguous(), angles.imag.contiguous()
     else:
         pair = _check_pair(tables, shape)
         if interleaved:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from layer_reference import reference_forward
 from nsa_torch import NSAAttention, NSACache
 from test_cuda_runtime import captured, no_host_sync
-from test_module import VARIANTS, gradients, reference_forward
+from test_layer_options import ALL, OPTIONS
+from test_module import VARIANTS, gradients
 
 pytestmark = pytest.mark.cuda
 
@@ -41,9 +43,12 @@ def make(dtype: torch.dtype = torch.float32, **options: Any) -> NSAAttention:
     return module.to(DEVICE)
 
 
-def make_layer(dtype: torch.dtype = torch.float32) -> NSAAttention:
+def make_layer(dtype: torch.dtype = torch.float32, **options: Any) -> NSAAttention:
     torch.manual_seed(0)
-    return NSAAttention(**LAYER, dtype=dtype).to(DEVICE)
+    return NSAAttention(**LAYER, **options, dtype=dtype).to(DEVICE)
+
+
+WITH_OPTIONS = pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "options"])
 
 
 def tokens(*shape: int, hidden: int = HIDDEN, seed: int = 1) -> Tensor:
@@ -79,7 +84,7 @@ def assert_all_near(got: dict[str, Tensor], expected: dict[str, Tensor], toleran
             assert_near(got[name], tensor, tolerance, name)
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", [*VARIANTS, *OPTIONS.values(), ALL], ids=str)
 def test_output_and_gradients_are_the_references(options: dict[str, Any]) -> None:
     module = make(**options)
     exact = copy.deepcopy(module).to("cpu", torch.float64)
@@ -92,19 +97,20 @@ def test_output_and_gradients_are_the_references(options: dict[str, Any]) -> Non
         assert_all_near({name: g.cpu() for name, g in got.items()}, truth, 1e-4)
 
 
+@WITH_OPTIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_layer_on_both_devices(dtype: torch.dtype) -> None:
+def test_a_layer_on_both_devices(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """The paper's block sizes, 1,000 tokens: what the CPU's kernels give."""
-    module, x = make_layer(dtype), tokens(1, 1000, hidden=256).to(dtype)
+    module, x = make_layer(dtype, **options), tokens(1, 1000, hidden=256).to(dtype)
     on_gpu = trained(module, x)
     on_cpu = trained(copy.deepcopy(module).cpu(), x.cpu())
     tolerance = 1e-3 if dtype == torch.float32 else 0.1  # a choice of blocks may differ by rounding
     assert_all_near({name: t.cpu() for name, t in on_gpu.items()}, on_cpu, tolerance)
 
 
-@pytest.mark.parametrize("rope_theta", [10000.0, None])
-def test_packed_sequences_are_separate_sequences(rope_theta: float | None) -> None:
-    module, lengths = make(rope_theta=rope_theta), [0, 1, 13, 8, 0, LENGTH, 7, 0]
+@pytest.mark.parametrize("options", [{}, {"rope_theta": None}, ALL], ids=str)
+def test_packed_sequences_are_separate_sequences(options: dict[str, Any]) -> None:
+    module, lengths = make(**options), [0, 1, 13, 8, 0, LENGTH, 7, 0]
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=DEVICE)
     x = tokens(sum(lengths)).requires_grad_()
     out = module(x, cu_seqlens=cu_seqlens)
@@ -113,9 +119,10 @@ def test_packed_sequences_are_separate_sequences(rope_theta: float | None) -> No
     assert_all_near(gradients(module, x, out), gradients(module, x, expected), 1e-4)
 
 
+@WITH_OPTIONS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype: torch.dtype) -> None:
-    module, x = make_layer(), tokens(2, 300, hidden=256)
+def test_autocast(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    module, x = make_layer(**options), tokens(2, 300, hidden=256)
     expected = trained(module, x)
     with torch.autocast(DEVICE, dtype):
         got = trained(module, x)
@@ -125,10 +132,11 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert_all_near(got, expected, 0.15)
 
 
+@WITH_OPTIONS
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16_autocast"])
-def test_compiled_training_step(autocast: bool) -> None:
+def test_compiled_training_step(autocast: bool, options: dict[str, Any]) -> None:
     """One graph, without breaks: forward and backward by inductor, for any length."""
-    module = make_layer()
+    module = make_layer(**options)
     compiled = torch.compile(module, fullgraph=True)
     for length in (300, 517):
         x = tokens(1, length, hidden=256)
@@ -139,9 +147,10 @@ def test_compiled_training_step(autocast: bool) -> None:
 
 
 @torch.no_grad()
+@WITH_OPTIONS
 @pytest.mark.parametrize("sizes", [[1] * LENGTH, [20] + [1] * 17, [LENGTH], [5, 8, 1, 1, 9, 13]], ids=str)
-def test_chunks_and_single_tokens_are_the_full_forward(sizes: list[int]) -> None:
-    module, x = make(), tokens(2, LENGTH)
+def test_chunks_and_single_tokens_are_the_full_forward(sizes: list[int], options: dict[str, Any]) -> None:
+    module, x = make(**options), tokens(2, LENGTH)
     cache = module.new_cache(2, 64)
     outs = [module(part, cache=cache) for part in x.split(sizes, dim=1)]
     assert_near(torch.cat(outs, dim=1), module(x), 1e-5)
@@ -157,8 +166,9 @@ def test_decoding_of_a_layer(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_ragged_chunks() -> None:
-    module, cache = make(), make().new_cache(3, 64)
+@WITH_OPTIONS
+def test_ragged_chunks(options: dict[str, Any]) -> None:
+    module, cache = make(**options), make(**options).new_cache(3, 64)
     sequences, outs, done = tokens(3, LENGTH), [[], [], []], [0, 0, 0]
     for counts in ([7, 0, 21], [1, 1, 1], [0, 1, 1], [20, 9, 3]):
         ends = [start + count for start, count in zip(done, counts, strict=True)]
@@ -182,15 +192,16 @@ def test_compiled_decoding() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_training_step_without_host_sync(packed: bool) -> None:
-    module = make_layer()
+@WITH_OPTIONS
+def test_training_step_without_host_sync(packed: bool, options: dict[str, Any]) -> None:
+    module = make_layer(**options)
     optimizer = torch.optim.AdamW(module.parameters(), fused=True)
     x = tokens(400, hidden=256) if packed else tokens(1, 400, hidden=256)
-    options = {"cu_seqlens": torch.tensor([0, 150, 400], dtype=torch.int32, device=DEVICE)} if packed else {}
+    packing = {"cu_seqlens": torch.tensor([0, 150, 400], dtype=torch.int32, device=DEVICE)} if packed else {}
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = module(x, **options).float().square().mean()
+            loss = module(x, **packing).float().square().mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -232,10 +243,11 @@ def test_graph_of_a_training_step() -> None:
 
 
 @torch.no_grad()
+@WITH_OPTIONS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_graph_of_a_decode_step(dtype: torch.dtype) -> None:
+def test_graph_of_a_decode_step(dtype: torch.dtype, options: dict[str, Any]) -> None:
     """One captured step, replayed for every further token, is eager decoding and the full forward."""
-    module, x = make_layer(dtype), tokens(2, 420, hidden=256).to(dtype)
+    module, x = make_layer(dtype, **options), tokens(2, 420, hidden=256).to(dtype)
     expected = module(x)[:, 300:]
 
     def prefilled() -> NSACache:

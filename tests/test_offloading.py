@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_models import make_model, make_sequences
+from test_layer_options import ALL
 from test_module import make, tokens
 
 accelerate = pytest.importorskip("accelerate")
@@ -26,10 +27,11 @@ def offload(request: Any, tmp_path: Path) -> Offload:
 
 
 @torch.no_grad()
-def test_an_offloaded_layer(offload: Offload) -> None:
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "options"])
+def test_an_offloaded_layer(offload: Offload, options: dict[str, Any]) -> None:
     x = tokens(2, 40)
-    expected = make()(x)
-    layer = offload(make())
+    expected = make(**options)(x)
+    layer = offload(make(**options))
     assert next(layer.parameters()).device.type == "meta"
     torch.testing.assert_close(layer(x), expected)
     cache = layer.new_cache(2, 64)
@@ -79,6 +81,13 @@ def test_quantized_projections(compression: str, dtype: torch.dtype) -> None:
     parts = [layer(x[:, begin : begin + 5], cache=cache) for begin in range(0, 37, 5)]
     rounding = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.1}
     torch.testing.assert_close(torch.cat(parts, 1), layer(x), **rounding)
+
+
+def test_gates_of_another_dtype_do_not_tell_the_caches() -> None:
+    layer = make(gate_dtype=torch.float32, dtype=torch.bfloat16)
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(layer, name, Int8Linear(getattr(layer, name)))
+    assert layer.new_cache(1)[0].k_slc.dtype == torch.bfloat16
 
 
 def test_a_cache_elsewhere() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import nsa_torch
 from nsa_torch import rope
+from nsa_torch.convolution import CausalConv
 from study import block_lists, layers, models, reformer
 from study.choices import random_blocks
 from study.layers import Shape
@@ -122,7 +123,7 @@ def test_reformer_of_one_chunk_reads_all_keys_but_its_own() -> None:
 
 
 def test_convolution_is_its_formula_and_refuses_packed_tokens() -> None:
-    conv = layers.CausalConv(6).double()
+    conv = CausalConv(6, layers.CONV_TAPS).double()
     x = rand(2, 9, 6)
     expected = x.clone()
     for back in range(layers.CONV_TAPS):
@@ -136,17 +137,27 @@ def test_convolution_in_nsa_works_on_all_branches_before_compression() -> None:
     torch.manual_seed(0)
     plain, mixed = nsa_layer(SHAPE).double(), nsa_layer(SHAPE, conv=True).double()
     x = rand(1, 70, SHAPE.hidden)
-    shared = plain.state_dict()
-    renamed = {name.replace("_proj.weight", "_proj.linear.weight"): value for name, value in shared.items()}
-    names = mixed.state_dict()
-    mixed.load_state_dict({name: {**shared, **renamed}.get(name, names[name]) for name in names})
-    for conv in (mixed.k_proj.conv, mixed.v_proj.conv):
+    mixed.load_state_dict(mixed.state_dict() | plain.state_dict())
+    for conv in (mixed.k_conv, mixed.v_conv):
         torch.nn.init.zeros_(conv.weight)
     torch.testing.assert_close(mixed(x), plain(x))
-    torch.nn.init.ones_(mixed.v_proj.conv.weight[..., -1])  # y = 2 x: twice the output, but for the compression
+    torch.nn.init.ones_(mixed.v_conv.weight[..., -1])  # y = 2 x: twice the output, but for the compression
     for layer in (plain, mixed):
         layer.gate_proj = ClosedGates(layer.gate_proj, ("compressed",))
     torch.testing.assert_close(mixed(x), 2 * plain(x))
+
+
+def test_the_layers_option_is_the_convolution_of_full_attention() -> None:
+    """One function for all models: a projection with the convolution behind it, in NSA too."""
+    torch.manual_seed(0)
+    option, behind = nsa_layer(SHAPE, conv=True).double(), nsa_layer(SHAPE).double()
+    behind.load_state_dict({name: t for name, t in option.state_dict().items() if "_conv" not in name})
+    for name in ("k", "v"):
+        wrapped = layers.ConvolvedLinear(getattr(behind, f"{name}_proj")).double()
+        wrapped.conv.load_state_dict(getattr(option, f"{name}_conv").state_dict())
+        setattr(behind, f"{name}_proj", wrapped)
+    x = rand(2, 70, SHAPE.hidden)
+    torch.testing.assert_close(option(x), behind(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shut", [("compressed",), ("selected",), ("window",)])

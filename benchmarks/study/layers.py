@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import nsa_torch
 from nsa_torch import rope
+from nsa_torch.convolution import CausalConv
 
 CONV_TAPS = 4
 
@@ -27,36 +28,13 @@ class Shape:
     rope_theta: float = 10000.0
 
 
-class CausalConv(nn.Module):
-    """Each channel on its own: y_t = x_t + sum over i < taps of w_i x_{t-i}, with x zero before the start.
-
-    The weights start uniform in +-taps**-0.5, as torch starts a depthwise convolution: neighbours mix at once.
-    """
-
-    def __init__(self, channels: int, taps: int = CONV_TAPS) -> None:
-        super().__init__()
-        self.taps = taps
-        self.weight = nn.Parameter(torch.empty(channels, 1, taps))  # weight[:, 0, -1] meets x_t itself
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.uniform_(self.weight, -(self.taps**-0.5), self.taps**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X (B, T, channels) -> the same shape. ValueError for packed tokens, whose starts it does not know."""
-        if x.dim() != 3:
-            raise ValueError(f"x must be (B, T, channels): packed sequences would run together, got {tuple(x.shape)}")
-        rows = F.pad(x.transpose(1, 2), (self.taps - 1, 0))
-        return x + F.conv1d(rows, self.weight.to(x.dtype), groups=x.size(-1)).transpose(1, 2)
-
-
 class ConvolvedLinear(nn.Module):
-    """A projection whose every output channel then passes a CausalConv: whatever the order of its rows."""
+    """A projection whose every output channel then passes NSA's causal convolution."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.linear = linear
-        self.conv = CausalConv(linear.out_features)
+        self.conv = CausalConv(linear.out_features, CONV_TAPS)
 
     def reset_parameters(self) -> None:
         self.linear.reset_parameters()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import nsa_torch
 
 from .choices import CHOICES
-from .layers import ConvolvedLinear, Shape
+from .layers import CONV_TAPS, Shape
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -95,7 +95,7 @@ def nsa_layer(
 
     Args:
         shape: the comparison's sizes.
-        conv: a CausalConv on all branches' keys and values, before rotation and compression.
+        conv: the layer's kv_conv, of as many taps as the others' convolution.
         without: branches to shut.
         dropped: share of the sequences that in training have the compressed branch alone.
         opened: the compressed branch's gate is always 1.
@@ -104,11 +104,8 @@ def nsa_layer(
     """
     if choice not in CHOICES:
         raise ValueError(f"choice must be one of {', '.join(CHOICES)}, got {choice!r}")
-    layer = CHOICES[choice](
-        shape.hidden, shape.heads, shape.kv_heads, head_dim=shape.head_dim, rope_theta=shape.rope_theta, **options
-    )
-    if conv:
-        layer.k_proj, layer.v_proj = ConvolvedLinear(layer.k_proj), ConvolvedLinear(layer.v_proj)
+    sizes = {"head_dim": shape.head_dim, "rope_theta": shape.rope_theta, "kv_conv": CONV_TAPS if conv else 0}
+    layer = CHOICES[choice](shape.hidden, shape.heads, shape.kv_heads, **sizes, **options)
     if dropped:
         layer.gate_proj = DroppedBranches(layer.gate_proj, dropped)
     if opened:
