@@ -24,9 +24,9 @@ class Tokens(NamedTuple):
 def lengthen(tokens: Tokens, least: int) -> Tokens:
     """The same with `least` zero tokens after them, or as a further packed sequence: no token sees what comes later.
 
-    A graph holds for all sizes of a dimension, or for those of at least 2. Of T tokens, blocks of l and strides of d,
-    (T - l) // d + 1 are the blocks: a graph for any T needs l + d tokens more. Outside of torch.export, and for tokens
-    that are known to be enough, nothing is done: there torch.compile makes a graph for short ones.
+    A graph holds for sizes of at least 2, of blocks too. T tokens have (T - l) // d + 1 of them, for blocks of l tokens
+    and a stride of d: a graph for any T needs l + d tokens more. Nothing is done for tokens that are known to be
+    enough, and outside of torch.export: torch.compile makes another graph for short ones.
     """
     x, tables, cu_seqlens, max_seqlen = tokens
     if not torch.compiler.is_exporting() or statically_known_true(x.size(-2) >= least):

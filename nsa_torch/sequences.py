@@ -102,7 +102,7 @@ class Sequences:
         self._check_chunk(cu_seqlens, tokens, max_seqlen)
         if self.unseen and not (capturing or compiling):
             self._look()
-        bound = self._reserve(cu_seqlens, max_seqlen, capturing, compiling)
+        bound, cu_seqlens = self._reserve(cu_seqlens, max_seqlen, capturing, compiling)
         self.step = plan_step(self.geometry, self.lengths, cu_seqlens, tokens, max_seqlen)
         self.first, self.finished = layer, [False] * self.num_layers
         self.bound_before, self.bound_after = self.length_bound, bound
@@ -215,11 +215,12 @@ class Sequences:
                 expected = f"at least the longest chunk, {max(chunks)}"
                 raise ValueError(f"max_seqlen must be {expected}, got {max_seqlen}")
 
-    def _reserve(self, cu_seqlens: Tensor, max_seqlen: int, capturing: bool, compiling: bool) -> int:
+    def _reserve(self, cu_seqlens: Tensor, max_seqlen: int, capturing: bool, compiling: bool) -> tuple[int, Tensor]:
         """Make room for a chunk or refuse it; reads the lengths only if their bound overflows.
 
-        Returns the bound of the lengths with the chunk. Where nothing may be read back, the bound alone decides in a
-        compiled step; a captured one is replayed at lengths that nobody knows yet, and is clamped on the device.
+        Returns the bound of the lengths with the chunk, and cu_seqlens. Where nothing may be read back, the bound alone
+        decides in a compiled step, whose graph raises the error; a captured one is replayed at lengths that nobody
+        knows yet, and is clamped on the device.
         """
         capacity = self.geometry.capacity
         bound = max_seqlen if capturing else self.length_bound + max_seqlen
@@ -233,11 +234,25 @@ class Sequences:
             elif self.captured and self.max_length is None:
                 hint = " (a cache that a CUDA graph has captured cannot grow)"
         if bound > capacity:
-            raise ValueError(
+            message = (
                 f"max_length must be at least {bound} to hold the cached and the new tokens{hint}, "
                 f"got {self.max_length}, with buffers for {capacity}"
             )
-        return self.length_bound if capturing else bound
+            if not compiling:
+                raise ValueError(message)
+            cu_seqlens = refuse(cu_seqlens, message)
+        return (self.length_bound if capturing else bound), cu_seqlens
+
+
+@torch.library.custom_op("nsa_torch::refuse", mutates_args=())
+def refuse(cu_seqlens: Tensor, message: str) -> Tensor:
+    """Raise ValueError when it runs: in a compiled graph, whose code cannot. All of a step follows from cu_seqlens."""
+    raise ValueError(message)
+
+
+@refuse.register_fake
+def _(cu_seqlens: Tensor, message: str) -> Tensor:
+    return torch.empty_like(cu_seqlens)
 
 
 def _capturing(device: torch.device) -> bool:

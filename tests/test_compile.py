@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_torch import NSAAttention
+from nsa_torch import cache as cache_module
 from nsa_torch.rope import rope_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -254,3 +255,42 @@ def test_compiled_steps_are_rolled_back():
         torch.testing.assert_close(function(part, cache), expected[:, done:end], rtol=1e-5, atol=1e-5)
         done = end
     assert cache.lengths.tolist() == [40, 40]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_length", [20, None])
+def test_a_compiled_step_that_does_not_fit_is_refused(max_length, monkeypatch):
+    """As in eager: by the same error, before anything is written."""
+    monkeypatch.setattr(cache_module, "_FIRST_CAPACITY", 20)
+    layers = [make() for _ in range(2)]
+    cache = layers[0].new_cache(2, max_length, num_layers=2)
+
+    def model(x: Tensor, caches) -> Tensor:
+        return layers[1](x + layers[0](x, cache=caches[0]), cache=caches[1])
+
+    x = tokens(2, 20)
+    expected = model(x, [None] * 2)
+    function = compiled(model)
+    torch.testing.assert_close(function(x[:, :13], cache), expected[:, :13], rtol=1e-5, atol=1e-5)
+    for size in (8, 9, 8):
+        with pytest.raises(
+            ValueError, match=f"^max_length must be at least {13 + size} to hold the cached and the new"
+        ):
+            function(tokens(2, size), cache)
+        assert cache.lengths.tolist() == [13, 13] and cache.length_bound == 13
+    for start, end in ((13, 14), (14, 20)):
+        torch.testing.assert_close(function(x[:, start:end], cache), expected[:, start:end], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^max_length must be at least 21 "):
+        function(tokens(2, 1), cache)
+    cache.reset()
+    torch.testing.assert_close(function(x[:, :1], cache), expected[:, :1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inductor_keeps_the_refusal():
+    module, x = make(), tokens(1, 9)
+    cache = module.new_cache(1, 8)
+    function = compiled(lambda part: module(part, cache=cache), "inductor")
+    with pytest.raises(ValueError, match=r"^max_length must be at least 9 to hold"):
+        function(x)
+    assert cache.lengths.tolist() == [0] and not cache[0].k_slc.any()

@@ -272,6 +272,31 @@ def test_documents_of_a_row_are_separate(model: NSALlamaForCausalLM, compiled: b
 
 
 @torch.no_grad()
+def test_documents_of_a_row_with_a_mask_of_ones(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([30, 30]))
+    positions = torch.cat((torch.arange(12), torch.arange(18))).expand(2, -1)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+    logits = model(ids, position_ids=positions, **options).logits
+    for part in (slice(0, 12), slice(12, 30)):
+        torch.testing.assert_close(logits[:, part], model(ids[:, part], use_cache=False).logits, **close)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected = model(ids, use_cache=False).logits
+    torch.testing.assert_close(run(ids, position_ids=torch.arange(30)[None], **options).logits, expected, **close)
+    with pytest.raises(RuntimeError, match="attention_mask must be None, or cu_seq_lens_q given"):
+        run(ids, position_ids=positions, **options)
+
+
+def test_attention_weights_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([12]))
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("padded", [False, True])
 def test_compiled_steps_with_a_cache(padded: bool) -> None:
     model = make_model()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from hf_models import dense_pair, make_model, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
+from hf_models import NSA, dense_model, dense_pair, make_model, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache, use_nsa
 
 DTYPES = [torch.float64, torch.float32]
 
@@ -55,6 +55,62 @@ def test_generation_with_the_cache_equals_without(model: NSALlamaForCausalLM, mo
     options = MODES[mode]
     without = {name: value for name, value in options.items() if mode not in ("static", "chunks")}
     assert torch.equal(generate(model, ids, mask, **options), generate(model, ids, mask, use_cache=False, **without))
+
+
+@torch.no_grad()
+def reused(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """A cache that an earlier call of `generate` returned."""
+    out = generate(model, ids[:, :9], mask[:, :9], max_new_tokens=6, return_dict_in_generate=True)
+    out[CACHE].crop(-5)
+    return {CACHE: out[CACHE]}
+
+
+@torch.no_grad()
+def repeated(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    """A prompt's cache, filled once and repeated for all rows, which begin alike."""
+    cache = NSAModelCache(model.config)
+    model(ids[:1, :9], **{CACHE: cache})
+    cache.batch_repeat_interleave(len(ids))
+    return {CACHE: cache}
+
+
+TEN_MODES: dict[str, Any] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "num_return_sequences": {"do_sample": True, "num_return_sequences": 2},
+    "assisted": {},
+    "static": {},
+    "reused": {},
+    "left_padded": {},
+    "right_padded": {},
+    "repeated_prompt": {},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize("mode", TEN_MODES)
+def test_ten_modes(mode: str, name: str, dtype: torch.dtype) -> None:
+    model = use_nsa(dense_model(name), **NSA).to(dtype)
+    sequences = make_sequences([25, 25, 25])
+    if mode.endswith("padded"):
+        sequences = [sequence[:length] for sequence, length in zip(sequences, (25, 9, 18), strict=True)]
+    if mode == "assisted":
+        sequences = sequences[:1]
+    if mode in ("reused", "repeated_prompt"):  # rows that begin alike
+        sequences = [torch.cat((sequences[0][:9], sequence[9:])) for sequence in sequences]
+    ids, mask = pad(sequences, "right" if mode == "right_padded" else "left")
+    options: dict[str, Any] = dict(TEN_MODES[mode])
+    expected = generate(model, ids, mask, use_cache=False, **options)
+    if mode == "assisted":
+        options = {"assistant_model": use_nsa(dense_model(name), **NSA).to(dtype)}
+    elif mode == "static":
+        options = {"cache_implementation": "static"}
+    elif mode in ("reused", "repeated_prompt"):
+        options = (reused if mode == "reused" else repeated)(model, ids, mask)
+        assert options[CACHE].get_seq_length() == 9
+    assert torch.equal(generate(model, ids, mask, **options), expected)
 
 
 @pytest.mark.parametrize("draft_seed", [0, 5], ids=["good_draft", "bad_draft"])

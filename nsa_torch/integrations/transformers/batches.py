@@ -85,6 +85,19 @@ class Packing(NamedTuple):
         return torch.cat((out[:, :-1], torch.where(self.mask[:, -1:], out[:, -1], last).unsqueeze(1)), dim=1)
 
 
+def shows_documents(mask: Tensor, position_ids: Tensor) -> bool:
+    """Whether rows without any padding have positions that do not rise, so that they hold several documents.
+
+    Behind padding `generate` numbers tokens so, too. A compiled model can't tell, and raises RuntimeError when it runs.
+    """
+    restarts = mask.all() & (position_ids.diff(dim=1) < 1).any()
+    if not torch.compiler.is_compiling():
+        return bool(restarts)
+    message = "attention_mask must be None, or cu_seq_lens_q given, for rows of several documents in a compiled model"
+    torch._assert_async(~restarts, message)
+    return False
+
+
 def _may_end_padded(mask: Tensor) -> bool:
     """Whether the last column of mask (B, T) has padding; True where that can't be read without waiting."""
     return mask.device.type != "cpu" or torch.compiler.is_compiling() or not bool(mask[:, -1].all())

@@ -15,7 +15,7 @@ from ...block_compression import BlockCompression
 from ...checkpoints import VERSION, convert_rows_0_1
 from ...checks import check_tensors
 from .attention import NSASelfAttention
-from .batches import Packing, check_mask, check_positions
+from .batches import Packing, check_mask, check_positions, shows_documents
 from .cache import NSAModelCache, adopt
 
 ATTENTION = "nsa"
@@ -92,12 +92,18 @@ class NSAModel(NSAPreTrained):
 
         Raises:
             ValueError: an attention_mask that is not (B, columns of the cache and of the input), or that changes what
-                is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding.
+                is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding;
+                output_attentions.
             TypeError: an input that is not a tensor, or a cache that `cache.adopt` refuses.
         """
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
         tensors |= {"inputs_embeds": inputs_embeds, "cu_seq_lens_q": cu_seq_lens_q}
         check_tensors(**tensors)
+        if kwargs.get("output_attentions") or self.config.output_attentions:
+            raise ValueError(
+                "output_attentions must be False: no weights of all tokens are computed. Blocks and gates are what "
+                "NSAAttention.choices gives, and nsa_torch.diagnostics measures them"
+            )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -149,6 +155,8 @@ class NSAModel(NSAPreTrained):
             if cu_seq_lens_q is not None:
                 raise ValueError("attention_mask must be None with cu_seq_lens_q")
             if cache is None:
+                if position_ids is not None and shows_documents(mask, position_ids):
+                    return Packing.of_documents(position_ids, batch)
                 return Packing.of_padded(mask)
             cache.check_mask(mask)
             return Packing.of_chunk(mask[:, -length:])
