@@ -112,6 +112,9 @@ def test_a_torch_that_an_environment_shares_is_seen(
     monkeypatch.setattr("site.getusersitepackages", lambda: str(tmp_path / "user"))
     expected = {"true": "torch==2.12.*", "false": "torch>=2.11,<2.16"}
     assert backend.get_requires_for_build_wheel() == [expected[shared]]
+    own = torches.at(install(tmp_path / "own", "2.13.0"))  # comes before what is shared
+    assert backend.get_requires_for_build_wheel() == ["torch==2.13.*"]
+    assert torches.beneath([own]) is None
 
 
 def test_the_torch_beneath_an_isolated_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

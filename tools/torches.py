@@ -11,7 +11,7 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -72,13 +72,11 @@ def requirement(minors: Iterable[str]) -> str:
 
 def beneath(fetched: Sequence[Torch]) -> Torch | None:
     """The torch that is installed where the package goes, where a build has fetched another to build against."""
-    if os.environ.get("NSA_TORCHES"):
+    installed = None if os.environ.get("NSA_TORCHES") else _installed()
+    if installed is None:
         return None
-    for distribution in _installed():
-        root = Path(str(distribution.locate_file("torch"))).resolve()
-        if (root / "version.py").exists() and root not in [torch.root for torch in fetched]:
-            return at(root)
-    return None
+    root = Path(str(installed.locate_file("torch"))).resolve()
+    return at(root) if (root / "version.py").exists() and root not in [torch.root for torch in fetched] else None
 
 
 def for_isolated_build() -> str:
@@ -87,23 +85,24 @@ def for_isolated_build() -> str:
     Raises:
         SystemExit: that is not a supported one. pip would put another in its place, unasked.
     """
-    for found in _installed():
-        if minor_of(found.version) in SUPPORTED:
-            return f"torch=={minor_of(found.version)}.*"
+    found = _installed()
+    if found is None:
+        return requirement(SUPPORTED)
+    if minor_of(found.version) not in SUPPORTED:
         raise SystemExit(
             f"nsa_torch: torch {found.version} is installed in {found.locate_file('')}, but torch must be "
             f"{' or '.join(SUPPORTED)}: pip install 'torch=={SUPPORTED[-1]}.*' first, or take a fresh environment"
         )
-    return requirement(SUPPORTED)
+    return f"torch=={minor_of(found.version)}.*"
 
 
-def _installed() -> Iterator[metadata.Distribution]:
+def _installed() -> metadata.Distribution | None:
     """Torch where the package goes. pip's isolated environment hides what is installed, but not where that lies."""
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     own = Path(sys.prefix, "pyvenv.cfg")
     if not own.exists() or re.search(r"^include-system-site-packages *= *true", own.read_text(), re.MULTILINE):
         folders += [site.getusersitepackages(), *site.getsitepackages([sys.base_prefix])]
-    yield from metadata.distributions(name="torch", path=list(dict.fromkeys(folders)))
+    return next(iter(metadata.distributions(name="torch", path=list(dict.fromkeys(folders)))), None)
 
 
 def _number(minor: str) -> tuple[int, int]:
