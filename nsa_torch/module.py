@@ -196,7 +196,8 @@ class NSAAttention(nn.Module):
         """Attend from every token to itself and those before it.
 
         Args:
-            hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1.
+            hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1. Under
+                tensor parallelism also a DTensor.
             position_embeddings: (cos, sin) in the convention of Hugging Face's Llama, in place of
                 rope_theta: each (B, T, Dk), (1, T, Dk) or (T, Dk), packed (sum T, Dk) or with a
                 leading 1.
@@ -216,7 +217,8 @@ class NSAAttention(nn.Module):
             ValueError: a shape that does not fit, more tokens than the cache can hold, or projections that
                 were cut within a head.
             TypeError: cu_seqlens of another dtype or device.
-            RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
+            RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it; torch's
+                context_parallel, which this has not.
         """
         hidden_states = gather_tokens(self, hidden_states)
         x, padding = take_tokens(self, hidden_states, cu_seqlens)
