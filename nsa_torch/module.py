@@ -243,7 +243,8 @@ class NSAAttention(nn.Module):
         """Attend from every token to itself and those before it.
 
         Args:
-            hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1.
+            hidden_states: (B, T, hidden_size); packed (sum T, hidden_size) or with a leading 1. Under
+                tensor parallelism also a DTensor.
             position_embeddings: in place of rope_theta, (cos, sin), each (B, T, R), (1, T, R) or (T, R), packed
                 (sum T, R) or with a leading 1. R is even and at most Dk; the first R channels of a head are rotated.
                 Entry c of a row belongs to channel c: angles stand twice, in both halves as in Hugging Face's Llama,
@@ -265,7 +266,8 @@ class NSAAttention(nn.Module):
             ValueError: a shape that does not fit, more tokens than the cache can hold, or projections that
                 were cut within a head.
             TypeError: cu_seqlens of another dtype or device.
-            RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it.
+            RuntimeError: a cache while gradients are recorded, or after a CUDA graph overflowed it; torch's
+                context_parallel, which this has not.
         """
         hidden_states = gather_tokens(self, hidden_states)
         x, padding = take_tokens(self, hidden_states, cu_seqlens)

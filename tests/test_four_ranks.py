@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from nsa_torch import NSAAttention
 from processes import assert_all_near, assert_near, gradients, on_ranks, whole
-from test_data_parallel import Model, batches, loss_of, make_model
+from test_data_parallel import Block, Model, batches, loss_of, make_model
 from test_module import BLOCKS, DK, DV, HIDDEN, tokens
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -162,6 +163,60 @@ def _checkpoint(mesh: Any, folder: str, saved: str) -> None:
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=saved)
 
 
+class Decoder(nn.Module):
+    """What the recipe of docs/distributed.md is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(16, HIDDEN, dtype=torch.float64)
+        self.blocks = nn.ModuleList(Block(torch.float64) for _ in range(2))
+        self.norm = nn.LayerNorm(HIDDEN, dtype=torch.float64)
+        self.head = nn.Linear(HIDDEN, 16, bias=False, dtype=torch.float64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _recipe(mesh: Any) -> None:
+    """The page's own code: made on the meta device, initialised, given one process's weights, trained with clipping."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.compiler.reset()
+    page = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)[0], names)
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    with torch.device("meta"):
+        model = Decoder()
+    model = names["parallelize"](model, square, backend="aot_eager")
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    assert all(whole(parameter).isfinite().all() for parameter in model.parameters())
+    torch.manual_seed(0)
+    alone = Decoder()
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, alone.state_dict() if torch.distributed.get_rank() == 0 else {}, options=options)
+    ids = torch.randint(16, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    for module, part in ((alone, ids), (model, ids.chunk(2)[square["dp"].get_local_rank()])):
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+        for _ in range(3):
+            module.loss(part).backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in alone.named_parameters():
+        assert_near(whole(model.get_parameter(name)), parameter, name, 1e-7)
+
+
 def test_tensor_parallelism() -> None:
     on_ranks(4, _one_head_each, _training_and_decoding, _compiled, _too_few_heads)
 
@@ -171,7 +226,7 @@ def test_two_by_two(tmp_path: Path) -> None:
 
     first, second = str(tmp_path / "of one"), str(tmp_path / "of four")
     dcp.save({"model": make_model().state_dict()}, checkpoint_id=first, no_dist=True)
-    on_ranks(4, _with_fsdp, _replicated_shards, partial(_checkpoint, folder=first, saved=second))
+    on_ranks(4, _recipe, _with_fsdp, _replicated_shards, partial(_checkpoint, folder=first, saved=second))
     loaded = Model().state_dict()
     dcp.load({"model": loaded}, checkpoint_id=second, no_dist=True)
     for name, parameter in make_model().state_dict().items():
