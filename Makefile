@@ -3,6 +3,7 @@
 #   TORCH    the version of torch (2.11.0); of `wheel`, one or more: TORCH="2.11 2.12"
 #   PYTHON   the interpreter that .venv is made from (python3)      VENV   where the environment is (.venv, or .venv-TORCH)
 #   ARGS     more arguments for what the target runs                NSA_CUDA=0/1   never / always build the CUDA parts
+#   TRANSFORMERS  the version of transformers that a new environment gets, such as 5.23 (the newest)
 #   MAX_JOBS compile jobs at once (2: one with templates takes up to 2 GB)
 #   V=1      show every command, of pip and of the compilers too
 #
@@ -139,7 +140,7 @@ $(STAMPS)/wheel: requirements/wheel.txt $(STAMPS)/requirements
 
 $(STAMPS)/test: requirements/test.txt $(STAMPS)/requirements
 	$(call say,installing what the tests and examples need: $<)
-	$(Q)$(PIP) install --progress-bar off -r $<
+	$(Q)$(PIP) install --progress-bar off -r $< $(if $(TRANSFORMERS),'transformers==$(TRANSFORMERS).*')
 	@touch $@
 
 $(STAMPS)/lint: requirements/lint.txt $(STAMPS)/requirements

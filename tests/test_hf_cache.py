@@ -286,6 +286,26 @@ def test_documents_of_a_row_with_a_mask_of_ones(model: NSALlamaForCausalLM) -> N
         run(ids, position_ids=positions, **options)
 
 
+@torch.no_grad()
+def test_caches_that_do_not_fit_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids, mask = pad(make_sequences([12, 7]), "left")
+    for layers in (1, 3):
+        cache = NSAModelCache(make_model(num_hidden_layers=layers).config)
+        with pytest.raises(ValueError, match=f"{CACHE} must have the 2 layers of this call, got {layers}"):
+            model(ids, **{CACHE: cache})
+    cache = filled(model, ids, mask)
+    for options in ({}, {"attention_mask": torch.ones(1, 13)}):
+        with pytest.raises(ValueError, match=f"{CACHE} must have the 1 rows of this call, got 2"):
+            model(ids[:1, :1], **options, **{CACHE: cache})
+    with pytest.raises(ValueError, match="cache must have window 10, got 20"):
+        model(ids, **{CACHE: NSAModelCache(make_model(window=20).config)})
+    with pytest.raises(TypeError, match="max_length must be an int, got float"):
+        NSAModelCache(model.config, max_length=16.5)
+    for name in ("max_length", "max_crop", "expected_length"):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            NSAModelCache(model.config, **{name: -1})
+
+
 def test_attention_weights_are_refused(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12]))
     with pytest.raises(ValueError, match="output_attentions must be False"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad
 from nsa_torch.integrations import transformers as nsa_transformers
-from nsa_torch.integrations.transformers import CACHE, NSAModelCache, families, use_nsa
+from nsa_torch.integrations.transformers import CACHE, NSAModelCache, families, use_nsa, versions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -126,6 +128,19 @@ def test_every_weight_is_trained(family: str) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_versions_of_transformers() -> None:
+    """An older one is refused by name, and the tests run under the oldest."""
+    root = Path(__file__).parents[1]
+    oldest = ".".join(map(str, versions.OLDEST))
+    assert f"TRANSFORMERS={oldest}" in (root / ".ci" / "run").read_text()
+    for path in ("pyproject.toml", "requirements/test.txt"):
+        assert f"transformers>={oldest}" in (root / path).read_text()
+    pretend = "import transformers; transformers.__version__ = '5.9.1'; import nsa_torch.integrations.transformers"
+    done = subprocess.run([sys.executable, "-c", pretend], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode != 0
+    assert f"needs transformers {oldest} or newer, got 5.9.1" in done.stderr
 
 
 def test_other_models_are_refused() -> None:

@@ -17,6 +17,7 @@ AutoModelForSequenceClassification. Packed sequences come as `cu_seq_lens_q`, as
 
 from typing import TYPE_CHECKING, Any
 
+from . import versions  # noqa: F401
 from .attention import NSASelfAttention
 from .cache import NSAModelCache
 from .convert import use_nsa

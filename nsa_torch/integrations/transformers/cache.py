@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from ...cache import NSACache, NSALayerCache
 from ...cache_copy import copy_cache, reserve
 from ...cache_step import CacheStep
+from ...checks import check_at_least
 from .cache_layer import NSAModelCacheLayer
 from .options import head_dim
 from .peft import NO_PREFIX
@@ -42,6 +43,8 @@ class NSAModelCache(Cache):
         max_length: columns that fit; None: the cache grows.
         max_crop: tokens that `crop` can always take back. More of them enlarge what is kept of the last tokens.
         expected_length: columns for which a growing cache has room at once.
+
+    TypeError for a length that is no int, ValueError for one that is negative, or a max_length of 0.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class NSAModelCache(Cache):
         max_crop: int = _MAX_CROP,
         expected_length: int = 0,
     ):
+        check_at_least(0, max_crop=max_crop, expected_length=expected_length)
+        check_at_least(1, max_length=1 if max_length is None else max_length)
         super().__init__(layers=[NSAModelCacheLayer(self, index) for index in range(config.num_hidden_layers)])
         self.config = config
         self.max_length = max_length
@@ -170,36 +175,50 @@ class NSAModelCache(Cache):
         if removed == 0:
             return
         columns = self.columns - removed
+        mask = None if self.mask is None else self.mask[:, :columns]
+        # An int, or (B,): tokens that are not padding. Columns after the mask's have none.
+        kept: int | Tensor = columns if mask is None else mask.sum(dim=1) + columns - mask.size(1)
         if self.nsa is not None:
-            self.nsa.crop(self.nsa.lengths - self._real_tokens(columns))
-        self.columns = columns
-        if self.mask is not None:
-            self.mask = self.mask[:, :columns]
-
-    def _real_tokens(self, start: int) -> int | Tensor:
-        """Tokens that are not padding in the columns from `start` on: (B,) or one number for all sequences."""
-        if self.mask is None:
-            return self.columns - start
-        known = self.mask.size(1)
-        return self.mask[:, start:].sum(dim=1) + self.columns - max(start, known)
+            held = self.nsa.lengths.clone()
+            try:
+                self.nsa.crop(kept)
+            except BaseException:  # an interrupt: all of it is done, or nothing
+                if not torch.equal(self.nsa.lengths, held):
+                    self.nsa.crop(kept)
+                    self.columns, self.mask = columns, mask
+                raise
+        self.columns, self.mask = columns, mask
 
     def reset(self) -> None:
-        self.columns, self.mask = 0, None
-        if self.nsa is not None:
-            self.nsa.reset()
+        nsa, self.nsa, self.columns, self.mask = self.nsa, None, 0, None
+        self._order = None
+        if nsa is not None:
+            nsa.reset()
+        self.nsa = nsa
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes the former row beam_idx[b]. If it is interrupted, call it again with the same indices."""
         # The last time that beam search reorders, it is for a step that does not come: `keep_sequences` does without.
-        self._order = beam_idx if self._order is None else self._order.index_select(0, beam_idx)
+        if not self._reorders():
+            self._order = beam_idx if self._order is None else self._order.index_select(0, beam_idx)
         if not self.searching:
-            self._apply_order()
+            try:
+                self._apply_order()
+            except BaseException:
+                if not self._reorders():
+                    self._order = None
+                raise
+
+    def _reorders(self) -> bool:
+        """Whether a `reorder` of the sequences was interrupted halfway."""
+        return self.nsa is not None and self.nsa._sequences.reordering is not None
 
     def _apply_order(self) -> None:
         order = self._order
         if order is not None and self.nsa is not None:
+            mask = None if self.mask is None else self.mask.index_select(0, order.to(self.mask.device))
             self.nsa.reorder(order)
-            if self.mask is not None:
-                self.mask = self.mask.index_select(0, order.to(self.mask.device))
+            self.mask = mask
         self._order = None
 
     def stop_search(self) -> None:
@@ -237,9 +256,8 @@ class NSAModelCache(Cache):
         if self.nsa is None:
             return
         index = torch.arange(self.batch_size, device=self.nsa.device)[indices]
-        self.nsa = copy_cache(self.nsa, index)
-        if self.mask is not None:
-            self.mask = self.mask[index.to(self.mask.device)]
+        mask = None if self.mask is None else self.mask[index.to(self.mask.device)]
+        self.nsa, self.mask = copy_cache(self.nsa, index), mask
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("NSAModelCache takes tokens from NSAAttention alone")

@@ -93,7 +93,7 @@ class NSAModel(NSAPreTrained):
         Raises:
             ValueError: an attention_mask that is not (B, columns of the cache and of the input), or that changes what
                 is cached; several documents in a row, or cu_seq_lens_q, together with a cache or padding;
-                output_attentions.
+                output_attentions; a cache of other layers or rows.
             TypeError: an input that is not a tensor, or a cache that `cache.adopt` refuses.
         """
         tensors = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
@@ -108,8 +108,8 @@ class NSAModel(NSAPreTrained):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         given = past_key_values if cache is None else cache
-        cache = self._cache_for_call(given, use_cache, cu_seq_lens_q)
         batch, length = tokens.shape[:2]
+        cache = self._cache_for_call(given, batch, use_cache, cu_seq_lens_q)
         past = 0 if cache is None else cache.get_seq_length()
         mask = None
         if attention_mask is not None:
@@ -130,7 +130,9 @@ class NSAModel(NSAPreTrained):
             out[CACHE] = cache if given is None else given
         return out
 
-    def _cache_for_call(self, cache: Cache | None, use_cache: bool | None, cu_seq_lens_q: Tensor | None) -> Any:
+    def _cache_for_call(
+        self, cache: Cache | None, batch: int, use_cache: bool | None, cu_seq_lens_q: Tensor | None
+    ) -> Any:
         """The cache that was given, or a new one if it is wanted."""
         if cache is None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -139,6 +141,13 @@ class NSAModel(NSAPreTrained):
         cache = adopt(cache, self.config, CACHE)
         if cu_seq_lens_q is not None:
             raise ValueError(f"cu_seq_lens_q must be None with {CACHE}: a cache continues one sequence a row")
+        fits = {
+            "layers": (len(cache.layers), self.config.num_hidden_layers),
+            "rows": (batch if cache.batch_size == -1 else cache.batch_size, batch),
+        }
+        for name, (held, expected) in fits.items():
+            if held != expected:
+                raise ValueError(f"{CACHE} must have the {expected} {name} of this call, got {held}")
         return cache
 
     def _packing(
