@@ -174,6 +174,31 @@ def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
     assert report.sweep_table(results, "recall", 7).splitlines()[2] == "| nsa | 0.100 | 0.500 | 0.700 ± 0.141 |"
 
 
+def test_needle_table_has_means_over_depths_and_seeds() -> None:
+    results = []
+    for seed, found in enumerate(([1.0, 0.5], [0.5, 0.0])):
+        run = {"task": "needle-ten", "model": "nsa", "lr": 1e-3, "seed": seed, "tokens": 1500000, "seconds": 0.0}
+        scores = {"needle": {"codes": {"64": [1.0, 1.0], "128": found}, "digits": {"64": [1.0] * 2, "128": [0.9] * 2}}}
+        results.append({"run": run, "status": "done", "scores": scores})
+    assert report.needle_table(results, "needle-ten", (64, 128)).splitlines()[2] == (
+        "| nsa | 0.001 | 1.5 M | 2 | 1.000 ± 0.000 | 0.500 ± 0.354 | 0.900 ± 0.000 |"
+    )
+    assert len(report.needle_table(results, "needle", (64, 128)).splitlines()) == 2
+
+
+def test_long_language_is_set_against_the_peer_of_the_same_seed() -> None:
+    results = []
+    for model, seed, bits in (("full", 0, 3.0), ("full", 1, 4.0), ("nsa", 1, 3.5), ("full", 2, 9.0)):
+        run = {"task": "language-32k", "model": model, "lr": 1e-3, "seed": seed, "tokens": 8000000, "seconds": 0.0}
+        scores = {"language": {"1024": {"bits_per_byte": 0.0}, "32768": {"bits_per_byte": bits}}}
+        results.append({"run": run, "status": "done", "scores": scores})
+    peers = {"nsa": "full", "nsa+conv": "full+conv"}
+    assert report.long_language_table(results, "language-32k", peers).splitlines()[2:] == [
+        "| full | 0.001 | 8 M | 3 | 5.333 ± 3.215 |  |",
+        "| nsa | 0.001 | 8 M | 1 | 3.500 | -0.500 |",
+    ]
+
+
 def test_step_times_of_other_models_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "steps.json"
     task = Recall(lengths=(64, 128), num_keys=16, shape=TINY, tokens_per_step=128, mlp_width=8)

@@ -35,11 +35,21 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-TIMED_AS = {"mqar": "recall", "needle-8k": "needle", "needle-rare": "needle"}  # whose steps are of the same sizes
+TIMED_AS = {
+    "mqar": "recall",
+    "needle-8k": "needle",
+    "needle-rare": "needle",
+    "needle-ten": "needle",
+}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS, REFORMER_TOKENS = 32_000_000, 8_000_000
-SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS = 16_000_000, 40_000_000, 30_000_000
+SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS, TEN_NEEDLE_TOKENS = (
+    16_000_000,
+    40_000_000,
+    30_000_000,
+    30_000_000,
+)
 SWEPT_NEEDLE = ("needle-8k", SHORT_NEEDLE_TOKENS)
 RARE_PEERS = {"nsa+conv": "full+conv", "nsa-dropped+conv": "full+conv"}
 NEEDLE_PEERS = RARE_PEERS | {"nsa": "full"}
@@ -70,7 +80,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "needle": Needle,
     "needle-8k": lambda: Needle(lengths=(512, 1024, 2048, 4096, 8192)),
     "needle-4": lambda: Needle(needles=4),
-    "needle-rare": lambda: Needle(rare=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
+    "needle-rare": lambda: Needle(rare=26, distinct=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
+    "needle-ten": lambda: Needle(
+        signs=3, rare=10, shares=(10, 3, 2, 2, 2, 2, 3, 6), scored_texts=8, scored_together=1 << 18
+    ),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
         tokens_per_step=2048, mlp_width=64, reference="mini-nsa+conv", evaluated_tokens=32768,
@@ -114,17 +127,19 @@ def equal_time(
     *,
     share: float = 1.0,
     swept: tuple[str, int] | None = None,
+    lr: float | None = None,
     seeds: tuple[int, ...] = SEEDS,
 ) -> Plan:
     """Each model with the tokens that it can take in `share` of the time that its peer takes for `tokens`, both alone.
 
     Times are those of `python -m study steps`, so that runs may be made side by side, on any machine. Rates are the
-    best of the sweep of a task with so many tokens: this one, or `swept`.
+    best of the sweep of a task with so many tokens, this one or `swept`; or `lr` for all.
     """
 
     def plan(out: Path) -> list[Run]:
         results = read_results(out)
-        rates, cost = best_rates(results, *(swept or (task, tokens))), seconds_per_million(out, task)
+        rates = dict.fromkeys(pairs, lr) if lr else best_rates(results, *(swept or (task, tokens)))
+        cost = seconds_per_million(out, task)
         runs = []
         for seed in seeds:
             for model, peer in pairs.items():
@@ -251,10 +266,14 @@ PLANS: dict[str, Plan] = {
     "needle": at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
     "needle-time": equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
     "needle-rare": together(
-        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE),
-        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE),
+        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:2]),
+        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:2]),
         at_best_rates("needle-rare", ("full",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
         equal_time("needle-rare", {"nsa": "full"}, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    ),
+    "needle-ten": together(
+        lambda out: [Run("needle-ten", "full+conv", RATES[0], seed, TEN_NEEDLE_TOKENS) for seed in SEEDS],
+        equal_time("needle-ten", RARE_PEERS, TEN_NEEDLE_TOKENS, lr=RATES[0]),
     ),
     "language-first": lambda out: [
         Run("language", model, RATES[0], seed, LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
