@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import texts
 from .layers import Shape
-from .models import Decoder
+from .models import REFERENCE, Decoder
 from .tasks import EVALUATION, Batch, Sizes, Stage, generator, logits_of
 
 BYTES = 256
@@ -124,6 +124,7 @@ class Needle:
     shape: Shape = NEEDLE_SHAPE
     tokens_per_step: int = 16384
     mlp_width: int = 512
+    reference: str = REFERENCE
     scored_texts: int = 16  # for each length and depth
     scored_together: int = 0  # tokens at once; 0: as many as in a step
     folder: Path = texts.FOLDER
@@ -132,7 +133,7 @@ class Needle:
     def sizes(self) -> Sizes:
         shares = self.shares or [NEEDLE_SHARES.get(length, 4) for length in self.lengths]
         stages = tuple(Stage(length, share) for length, share in zip(self.lengths, shares, strict=True))
-        return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width)
+        return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width, reference=self.reference)
 
     @cached_property
     def training(self) -> Texts:

@@ -16,7 +16,8 @@ from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
-ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers")  # plans that no GPU is needed for
+MINI_NEEDLE = Shape(hidden=128, layers=2, heads=4, kv_heads=1, head_dim=32, rope_theta=1e6)
+ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers", "mini-needle")  # plans that no GPU is needed for
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 TEACHERS = ("nsa-taught+conv", "nsa-scaled+conv", "nsa-explored+conv", "nsa-open+conv", "nsa-dropped50+conv")
@@ -66,7 +67,7 @@ PEERS = {
     "nsa-dropped+conv": "full+conv",
     "window": "full",
 }  # in whose time a model is trained too
-SMALL_TOKENS, MINI_TOKENS = 120_000, 2_500_000
+SMALL_TOKENS, MINI_TOKENS, MINI_NEEDLE_TOKENS = 120_000, 2_500_000, 1_600_000
 
 Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
 
@@ -83,6 +84,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "needle-rare": lambda: Needle(rare=26, distinct=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
     "needle-ten": lambda: Needle(
         signs=3, rare=10, shares=(10, 3, 2, 2, 2, 2, 3, 6), scored_texts=8, scored_together=1 << 18
+    ),
+    "needle-mini": lambda: Needle(
+        lengths=(256, 512), shares=(7, 3), signs=3, rare=10, shape=MINI_NEEDLE, tokens_per_step=2048, mlp_width=128,
+        reference="mini-nsa+conv", scored_together=1 << 14,
     ),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
@@ -242,6 +247,7 @@ PLANS: dict[str, Plan] = {
         Run("recall-mini", model, 3e-3, seed, MINI_TOKENS) for seed in SEEDS[1:] for model in MINI_MODELS[:3]
     ],
     "mini-teachers": first("recall-mini", MINI_TEACHERS, MINI_TOKENS, lr=3e-3),
+    "mini-needle": first("needle-mini", ("mini-nsa+conv", "full+conv"), MINI_NEEDLE_TOKENS, lr=2e-3),
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),
