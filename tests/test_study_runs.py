@@ -153,7 +153,7 @@ def test_page_shows_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_pages_sentences_have_no_scores() -> None:
     """Those stand in the places that the report fills; what is left are settings, and what guessing is worth."""
-    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", report.PAGE.read_text(), flags=re.DOTALL)
+    prose = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", report.PAGE.read_text(), flags=re.DOTALL)
     assert set(re.findall(r"\b0\.\d{2,}\b", prose)) <= {"0.016", "0.03", "0.05", "0.95"}
 
 
@@ -183,7 +183,7 @@ def test_needle_table_has_means_over_depths_and_seeds() -> None:
     assert report.needle_table(results, "needle-ten", (64, 128)).splitlines()[2] == (
         "| nsa | 0.001 | 1.5 M | 2 | 1.000 ± 0.000 | 0.500 ± 0.354 | 0.900 ± 0.000 |"
     )
-    assert len(report.needle_table(results, "needle", (64, 128)).splitlines()) == 2
+    assert report.needle_table(results, "needle", (64, 128)) == "No run yet: `python -m study plan needle`."
 
 
 def test_long_language_is_set_against_the_peer_of_the_same_seed() -> None:

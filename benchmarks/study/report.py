@@ -178,6 +178,8 @@ def needle_table(results: list[Result], task: str, lengths: tuple[int, ...]) -> 
         codes = [cell([statistics.mean(s["codes"][str(n)]) for s in scores]) for n in lengths]
         signs = cell([statistics.mean(s["digits"][str(max(lengths))]) for s in scores])
         rows.append([model, f"{lr:g}", f"{tokens / 1e6:g} M", str(len(scores)), *codes, signs])
+    if not rows:
+        return f"No run yet: `python -m study plan {task}`."
     head = ["model", "rate", "tokens", "seeds", *(f"{n:,}" for n in lengths), f"signs at {max(lengths):,}"]
     return table(head, rows)
 
@@ -301,6 +303,7 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         "needle": needle_table(results, "needle", NEEDLE_LENGTHS),
         "needle-rare": needle_table(results, "needle-rare", NEEDLE_LENGTHS),
         "needle-ten": needle_table(results, "needle-ten", NEEDLE_LENGTHS),
+        "needle-mini": needle_table(results, "needle-mini", (256, 512)),
         "needle-steps": steps_table(out, "needle"),
         "reformer": lengths_table(accuracies(results, "recall", lambda r: r["run"]["model"] == "reformer")),
         "mini": lengths_table(accuracies(results, "recall-mini", lambda result: True, spacing="16")),
@@ -322,4 +325,5 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     )
     if best:
         picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")
-    heat_maps(results, "needle-ten", figures / "study-needle.png")
+    heat_maps(results, "needle", figures / "study-needle.png")
+    heat_maps(results, "needle-ten", figures / "study-needle-ten.png")
