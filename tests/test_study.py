@@ -80,6 +80,10 @@ def test_both_patterns_read_as_many_keys_as_nsa_may() -> None:
         assert pattern.num_blocks * pattern.size == models.BUDGET
     layer = reformer.ReformerAttention(SHAPE)
     assert layer.rounds * 2 * layer.chunk == models.BUDGET
+    for pattern in (models.MINI_LONGFORMER, models.MINI_BIGBIRD):
+        assert pattern.num_blocks * pattern.size == models.MINI_BUDGET
+    small = models.ATTENTION["mini-reformer"](SHAPE, 0)
+    assert isinstance(small, reformer.ReformerAttention) and small.rounds * 2 * small.chunk == models.MINI_BUDGET
 
 
 def test_bigbird_reads_first_own_and_random_blocks() -> None:
@@ -205,7 +209,7 @@ def test_random_blocks_are_lists_as_nsa_makes_them() -> None:
 
 
 # Later tokens sort into Reformer's chunks and so move earlier ones: which keys are read depends on them.
-@pytest.mark.parametrize("name", [name for name in models.ATTENTION if name != "reformer"])
+@pytest.mark.parametrize("name", [name for name in models.ATTENTION if "reformer" not in name])
 def test_model_is_causal_and_its_parameters_match(name: str) -> None:
     shape = replace(SHAPE, heads=2, kv_heads=1)
     _, reference = models.make_model(models.REFERENCE, 40, Shape())

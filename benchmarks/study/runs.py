@@ -17,11 +17,19 @@ from .training import Run, read_results
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
 MINI_NEEDLE = Shape(hidden=128, layers=2, heads=4, kv_heads=1, head_dim=32, rope_theta=1e6)
-ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers", "mini-needle")  # plans that no GPU is needed for
+ON_CPU = (
+    "small",
+    "mini",
+    "mini-seeds",
+    "mini-teachers",
+    "mini-listed",
+    "mini-needle",
+)  # plans that no GPU is needed for
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 TEACHERS = ("nsa-taught+conv", "nsa-scaled+conv", "nsa-explored+conv", "nsa-open+conv", "nsa-dropped50+conv")
 SHARPER = ("nsa-sharp512+conv", "nsa-taught512+conv", "nsa-sharp+conv", "nsa-taught512-dropped+conv")
+MINI_LISTED = ("mini-reformer", "mini-nsa", "mini-bigbird", "mini-longformer", "full")
 MINI_TEACHERS = ("mini-nsa-taught+conv", "mini-nsa-scaled+conv", "mini-nsa-explored+conv", "mini-nsa-open+conv")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
@@ -247,6 +255,7 @@ PLANS: dict[str, Plan] = {
         Run("recall-mini", model, 3e-3, seed, MINI_TOKENS) for seed in SEEDS[1:] for model in MINI_MODELS[:3]
     ],
     "mini-teachers": first("recall-mini", MINI_TEACHERS, MINI_TOKENS, lr=3e-3),
+    "mini-listed": first("recall-mini", MINI_LISTED, MINI_TOKENS, lr=3e-3),
     "mini-needle": first("needle-mini", ("mini-nsa+conv", "full+conv"), MINI_NEEDLE_TOKENS, lr=2e-3),
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
