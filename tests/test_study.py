@@ -22,10 +22,10 @@ from study.runs import (
     LONG_LANGUAGE_TOKENS,
     NEEDLE_TOKENS,
     PLANS,
-    RARE_NEEDLE_TOKENS,
     RATES,
     RECALL_TOKENS,
     SHORT_NEEDLE_TOKENS,
+    TEN_NEEDLE_TOKENS,
     make_task,
     predicted_seconds,
 )
@@ -81,6 +81,10 @@ def test_both_patterns_read_as_many_keys_as_nsa_may() -> None:
         assert pattern.num_blocks * pattern.size == models.BUDGET
     layer = reformer.ReformerAttention(SHAPE)
     assert layer.rounds * 2 * layer.chunk == models.BUDGET
+    for pattern in (models.MINI_LONGFORMER, models.MINI_BIGBIRD):
+        assert pattern.num_blocks * pattern.size == models.MINI_BUDGET
+    small = models.ATTENTION["mini-reformer"](SHAPE, 0)
+    assert isinstance(small, reformer.ReformerAttention) and small.rounds * 2 * small.chunk == models.MINI_BUDGET
 
 
 def test_bigbird_reads_first_own_and_random_blocks() -> None:
@@ -216,7 +220,7 @@ def test_random_blocks_are_lists_as_nsa_makes_them() -> None:
 
 
 # Later tokens sort into Reformer's chunks and so move earlier ones: which keys are read depends on them.
-@pytest.mark.parametrize("name", [name for name in models.ATTENTION if name != "reformer"])
+@pytest.mark.parametrize("name", [name for name in models.ATTENTION if "reformer" not in name])
 def test_model_is_causal_and_its_parameters_match(name: str) -> None:
     shape = replace(SHAPE, heads=2, kv_heads=1)
     _, reference = models.make_model(models.REFERENCE, 40, Shape())
@@ -283,13 +287,15 @@ def test_needle_runs_are_made_in_their_peers_time_at_the_rates_of_the_short_task
     cost = {"full+conv": 3.0, "nsa-dropped+conv": 2.0, "nsa+conv": 1.5}
     rows = [{"model": name, "length": n, "seconds_per_million": s} for name, s in cost.items() for n in lengths]
     write_json(tmp_path / "_steps_needle.json", {"rows": rows})
-    runs = PLANS["needle-rare"](tmp_path)
+    runs = PLANS["needle-ten"](tmp_path)
+    assert {run.lr for run in runs} == {RATES[0]}
+    assert {run.lr for run in PLANS["needle-rare"](tmp_path)} == {RATES[2]}
     assert [(run.model, run.seed, run.tokens) for run in runs] == [
-        (model, seed, round(RARE_NEEDLE_TOKENS * 3 / cost[model]))
+        (model, seed, round(TEN_NEEDLE_TOKENS * 3 / cost[model]))
         for seed in (0, 1, 2)
         for model in ("full+conv", "nsa+conv", "nsa-dropped+conv")
     ]
-    assert predicted_seconds(tmp_path, runs[:1]) == pytest.approx(3.0 * RARE_NEEDLE_TOKENS * 1e-6)
+    assert predicted_seconds(tmp_path, runs[:1]) == pytest.approx(3.0 * TEN_NEEDLE_TOKENS * 1e-6)
     short = Run("needle-8k", "full+conv", 1e-3, 0, SHORT_NEEDLE_TOKENS)
     assert predicted_seconds(tmp_path, [short]) == pytest.approx(3.0 * SHORT_NEEDLE_TOKENS * 1e-6)
 

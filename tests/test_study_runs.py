@@ -153,7 +153,7 @@ def test_page_shows_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_pages_sentences_have_no_scores() -> None:
     """Those stand in the places that the report fills; what is left are settings, and what guessing is worth."""
-    prose = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "", report.PAGE.read_text(), flags=re.DOTALL)
+    prose = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->", "", report.PAGE.read_text(), flags=re.DOTALL)
     assert set(re.findall(r"\b0\.\d{2,}\b", prose)) <= {"0.016", "0.03", "0.05", "0.95"}
 
 
@@ -172,6 +172,31 @@ def test_tables_have_means_over_seeds_at_the_best_rate() -> None:
     paired = report.paired_table(results, "recall", 7, [("nsa", "full"), ("nsa", "none")]).splitlines()
     assert paired[2:] == ["| nsa | full | 0 | 0.200 |"]
     assert report.sweep_table(results, "recall", 7).splitlines()[2] == "| nsa | 0.100 | 0.500 | 0.700 ± 0.141 |"
+
+
+def test_needle_table_has_means_over_depths_and_seeds() -> None:
+    results = []
+    for seed, found in enumerate(([1.0, 0.5], [0.5, 0.0])):
+        run = {"task": "needle-ten", "model": "nsa", "lr": 1e-3, "seed": seed, "tokens": 1500000, "seconds": 0.0}
+        scores = {"needle": {"codes": {"64": [1.0, 1.0], "128": found}, "digits": {"64": [1.0] * 2, "128": [0.9] * 2}}}
+        results.append({"run": run, "status": "done", "scores": scores})
+    assert report.needle_table(results, "needle-ten", (64, 128)).splitlines()[2] == (
+        "| nsa | 0.001 | 1.5 M | 2 | 1.000 ± 0.000 | 0.500 ± 0.354 | 0.900 ± 0.000 |"
+    )
+    assert report.needle_table(results, "needle", (64, 128)) == "No run yet: `python -m study plan needle`."
+
+
+def test_long_language_is_set_against_the_peer_of_the_same_seed() -> None:
+    results = []
+    for model, seed, bits in (("full", 0, 3.0), ("full", 1, 4.0), ("nsa", 1, 3.5), ("full", 2, 9.0)):
+        run = {"task": "language-32k", "model": model, "lr": 1e-3, "seed": seed, "tokens": 8000000, "seconds": 0.0}
+        scores = {"language": {"1024": {"bits_per_byte": 0.0}, "32768": {"bits_per_byte": bits}}}
+        results.append({"run": run, "status": "done", "scores": scores})
+    peers = {"nsa": "full", "nsa+conv": "full+conv"}
+    assert report.long_language_table(results, "language-32k", peers).splitlines()[2:] == [
+        "| full | 0.001 | 8 M | 3 | 5.333 ± 3.215 |  |",
+        "| nsa | 0.001 | 8 M | 1 | 3.500 | -0.500 |",
+    ]
 
 
 def test_step_times_of_other_models_are_kept(tmp_path: Path) -> None:

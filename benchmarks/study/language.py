@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from . import texts
 from .layers import Shape
-from .models import Decoder
+from .models import REFERENCE, Decoder
 from .tasks import EVALUATION, Batch, Sizes, Stage, generator, logits_of
 
 BYTES = 256
@@ -116,20 +116,24 @@ class Needle:
     split: str = "english"
     lengths: tuple[int, ...] = tuple(NEEDLE_SHARES)
     needles: int = 1
-    rare: bool = False  # codes of different RARE_BYTES: each sign says where it stands, and no other text is like it
+    signs: int = DIGITS  # of a code
+    rare: int = 0  # codes of so many different RARE_BYTES, which no text has. 0: of digits
+    distinct: bool = False  # no sign twice in a code
     shares: tuple[float, ...] = ()  # of the tokens, for each length; none: those of NEEDLE_SHARES
     depths: int = 8  # scored: the middles of so many equal parts of the text
     shape: Shape = NEEDLE_SHAPE
     tokens_per_step: int = 16384
     mlp_width: int = 512
+    reference: str = REFERENCE
     scored_texts: int = 16  # for each length and depth
+    scored_together: int = 0  # tokens at once; 0: as many as in a step
     folder: Path = texts.FOLDER
 
     @property
     def sizes(self) -> Sizes:
         shares = self.shares or [NEEDLE_SHARES.get(length, 4) for length in self.lengths]
         stages = tuple(Stage(length, share) for length, share in zip(self.lengths, shares, strict=True))
-        return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width)
+        return Sizes(self.shape, BYTES, stages, self.tokens_per_step, self.mlp_width, reference=self.reference)
 
     @cached_property
     def training(self) -> Texts:
@@ -153,7 +157,7 @@ class Needle:
         sequences, length = pieces.shape
         device, pieces, needles = pieces.device, pieces.clone(), depth.size(1)
         question = len(LEAD + BETWEEN) + KEY_LETTERS
-        needle, tail = question + DIGITS + len(END), question + DIGITS - 1
+        needle, tail = question + self.signs + len(END), question + self.signs - 1
         tail += (asked - 1) * needle
         room = length - tail - needles * needle
         if room < 0:
@@ -166,18 +170,19 @@ class Needle:
         pieces.scatter_(1, places.flatten(1), told.flatten(1))
         pieces[:, length - tail :] = told[:, -asked:].flatten(1)[:, :tail]
         ends = length - tail + torch.arange(asked, device=device) * needle + question - 1
-        positions = (ends.unsqueeze(-1) + torch.arange(DIGITS, device=device)).flatten()
+        positions = (ends.unsqueeze(-1) + torch.arange(self.signs, device=device)).flatten()
         return Batch(pieces, values[:, -asked:].flatten(1), positions.expand(sequences, -1))
 
     def _codes(self, size: tuple[int, int], random: torch.Generator) -> Tensor:
-        """Bytes (*size, DIGITS)."""
-        signs = torch.tensor(RARE_BYTES if self.rare else DIGIT_BYTES, device=random.device)
-        if not self.rare:
-            return signs[torch.randint(len(signs), (*size, DIGITS), generator=random, device=random.device)]
-        return signs[torch.rand(*size, len(signs), generator=random, device=random.device).argsort(-1)[..., :DIGITS]]
+        """Bytes (*size, signs)."""
+        alphabet = torch.tensor(RARE_BYTES[: self.rare] if self.rare else DIGIT_BYTES, device=random.device)
+        count, device = len(alphabet), random.device
+        if self.distinct:
+            return alphabet[torch.rand(*size, count, generator=random, device=device).argsort(-1)[..., : self.signs]]
+        return alphabet[torch.randint(count, (*size, self.signs), generator=random, device=device)]
 
     def _sentences(self, keys: Tensor, values: Tensor) -> Tensor:
-        """(sequences, needles, letters) and (..., digits) to (..., bytes of a sentence)."""
+        """(sequences, needles, letters) and (..., signs) to (..., bytes of a sentence)."""
         parts = [torch.tensor(list(p), device=keys.device).expand(*keys.shape[:2], -1) for p in (LEAD, BETWEEN, END)]
         return torch.cat((parts[0], keys, parts[1], values, parts[2]), dim=-1)
 
@@ -195,8 +200,8 @@ class Needle:
         return {"needle": {"codes": codes, "digits": digits}}
 
     def _right(self, model: Decoder, device: torch.device, length: int, depth: float) -> Tensor:
-        """Which digits are named right, bool (scored_texts, DIGITS)."""
-        sequences = max(1, min(self.scored_texts, self.tokens_per_step // length))
+        """Which digits are named right, bool (scored_texts, signs)."""
+        sequences = max(1, min(self.scored_texts, (self.scored_together or self.tokens_per_step) // length))
         rows = []
         for number in range(-(-self.scored_texts // sequences)):
             random = generator(device, EVALUATION, length, int(depth * 1e6), number)

@@ -87,7 +87,14 @@ _MINI: dict[str, Any] = {
     "num_local": 1,
     "window": 32,
 }
+MINI_BUDGET = 4 * 16 + 32
+MINI_LONGFORMER = Pattern(num_global=1, num_window=5, size=16)
+MINI_BIGBIRD = Pattern(num_global=2, num_window=2, num_random=2, size=16)
 ATTENTION |= {
+    "mini-longformer": _listed(MINI_LONGFORMER),
+    "mini-bigbird": _listed(MINI_BIGBIRD),
+    "mini-reformer": lambda shape, index: ReformerAttention(shape, chunk=16, rounds=3),
+    "mini-nsa": _nsa(**_MINI),
     "mini-nsa+conv": _nsa(conv=True, **_MINI),
     "mini-nsa-shared+conv": _nsa(choice="shared", conv=True, **_MINI),
     "mini-nsa-dropped+conv": _nsa(dropped=0.25, conv=True, **_MINI),

@@ -9,11 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .runs import ON_CPU, PLANS, RECALL_TOKENS, best_rates, predicted_seconds, seconds_per_million
+from .runs import (
+    LANGUAGE_PEERS,
+    LANGUAGE_TOKENS,
+    ON_CPU,
+    PLANS,
+    RATES,
+    RECALL_TOKENS,
+    SHORT_NEEDLE_TOKENS,
+    best_rates,
+    predicted_seconds,
+    seconds_per_million,
+)
 from .training import read_results
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, FIGURES = ROOT / "docs" / "study.md", ROOT / "docs" / "figures"
+NEEDLE_LENGTHS = (512, 4096, 16384, 32768, 65536)  # of the table
 SPACING = "32"  # the number of pairs that was trained on
 PAIRS = [
     ("nsa", "full"),
@@ -67,8 +79,24 @@ def recall_table(results: list[Result], task: str, tokens: int, cost: dict[str, 
     return table(["model", "rate", "seeds", *map(str, lengths), "s alone", "GB"], rows)
 
 
-def sweep_table(results: list[Result], task: str, tokens: int) -> str:
-    """Accuracy at the longest length of every run that is there, by model and rate; "-" for what was not made."""
+def longest_accuracy(scores: dict[str, Any]) -> float:
+    """With the number of pairs that was trained on."""
+    return scores["accuracy"][max(scores["accuracy"], key=int)][SPACING]
+
+
+def longest_bits(scores: dict[str, Any]) -> float:
+    return scores["language"][max(scores["language"], key=int)]["bits_per_byte"]
+
+
+def signs_found(scores: dict[str, Any]) -> float:
+    """Single digits of the codes, over all lengths and depths."""
+    return statistics.mean(cell for row in scores["needle"]["digits"].values() for cell in row)
+
+
+def sweep_table(
+    results: list[Result], task: str, tokens: int, value: Callable[[dict[str, Any]], float] = longest_accuracy
+) -> str:
+    """`value` of the scores of every run that is there, by model and rate; "-" for what was not made."""
     runs = [r for r in results if r["run"]["task"] == task and r["run"]["tokens"] == tokens]
     rates = sorted({r["run"]["lr"] for r in runs})
     rows = []
@@ -76,9 +104,8 @@ def sweep_table(results: list[Result], task: str, tokens: int) -> str:
         row = [model]
         for lr in rates:
             own = [r for r in runs if r["run"]["model"] == model and r["run"]["lr"] == lr]
-            values = [r["scores"]["accuracy"] for r in own if r["status"] == "done"]
-            longest = [scores[max(scores, key=int)][SPACING] for scores in values]
-            row.append(cell(longest) if longest else (own[0]["status"] if own else "-"))
+            values = [value(r["scores"]) for r in own if r["status"] == "done"]
+            row.append(cell(values) if values else (own[0]["status"] if own else "-"))
         rows.append(row)
     return table(["model", *(f"{lr:g}" for lr in rates)], rows)
 
@@ -101,8 +128,9 @@ def paired_table(results: list[Result], task: str, tokens: int, pairs: list[tupl
     return table(["model", "less", "seeds", "difference"], rows)
 
 
-def language_table(results: list[Result], task: str) -> str:
+def language_table(results: list[Result], task: str, lr: float) -> str:
     """Bits per byte of held-out text: over texts of 8,192 and of 1,024 bytes, and less a peer's with the same seed."""
+    results = [result for result in results if result["run"]["lr"] == lr]
     scores: dict[str, dict[int, dict[str, float]]] = {}
     for result in results:
         if result["run"]["task"] == task and task in result.get("scores", {}):
@@ -115,6 +143,45 @@ def language_table(results: list[Result], task: str) -> str:
         by_length = [cell([bits[length] for bits in seeds.values()]) for length in ("8192", "1024")]
         rows.append([model, str(len(seeds)), *by_length, cell(less) if less and "full" not in model else ""])
     return table(["model", "seeds", "8,192", "1,024", "less full attention's, at 8,192"], rows)
+
+
+def long_language_table(results: list[Result], task: str, peers: dict[str, str]) -> str:
+    """Bits per byte of each model after its share of its peer's time, and less the peer's with the same seed."""
+    bits: dict[str, dict[int, float]] = {}
+    runs: dict[str, dict[str, Any]] = {}
+    for result in results:
+        if result["run"]["task"] == task and "language" in result.get("scores", {}):
+            run = result["run"]
+            bits.setdefault(run["model"], {})[run["seed"]] = longest_bits(result["scores"])
+            runs[run["model"]] = run
+    rows = []
+    for peer in dict.fromkeys(peers.values()):
+        for model in (peer, *(m for m, p in peers.items() if p == peer)):
+            if model in bits:
+                common = bits[model].keys() & bits.get(peer, {}).keys()
+                less = cell([bits[model][seed] - bits[peer][seed] for seed in sorted(common)]) if common else ""
+                tokens, lr = f"{runs[model]['tokens'] / 1e6:g} M", f"{runs[model]['lr']:g}"
+                rows.append([model, lr, tokens, str(len(bits[model])), cell([*bits[model].values()])])
+                rows[-1].append("" if model == peer else less)
+    return table(["model", "rate", "bytes", "seeds", "bits per byte", "less its peer's"], rows)
+
+
+def needle_table(results: list[Result], task: str, lengths: tuple[int, ...]) -> str:
+    """Codes found, over all depths, by length, and single signs at the longest; the mean over seeds."""
+    found: dict[tuple[str, int, float], list[Result]] = {}
+    for result in results:
+        run = result["run"]
+        if run["task"] == task and "needle" in result.get("scores", {}):
+            found.setdefault((run["model"], run["tokens"], run["lr"]), []).append(result["scores"]["needle"])
+    rows = []
+    for (model, tokens, lr), scores in found.items():
+        codes = [cell([statistics.mean(s["codes"][str(n)]) for s in scores]) for n in lengths]
+        signs = cell([statistics.mean(s["digits"][str(max(lengths))]) for s in scores])
+        rows.append([model, f"{lr:g}", f"{tokens / 1e6:g} M", str(len(scores)), *codes, signs])
+    if not rows:
+        return f"No run yet: `python -m study plan {task}`."
+    head = ["model", "rate", "tokens", "seeds", *(f"{n:,}" for n in lengths), f"signs at {max(lengths):,}"]
+    return table(head, rows)
 
 
 def lengths_table(lines: Lines) -> str:
@@ -229,7 +296,16 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         "recall": recall_table(results, "recall", RECALL_TOKENS, cost),
         "paired": paired_table(results, "recall", RECALL_TOKENS, PAIRS),
         "choice": lengths_table(choice),
-        "language": language_table(results, "language"),
+        "language": language_table(results, "language", RATES[0]),
+        "language-sweep": sweep_table(results, "language", LANGUAGE_TOKENS, longest_bits),
+        "language-32k": long_language_table(results, "language-32k", LANGUAGE_PEERS),
+        "needle-sweep": sweep_table(results, "needle-8k", SHORT_NEEDLE_TOKENS, signs_found),
+        "needle": needle_table(results, "needle", NEEDLE_LENGTHS),
+        "needle-rare": needle_table(results, "needle-rare", NEEDLE_LENGTHS),
+        "needle-ten": needle_table(results, "needle-ten", NEEDLE_LENGTHS),
+        "needle-mini": needle_table(results, "needle-mini", (256, 512)),
+        "needle-steps": steps_table(out, "needle"),
+        "reformer": lengths_table(accuracies(results, "recall", lambda r: r["run"]["model"] == "reformer")),
         "mini": lengths_table(accuracies(results, "recall-mini", lambda result: True, spacing="16")),
         "plans": plans_table(out),
         "parameters": table(
@@ -250,3 +326,4 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     if best:
         picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")
     heat_maps(results, "needle", figures / "study-needle.png")
+    heat_maps(results, "needle-ten", figures / "study-needle-ten.png")

@@ -16,11 +16,20 @@ from .training import Run, read_results
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=16)
 MINI = Shape(hidden=64, layers=2, heads=4, kv_heads=1, head_dim=32)
-ON_CPU = ("small", "mini", "mini-seeds", "mini-teachers")  # plans that no GPU is needed for
+MINI_NEEDLE = Shape(hidden=128, layers=2, heads=4, kv_heads=1, head_dim=32, rope_theta=1e6)
+ON_CPU = (
+    "small",
+    "mini",
+    "mini-seeds",
+    "mini-teachers",
+    "mini-listed",
+    "mini-needle",
+)  # plans that no GPU is needed for
 MINI_MODELS = ("full+conv", "mini-nsa+conv", "mini-nsa-dropped+conv", "mini-nsa-random+conv", "mini-nsa-shared+conv")
 COMPARED = ("nsa-dropped+conv", "nsa+conv", "full+conv", "nsa", "full", "window")
 TEACHERS = ("nsa-taught+conv", "nsa-scaled+conv", "nsa-explored+conv", "nsa-open+conv", "nsa-dropped50+conv")
 SHARPER = ("nsa-sharp512+conv", "nsa-taught512+conv", "nsa-sharp+conv", "nsa-taught512-dropped+conv")
+MINI_LISTED = ("mini-reformer", "mini-nsa", "mini-bigbird", "mini-longformer", "full")
 MINI_TEACHERS = ("mini-nsa-taught+conv", "mini-nsa-scaled+conv", "mini-nsa-explored+conv", "mini-nsa-open+conv")
 LISTED = ("longformer", "bigbird")
 ABLATIONS = (
@@ -35,11 +44,21 @@ ABLATIONS = (
     "nsa-block32",
     "nsa-block128",
 )
-TIMED_AS = {"mqar": "recall", "needle-8k": "needle", "needle-rare": "needle"}  # whose steps are of the same sizes
+TIMED_AS = {
+    "mqar": "recall",
+    "needle-8k": "needle",
+    "needle-rare": "needle",
+    "needle-ten": "needle",
+}  # whose steps are of the same sizes
 RATES = (1e-3, 2e-3, 5e-4)
 SEEDS = (0, 1, 2)
 RECALL_TOKENS, REFORMER_TOKENS = 32_000_000, 8_000_000
-SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS = 16_000_000, 40_000_000, 30_000_000
+SHORT_NEEDLE_TOKENS, NEEDLE_TOKENS, RARE_NEEDLE_TOKENS, TEN_NEEDLE_TOKENS = (
+    16_000_000,
+    40_000_000,
+    30_000_000,
+    30_000_000,
+)
 SWEPT_NEEDLE = ("needle-8k", SHORT_NEEDLE_TOKENS)
 RARE_PEERS = {"nsa+conv": "full+conv", "nsa-dropped+conv": "full+conv"}
 NEEDLE_PEERS = RARE_PEERS | {"nsa": "full"}
@@ -56,7 +75,7 @@ PEERS = {
     "nsa-dropped+conv": "full+conv",
     "window": "full",
 }  # in whose time a model is trained too
-SMALL_TOKENS, MINI_TOKENS = 120_000, 2_500_000
+SMALL_TOKENS, MINI_TOKENS, MINI_NEEDLE_TOKENS = 120_000, 2_500_000, 1_600_000
 
 Plan = Callable[[Path], list[Run]]  # of the folder of results: some plans follow from what is there
 
@@ -70,7 +89,14 @@ TASKS: dict[str, Callable[[], Task]] = {
     "needle": Needle,
     "needle-8k": lambda: Needle(lengths=(512, 1024, 2048, 4096, 8192)),
     "needle-4": lambda: Needle(needles=4),
-    "needle-rare": lambda: Needle(rare=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
+    "needle-rare": lambda: Needle(rare=26, distinct=True, shares=(5, 3, 4, 4, 4, 3, 3, 4), scored_texts=8),
+    "needle-ten": lambda: Needle(
+        signs=3, rare=10, shares=(10, 3, 2, 2, 2, 2, 3, 6), scored_texts=8, scored_together=1 << 18
+    ),
+    "needle-mini": lambda: Needle(
+        lengths=(256, 512), shares=(7, 3), signs=3, rare=10, shape=MINI_NEEDLE, tokens_per_step=2048, mlp_width=128,
+        reference="mini-nsa+conv", scored_together=1 << 14,
+    ),
     "recall-mini": lambda: Recall(
         lengths=(64, 128, 256, 512), num_keys=64, num_values=16, num_noise=16, spacing=16, shape=MINI,
         tokens_per_step=2048, mlp_width=64, reference="mini-nsa+conv", evaluated_tokens=32768,
@@ -114,17 +140,19 @@ def equal_time(
     *,
     share: float = 1.0,
     swept: tuple[str, int] | None = None,
+    lr: float | None = None,
     seeds: tuple[int, ...] = SEEDS,
 ) -> Plan:
     """Each model with the tokens that it can take in `share` of the time that its peer takes for `tokens`, both alone.
 
     Times are those of `python -m study steps`, so that runs may be made side by side, on any machine. Rates are the
-    best of the sweep of a task with so many tokens: this one, or `swept`.
+    best of the sweep of a task with so many tokens, this one or `swept`; or `lr` for all.
     """
 
     def plan(out: Path) -> list[Run]:
         results = read_results(out)
-        rates, cost = best_rates(results, *(swept or (task, tokens))), seconds_per_million(out, task)
+        rates = dict.fromkeys(pairs, lr) if lr else best_rates(results, *(swept or (task, tokens)))
+        cost = seconds_per_million(out, task)
         runs = []
         for seed in seeds:
             for model, peer in pairs.items():
@@ -227,6 +255,8 @@ PLANS: dict[str, Plan] = {
         Run("recall-mini", model, 3e-3, seed, MINI_TOKENS) for seed in SEEDS[1:] for model in MINI_MODELS[:3]
     ],
     "mini-teachers": first("recall-mini", MINI_TEACHERS, MINI_TOKENS, lr=3e-3),
+    "mini-listed": first("recall-mini", MINI_LISTED, MINI_TOKENS, lr=3e-3),
+    "mini-needle": first("needle-mini", ("mini-nsa+conv", "full+conv"), MINI_NEEDLE_TOKENS, lr=2e-3),
     "recall-sweep": sweep("recall", COMPARED, RECALL_TOKENS),
     "recall-seeds": seeds("recall", COMPARED, RECALL_TOKENS),
     "recall-time": equal_time("recall", PEERS, RECALL_TOKENS),
@@ -251,10 +281,14 @@ PLANS: dict[str, Plan] = {
     "needle": at_best_rates("needle", ("full+conv", "full"), NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
     "needle-time": equal_time("needle", NEEDLE_PEERS, NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
     "needle-rare": together(
-        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE),
-        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE),
+        at_best_rates("needle-rare", ("full+conv",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:2]),
+        equal_time("needle-rare", RARE_PEERS, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:2]),
         at_best_rates("needle-rare", ("full",), RARE_NEEDLE_TOKENS, SWEPT_NEEDLE, seeds=SEEDS[:1]),
         equal_time("needle-rare", {"nsa": "full"}, RARE_NEEDLE_TOKENS, swept=SWEPT_NEEDLE, seeds=SEEDS[:1]),
+    ),
+    "needle-ten": together(
+        lambda out: [Run("needle-ten", "full+conv", RATES[0], seed, TEN_NEEDLE_TOKENS) for seed in SEEDS],
+        equal_time("needle-ten", RARE_PEERS, TEN_NEEDLE_TOKENS, lr=RATES[0]),
     ),
     "language-first": lambda out: [
         Run("language", model, RATES[0], seed, LANGUAGE_TOKENS) for seed in SEEDS for model in COMPARED
