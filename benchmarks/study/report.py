@@ -313,6 +313,8 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
             [[m, f"{r['parameters']:,}", str(r["mlp_width"])] for m, r in sorted(first.items()) if "parameters" in r],
         ),
     }
+    if heat_maps(results, "needle-ten", figures / "study-needle-ten.png"):
+        places["needle-ten"] += "\n\n![three rare signs, found by length and depth](figures/study-needle-ten.png)"
     text = page.read_text()
     for name, place in places.items():
         text = fill(text, name, place)
@@ -326,4 +328,3 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     if best:
         picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")
     heat_maps(results, "needle", figures / "study-needle.png")
-    heat_maps(results, "needle-ten", figures / "study-needle-ten.png")
