@@ -299,6 +299,7 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         "language": language_table(results, "language", RATES[0]),
         "language-sweep": sweep_table(results, "language", LANGUAGE_TOKENS, longest_bits),
         "language-32k": long_language_table(results, "language-32k", LANGUAGE_PEERS),
+        "language-32k-steps": steps_table(out, "language-32k"),
         "needle-sweep": sweep_table(results, "needle-8k", SHORT_NEEDLE_TOKENS, signs_found),
         "needle": needle_table(results, "needle", NEEDLE_LENGTHS),
         "needle-rare": needle_table(results, "needle-rare", NEEDLE_LENGTHS),
