@@ -200,6 +200,22 @@ def test_every_layer_of_a_model_is_measured_and_the_model_left_as_it_was() -> No
     assert model(ids).requires_grad
 
 
+def test_maps_of_one_layer_and_one_head_have_whole_ticks() -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from nsa_torch.diagnostics.picture import _heat
+
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    _heat(axis, "one", [torch.ones(1)])
+    figure.canvas.draw()
+    for ticks in (axis.get_xticks(), axis.get_yticks()):
+        assert all(tick == round(tick) for tick in ticks)
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model = Model()

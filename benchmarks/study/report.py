@@ -299,6 +299,7 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
         "language": language_table(results, "language", RATES[0]),
         "language-sweep": sweep_table(results, "language", LANGUAGE_TOKENS, longest_bits),
         "language-32k": long_language_table(results, "language-32k", LANGUAGE_PEERS),
+        "language-32k-steps": steps_table(out, "language-32k"),
         "needle-sweep": sweep_table(results, "needle-8k", SHORT_NEEDLE_TOKENS, signs_found),
         "needle": needle_table(results, "needle", NEEDLE_LENGTHS),
         "needle-rare": needle_table(results, "needle-rare", NEEDLE_LENGTHS),
@@ -313,6 +314,8 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
             [[m, f"{r['parameters']:,}", str(r["mlp_width"])] for m, r in sorted(first.items()) if "parameters" in r],
         ),
     }
+    if heat_maps(results, "needle-ten", figures / "study-needle-ten.png"):
+        places["needle-ten"] += "\n\n![three rare signs, found by length and depth](figures/study-needle-ten.png)"
     text = page.read_text()
     for name, place in places.items():
         text = fill(text, name, place)
@@ -326,4 +329,3 @@ def write(out: Path, page: Path = PAGE, figures: Path = FIGURES) -> None:
     if best:
         picture(best, "Associative recall in noise: accuracy, mean and range over seeds", figures / "study-recall.png")
     heat_maps(results, "needle", figures / "study-needle.png")
-    heat_maps(results, "needle-ten", figures / "study-needle-ten.png")

@@ -51,8 +51,8 @@ def _heat(axis: Any, title: str, rows: list[Tensor], heads: str = "head") -> Non
     axis.set_ylabel("layer", fontsize=8)
     axis.tick_params(labelsize=7)
     for side in (axis.xaxis, axis.yaxis):
-        side.get_major_locator().set_params(integer=True)
-    axis.figure.colorbar(image, ax=axis)
+        side.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axis.figure.colorbar(image, ax=axis).ax.tick_params(labelsize=7)
 
 
 def _curves(axis: Any, layers: tuple[LayerDiagnosis, ...]) -> None:
