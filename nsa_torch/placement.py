@@ -38,8 +38,9 @@ def compute_dtype(layer: NSAAttention, device: torch.device) -> torch.dtype:
 
 def heads_mesh(layer: NSAAttention) -> DeviceMesh | None:
     """The ranks that a layer's heads are cut over by tensor parallelism."""
-    if layer.compress_k.tensor_parallel is not None:
-        return layer.compress_k.tensor_parallel
+    ranks: DeviceMesh | None = getattr(layer.compress_k, "tensor_parallel", None)
+    if ranks is not None:
+        return ranks
     weight: Any = getattr(layer.o_proj, "weight", None)
     placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
     dims = [dim for dim, placement in enumerate(placements) if placement.is_shard(1)]
