@@ -40,16 +40,16 @@ def compute_dtype(layer: NSAAttention, device: torch.device) -> torch.dtype:
     return held[0] if held else torch.get_default_dtype()
 
 
-def compression_of(layer: NSAAttention) -> BlockCompression:
-    """That of the keys; an adapter may stand around it."""
-    return next(module for module in layer.compress_k.modules() if isinstance(module, BlockCompression))
+def compression_of(layer: NSAAttention) -> BlockCompression | None:
+    """That of the keys, around which an adapter may stand; None where another module took its place."""
+    return next((module for module in layer.compress_k.modules() if isinstance(module, BlockCompression)), None)
 
 
 def heads_mesh(layer: NSAAttention) -> DeviceMesh | None:
     """The ranks that a layer's heads are cut over by tensor parallelism."""
-    mesh = compression_of(layer).tensor_parallel
-    if mesh is not None:
-        return mesh
+    compression = compression_of(layer)
+    if compression is not None and compression.tensor_parallel is not None:
+        return compression.tensor_parallel
     weight: Any = getattr(layer.o_proj, "weight", None)
     placements = getattr(weight, "placements", ())  # of a DTensor; only tensor parallelism cuts its columns
     dims = [dim for dim, placement in enumerate(placements) if placement.is_shard(1)]

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from .module import NSAAttention
 
 
+def _takes_parts(layer: NSAAttention) -> bool:
+    """Whether sequence parallelism cuts the tokens around the layer."""
+    compression = compression_of(layer)
+    return compression is not None and compression.sequence_parallel
+
+
 def check_no_context_parallel() -> None:
     """RuntimeError inside torch's context_parallel, which cuts tokens and tells nobody but torch's own attention.
 
@@ -41,7 +47,7 @@ def gather_tokens(layer: NSAAttention, hidden_states: Tensor) -> Tensor:
         check_no_context_parallel()
     check_tensors(hidden_states=hidden_states)
     mesh, placements = heads_mesh(layer), getattr(hidden_states, "placements", None)
-    if placements is None and not compression_of(layer).sequence_parallel:
+    if placements is None and not _takes_parts(layer):
         return hidden_states
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -70,7 +76,7 @@ def spread_tokens(layer: NSAAttention, x: Tensor) -> Tensor:
     mesh, projections = heads_mesh(layer), (layer.q_proj, layer.k_proj, layer.v_proj, layer.gate_proj)
     if mesh is None or hasattr(x, "placements"):
         return x
-    if not all(type(layer) is nn.Linear and hasattr(layer.weight, "placements") for layer in projections):
+    if not all(type(linear) is nn.Linear and hasattr(linear.weight, "placements") for linear in projections):
         return x
     from torch.distributed.tensor import DTensor, Replicate
 
@@ -88,8 +94,8 @@ def whole_like(x: Any, other: Tensor) -> Tensor:
 
 def own_tokens(layer: NSAAttention, tokens: Tensor) -> Tensor:
     """Of (sum T, 1) for all tokens what this rank's results are for, where a layer's results are cut."""
-    mesh = compression_of(layer).tensor_parallel
-    if mesh is None or not compression_of(layer).sequence_parallel:
+    mesh = heads_mesh(layer)
+    if mesh is None or not _takes_parts(layer):
         return tokens
     each = -(-tokens.size(0) // mesh.size())  # as Shard cuts them
     return tokens[mesh.get_local_rank() * each :][:each]

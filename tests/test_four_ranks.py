@@ -217,16 +217,14 @@ def _recipe(mesh: Any) -> None:
         assert_near(whole(model.get_parameter(name)), parameter, name, 1e-7)
 
 
-def test_tensor_parallelism() -> None:
-    on_ranks(4, _one_head_each, _training_and_decoding, _compiled, _too_few_heads)
-
-
-def test_two_by_two(tmp_path: Path) -> None:
+def test_on_four_ranks(tmp_path: Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     first, second = str(tmp_path / "of one"), str(tmp_path / "of four")
     dcp.save({"model": make_model().state_dict()}, checkpoint_id=first, no_dist=True)
-    on_ranks(4, _recipe, _with_fsdp, _replicated_shards, partial(_checkpoint, folder=first, saved=second))
+    tensor_parallel = (_one_head_each, _training_and_decoding, _compiled, _too_few_heads)
+    two_by_two = (_recipe, _with_fsdp, _replicated_shards, partial(_checkpoint, folder=first, saved=second))
+    on_ranks(4, *tensor_parallel, *two_by_two)
     loaded = Model().state_dict()
     dcp.load({"model": loaded}, checkpoint_id=second, no_dist=True)
     for name, parameter in make_model().state_dict().items():

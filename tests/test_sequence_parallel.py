@@ -165,6 +165,25 @@ def _batches_of_dtensors(mesh: Any) -> None:
             assert_all_near(got, expected, f"{placement} {options}")
 
 
+def _padding_after_packed_sequences(mesh: Any) -> None:
+    """Rows past the last sequence, which GPUs take: zeros in a DTensor too, and each rank knows its own."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    from nsa_torch import layer_checks
+    from nsa_torch.ranks import own_tokens
+
+    layer, x = make(), tokens(7)
+    padding = torch.arange(7).unsqueeze(-1) >= 5
+    cut = parallel(layer, mesh)
+    assert torch.equal(own_tokens(cut, padding), padding[4 * mesh.get_local_rank() :][:4])
+    assert own_tokens(layer, padding) is padding
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_checks, "padding_rows", lambda *_: padding)
+        cu_seqlens = torch.tensor([0, 5], dtype=torch.int32)
+        got, _ = layer_checks.take_tokens(cut, distribute_tensor(x, mesh, [Replicate()]), cu_seqlens)
+    assert torch.equal(whole(got), x.masked_fill(padding, 0))
+
+
 def _queries_cut_by_hand(mesh: Any) -> None:
     """A rank's queries with the keys up to its last one: the ops put the last query at the last key."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
@@ -216,4 +235,4 @@ def _context_parallel(mesh: Any) -> None:
 
 def test_on_two_ranks() -> None:
     checks = (_parts_of_the_tokens, _dtensors, _with_a_cache, _what_is_sent, _batches_of_dtensors, _refusals)
-    on_two_ranks(*checks, _queries_cut_by_hand, _context_parallel)
+    on_two_ranks(*checks, _padding_after_packed_sequences, _queries_cut_by_hand, _context_parallel)
