@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from nsa_torch.integrations.transformers import NSALlamaConfig, NSALlamaForCausalLM, use_nsa
+from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
 
 # Large weights, so that attention and the choice of blocks matter in a model that has not been trained.
 LLAMA: dict[str, Any] = {
@@ -72,3 +72,11 @@ def dense_pair(name: str = "LlamaForCausalLM", **options: Any) -> tuple[Any, Any
         layer.self_attn.gate_proj.weight.zero_()
         layer.self_attn.gate_proj.bias.copy_(only_the_window)
     return dense, model
+
+
+@torch.no_grad()
+def filled(model: NSALlamaForCausalLM, ids: Tensor, mask: Tensor | None = None, **options: Any) -> NSAModelCache:
+    """A cache that holds these tokens."""
+    cache = NSAModelCache(model.config, **options)
+    model(ids, attention_mask=mask, **{CACHE: cache})
+    return cache

@@ -1,0 +1,79 @@
+"""What the Hugging Face integration refuses: inputs, masks and caches that do not fit, before anything happens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hf_models import close, filled, make_model, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model() -> NSALlamaForCausalLM:
+    return make_model()
+
+
+@torch.no_grad()
+def test_inputs_are_refused_before_anything_happens(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([12, 12]))
+    cache = filled(model, ids)
+    new: dict[str, Any] = {"input_ids": ids[:, :3], CACHE: cache}
+    for shape in ((2, 3), (2, 14), (3, 15), (15,), (2, 1, 3, 15)):
+        with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\) = \(2, 15\) ones and zeros"):
+            model(**new, attention_mask=torch.ones(shape))
+    for shape in ((2, 11), (2, 13)):
+        with pytest.raises(ValueError, match=r"attention_mask must be \(B, T\) = \(2, 12\)"):
+            model(ids, attention_mask=torch.ones(shape), use_cache=False)
+    changed = torch.ones(2, 15)
+    changed[1, 4] = 0
+    with pytest.raises(ValueError, match="attention_mask must be for the 12 cached columns what it was"):
+        model(**new, attention_mask=changed)
+    for name in ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+            model(**({"input_ids": ids} | {name: [[1, 1]]}))
+    ends = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with pytest.raises(ValueError, match=f"cu_seq_lens_q must be None with {CACHE}"):
+        model(**new, cu_seq_lens_q=ends)
+    with pytest.raises(ValueError, match="attention_mask must be None with cu_seq_lens_q"):
+        model(ids[:1], cu_seq_lens_q=ends, attention_mask=torch.ones(1, 12))
+    with pytest.raises(ValueError, match="position_ids must rise within a row"):
+        model(ids, position_ids=torch.arange(12)[None] % 5)
+    assert cache.get_seq_length() == 12 and cache.nsa.lengths.tolist() == [12, 12]
+    # A longer mask, as for a cache of fixed length, is read as far as there are columns.
+    expected = model(torch.cat((ids, ids[:, :3]), 1), use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(model(**new, attention_mask=torch.ones(2, 40)).logits, expected, **close)
+
+
+@torch.no_grad()
+def test_caches_that_do_not_fit_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids, mask = pad(make_sequences([12, 7]), "left")
+    for layers in (1, 3):
+        cache = NSAModelCache(make_model(num_hidden_layers=layers).config)
+        with pytest.raises(ValueError, match=f"{CACHE} must have the 2 layers of this call, got {layers}"):
+            model(ids, **{CACHE: cache})
+    cache = filled(model, ids, mask)
+    for options in ({}, {"attention_mask": torch.ones(1, 13)}):
+        with pytest.raises(ValueError, match=f"{CACHE} must have the 1 rows of this call, got 2"):
+            model(ids[:1, :1], **options, **{CACHE: cache})
+    with pytest.raises(ValueError, match="cache must have window 10, got 20"):
+        model(ids, **{CACHE: NSAModelCache(make_model(window=20).config)})
+    with pytest.raises(TypeError, match="max_length must be an int, got float"):
+        NSAModelCache(model.config, max_length=16.5)
+    for name in ("max_length", "max_crop", "expected_length"):
+        with pytest.raises(ValueError, match=f"{name} must be at least"):
+            NSAModelCache(model.config, **{name: -1})
+
+
+def test_attention_weights_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([12]))
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions must be False"):
+        model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
+    out = model(ids, output_hidden_states=True)
+    assert len(out.hidden_states) == 3
