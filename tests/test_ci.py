@@ -46,6 +46,7 @@ ONE_END = {
         "test_layer_overhead.py",
         "test_study.py",
         "test_study_choices.py",
+        "test_study_plans.py",
         "test_study_runs.py",
         "test_study_tasks.py",
         "test_training_step.py",

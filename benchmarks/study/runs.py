@@ -218,10 +218,7 @@ def seconds_per_million(out: Path, task: str) -> dict[str, float]:
 
 
 def predicted_seconds(out: Path, runs: list[Run]) -> float | None:
-    """What the runs take, each alone, by measured step times; None where those of a task are missing.
-
-    A model without times counts as the slowest of its task.
-    """
+    """What the runs take, each alone, by step times; a model without has the slowest's. None: a task without any."""
     total = 0.0
     for run in runs:
         cost = seconds_per_million(out, run.task) or seconds_per_million(out, run.task.split("-")[0])
