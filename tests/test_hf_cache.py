@@ -198,7 +198,8 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(where: str, error: type[Ba
         raise error
 
     for end in (held + 8, held + 9):  # a chunk, then a single token
-        step = {"input_ids": ids[:, cache.get_seq_length() : end], "attention_mask": mask[:, :end], CACHE: cache}
+        name = CACHE if held else {"cache": "past_key_values"}.get(CACHE, "cache")  # either name, in any version
+        step = {"input_ids": ids[:, cache.get_seq_length() : end], "attention_mask": mask[:, :end], name: cache}
         before = cache.get_seq_length()
         module: nn.Module = model.get_submodule(where)
         handle = module.register_forward_pre_hook(fail)

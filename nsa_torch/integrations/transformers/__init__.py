@@ -12,7 +12,8 @@ They are ordinary transformers models: batches padded on either side with an `at
 (greedy, sampling, beams, assisted), gradient checkpointing, torch.compile, `save_pretrained`, PEFT's adapters and
 virtual tokens, and, once this module is imported, `from_pretrained` of AutoModel, AutoModelForCausalLM and
 AutoModelForSequenceClassification. Packed sequences come as `cu_seq_lens_q`, as for FlashAttention, or as
-`position_ids` that restart. Needs transformers 5.23 or 5.24.
+`position_ids` that restart. Needs transformers 5.23 or newer; tested
+with 5.23 and 5.24.
 """
 
 from typing import TYPE_CHECKING, Any

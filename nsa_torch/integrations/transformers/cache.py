@@ -176,7 +176,7 @@ class NSAModelCache(Cache):
             return
         columns = self.columns - removed
         mask = None if self.mask is None else self.mask[:, :columns]
-        # An int, or (B,): tokens that are not padding. Columns after the mask's have none.
+        # Tokens that are not padding, an int or (B,). In columns after the mask's none is padding.
         kept: int | Tensor = columns if mask is None else mask.sum(dim=1) + columns - mask.size(1)
         if self.nsa is not None:
             held = self.nsa.lengths.clone()

@@ -38,8 +38,9 @@ class NSAForCausalLM(NSAPreTrained):
     @functools.wraps(LlamaForCausalLM.forward)  # transformers reads its signature
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutputWithPast:
         """As the family's model. A call that fails leaves the cache as it was."""
-        if "past_key_values" in kwargs and CACHE not in kwargs:
-            kwargs[CACHE] = kwargs.pop("past_key_values")
+        other = "past_key_values" if CACHE == "cache" else "cache"
+        if other in kwargs and CACHE not in kwargs:
+            kwargs[CACHE] = kwargs.pop(other)
         given = args[3] if len(args) > 3 else kwargs.get(CACHE)
         cache = None if given is None else adopt(given, self.config, CACHE)
         state = None if cache is None else cache.state()
