@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
 
-from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
+try:
+    from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
+except ImportError as error:  # on a machine of others; requirements/test.txt asks for one that is new enough
+    if "needs transformers" not in str(error):
+        raise
+    pytest.skip(str(error), allow_module_level=True)
 
 # Large weights, so that attention and the choice of blocks matter in a model that has not been trained.
 LLAMA: dict[str, Any] = {
