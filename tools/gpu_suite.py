@@ -49,7 +49,8 @@ def run_share(paths: list[str], more: list[str], share: int, shares: int) -> tup
             *paths,
         ]
         threads = max(1, (os.cpu_count() or 1) // shares)  # of the references
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
         environment |= {"NSA_TEST_SHARE": f"{share}/{shares}"}
         result = subprocess.run(
             command, cwd=ROOT, env=environment, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
