@@ -127,7 +127,7 @@ class _SumOfGradients(torch.autograd.Function):
 
 
 def local_weight(weight: Tensor | None, mesh: DeviceMesh, per_head: bool) -> Tensor | None:
-    """What this rank's heads need of a weight of BlockCompression, be it whole or cut by CompressionParallel."""
+    """What this rank's heads need of a weight of compression, convolution or norm, be it whole or cut by the plan."""
     if weight is None:
         return None
     cut = False

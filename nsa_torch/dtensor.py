@@ -37,6 +37,8 @@ def call_on_shards(op: Callable[..., Any], tensors: dict[str, Any], options: dic
     if not isinstance(lead, DTensor):
         other = next(n for n, value in (tensors | options).items() if isinstance(value, DTensor))
         raise TypeError(f"{name} must be a DTensor as {other} is, got {type(lead).__name__}")
+    if lead.dim() not in (3, 4):
+        raise ValueError(f"{name} must be (B, T, H, D), or packed (sum T, H, D), got shape {tuple(lead.shape)}")
     cuts = _cuts(name, lead)
     parts, local_options = (
         {n: _local(n, value, name, lead, cuts) for n, value in given.items()} for given in (tensors, options)

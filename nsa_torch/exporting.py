@@ -40,5 +40,5 @@ def lengthen(tokens: Tokens, least: int) -> Tokens:
     if cu_seqlens is not None:
         end = torch.full((1,), x.size(0), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
         cu_seqlens = torch.cat((cu_seqlens, end))
-        max_seqlen = None if max_seqlen is None else max(max_seqlen, least)
+        max_seqlen = None if max_seqlen is None else x.size(0)  # padding before it counts to the last one
     return Tokens(x, tables, cu_seqlens, max_seqlen)

@@ -149,6 +149,8 @@ def which_kernel(
         return KernelPlan(launches, "this build has no CUDA kernels: tensors are copied to the CPU and back")
     query = _C.KernelQuery()
     query.op, query.device, query.dtype, query.backward = op, device, dtype, backward
+    if isinstance(gradients, str):
+        raise TypeError(f"gradients must be a sequence of names, such as ({gradients!r},), got a str")
     query.gradients = list(gradients)
     asked = capability is not None
     if not asked and device == "cuda" and torch.cuda.is_available():

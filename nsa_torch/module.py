@@ -60,8 +60,8 @@ class NSAAttention(nn.Module):
         shared_kv: the selected and the window branch read the same keys and values.
         kv_conv: taps of a causal convolution on projected keys and values, each channel by itself, before norm,
             compression and rotation; None or 0: none. See `nsa_torch.convolution.CausalConv`.
-        gate_dtype: dtype of gate_proj, and of the logits that it computes, under autocast too; default that of
-            the layer.
+        gate_dtype: dtype that gate_proj starts in, and of the logits that it computes, under autocast too; default that
+            of the layer. `half()` or `to(dtype)` convert it with the rest.
         scale: of the scores, default Dk ** -0.5.
         compression_hidden: width of the compression's mlp, default 2 D.
         per_head_compression: each KV head has its own compression weights.
@@ -272,6 +272,7 @@ class NSAAttention(nn.Module):
         hidden_states = gather_tokens(self, hidden_states)
         x, padding = take_tokens(self, hidden_states, cu_seqlens)
         layer = None if cache is None else check_cache(self, cache, hidden_states)
+        lengthened = False
         if layer is not None:
             out = self._attend_cached(x, position_embeddings, cu_seqlens, max_seqlen, layer)
             if x.size(-2) == 0:
@@ -283,10 +284,11 @@ class NSAAttention(nn.Module):
             options |= self._choice_options() | packing
             q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = inputs
             out = ops.nsa_attention(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, **options)
-            if out.size(-3) != x.size(-2):
+            if lengthened := out.size(-3) != x.size(-2):
                 out = out.narrow(-3, 0, x.size(-2))
         out = self.o_proj(out.reshape(*hidden_states.shape[:-1], out.size(-2) * out.size(-1)))
-        if padding is not None and not (type(self.o_proj) is nn.Linear and self.o_proj.bias is None):
+        zeros_stay = not lengthened and type(self.o_proj) is nn.Linear and self.o_proj.bias is None
+        if padding is not None and not zeros_stay:
             out = out.masked_fill(own_tokens(self, padding), 0)
         if layer is not None:
             layer.finish()  # last, so that whatever fails above leaves the cache as it was
@@ -325,8 +327,9 @@ class NSAAttention(nn.Module):
         return 2 if self.shared_kv else 3
 
     def _mesh(self, kv_heads: int) -> DeviceMesh | None:
-        """The ranks of tensor parallelism that have the other heads, if this one has not all of them."""
-        return None if kv_heads == self.num_kv_heads else heads_mesh(self)
+        """The ranks of tensor parallelism that have the other heads, if this one has not all; or this one alone."""
+        mesh = heads_mesh(self)
+        return None if mesh is None or (kv_heads == self.num_kv_heads and mesh.size() > 1) else mesh
 
     def _block_options(self) -> dict[str, Any]:
         return {"block_size": self.block_size, "block_stride": self.block_stride}

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_models import close, filled, make_model, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
+from hf_models import close, dense_model, filled, make_model, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,3 +77,39 @@ def test_attention_weights_are_refused(model: NSALlamaForCausalLM) -> None:
         model.generate(ids, output_attentions=True, return_dict_in_generate=True, max_new_tokens=2)
     out = model(ids, output_hidden_states=True)
     assert len(out.hidden_states) == 3
+
+
+def test_documents_beside_a_mask_are_never_joined(model: NSALlamaForCausalLM) -> None:
+    """Not by a cache that a call without gradients makes by itself, and not where another row is padded."""
+    ids = torch.stack(make_sequences([24, 24]))
+    positions = torch.cat((torch.arange(10), torch.arange(14)))[None].expand(2, -1)
+    ones = torch.ones(2, 24, dtype=torch.long)
+    with torch.no_grad(), pytest.raises(ValueError, match="position_ids must rise within a row"):
+        model(ids, attention_mask=ones, position_ids=positions)
+    padded = ones.clone()
+    padded[1, :3] = 0
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(ValueError, match="attention_mask must have no padding"):
+            model(ids, attention_mask=padded, position_ids=positions, use_cache=False)
+    # Positions as generate counts them are no documents.
+    counted = (padded.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        model(ids, attention_mask=padded, position_ids=counted)
+
+
+def test_two_caches_are_refused(model: NSALlamaForCausalLM) -> None:
+    ids = torch.stack(make_sequences([12]))
+    with torch.no_grad():
+        caches = {name: filled(model, ids) for name in ("cache", "past_key_values")}
+        with pytest.raises(ValueError, match="cache must be None with past_key_values"):
+            model.model(ids, **caches)
+    assert [cache.get_seq_length() for cache in caches.values()] == [12, 12]
+
+
+@pytest.mark.parametrize("option", ["shared_kv", "kv_conv", "gate_dtype", "num_select"])
+def test_options_that_models_have_not_are_refused(option: str) -> None:
+    with pytest.raises(TypeError, match=rf"^nsa_options must be among block_size, .*, got {option}$"):
+        use_nsa(dense_model("LlamaModel"), **{option: 3})
+    if option != "num_select":
+        with pytest.raises(TypeError, match=rf"^{option} must be left to NSAAttention"):
+            NSALlamaConfig(**{option: 3})

@@ -185,6 +185,8 @@ def test_which_kernel_names_what_is_left() -> None:
     for op, bad in (("compress", "q"), ("nsa_attention", "k"), ("window_attention", "gates")):
         with pytest.raises(ValueError, match=r"^gradients must be one of"):
             nsa_torch.which_kernel(op, **shape, gradients=[bad])
+    with pytest.raises(TypeError, match=r"^gradients must be a sequence of names"):
+        nsa_torch.which_kernel("nsa_attention", **shape, gradients="q")
     with pytest.raises(ValueError, match=r"^gradients must come with backward"):
         nsa_torch.which_kernel("nsa_attention", **shape | {"backward": False}, gradients=["q"])
 

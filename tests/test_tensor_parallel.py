@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from processes import assert_near, on_two_ranks, whole
+from processes import assert_near, gradients, on_ranks, on_two_ranks, whole
 from test_module import DK, DV, HEADS, HIDDEN, KV_HEADS, make, tokens
 
 RANKS = 2
@@ -144,3 +144,24 @@ def make_three_heads() -> nn.Module:
 
 def test_decoding_and_refusals() -> None:
     on_two_ranks(_decoding, _refusals)
+
+
+def _alone(mesh: Any) -> None:
+    """One rank has all heads: what its weights are made of does not matter."""
+    for options in VARIANTS:
+        layer, x = make(**options), torch.randn(2, 30, HIDDEN, dtype=torch.float64)
+        expected = layer(x)
+        expected.sum().backward()
+        wanted = gradients(layer)
+        layer.zero_grad()
+        for style in (parallel, parallel_by_hand):
+            cut = style(copy.deepcopy(layer), mesh)
+            out = cut(x)
+            assert_near(whole(out), expected, f"{options}")
+            out.sum().backward()
+            for name, gradient in gradients(cut).items():
+                assert_near(gradient, wanted[name], f"{options} {name}")
+
+
+def test_on_one_rank() -> None:
+    on_ranks(1, _alone)

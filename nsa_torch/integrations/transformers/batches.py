@@ -86,11 +86,12 @@ class Packing(NamedTuple):
 
 
 def shows_documents(mask: Tensor, position_ids: Tensor) -> bool:
-    """Whether rows without any padding have positions that do not rise, so that they hold several documents.
+    """Whether real tokens that follow each other have positions that do not rise: rows hold several documents.
 
-    Behind padding `generate` numbers tokens so, too. A compiled model can't tell, and raises RuntimeError when it runs.
+    mask (B, T) bool, position_ids (B or 1, T). Around padding `generate` numbers tokens so, too. A compiled model can't
+    tell, and raises RuntimeError when it runs.
     """
-    restarts = mask.all() & (position_ids.diff(dim=1) < 1).any()
+    restarts = ((position_ids.diff(dim=1) < 1) & mask[:, 1:] & mask[:, :-1]).any()
     if not torch.compiler.is_compiling():
         return bool(restarts)
     message = "attention_mask must be None, or cu_seq_lens_q given, for rows of several documents in a compiled model"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from .families import FAMILIES
-from .options import head_dim
+from .options import NSAOptions, head_dim
 
 
 @torch.no_grad()
@@ -27,13 +28,16 @@ def use_nsa(model: PreTrainedModel, **nsa_options: Any) -> Any:
         The class with NSA of the same family and head, with the model's device, dtype, mode and generation_config.
 
     Raises:
-        TypeError: a model of another class.
+        TypeError: a model of another class, or another option.
         ValueError: an option out of range, or a model with other weights than its class has.
     """
     family = FAMILIES.get(type(model))
     if family is None:
         known = ", ".join(dense.__name__ for dense in FAMILIES)
         raise TypeError(f"model must be one of {known}, got {type(model).__name__}")
+    known_options = [field.name for field in fields(NSAOptions) if field.name != "nsa_version"]
+    if unknown_options := sorted(nsa_options.keys() - set(known_options)):
+        raise TypeError(f"nsa_options must be among {', '.join(known_options)}, got {', '.join(unknown_options)}")
     dense = model.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)

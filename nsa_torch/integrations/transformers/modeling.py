@@ -24,6 +24,14 @@ ATTENTION = "nsa"
 CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
+def _check_rise(rises: bool) -> None:
+    if not rises:
+        raise ValueError(
+            f"position_ids must rise within a row with {CACHE}, which holds one sequence a row: for several "
+            f"documents a row, use_cache=False"
+        )
+
+
 class NSAPreTrained:
     """Before a family's PreTrainedModel among the bases."""
 
@@ -107,6 +115,8 @@ class NSAModel(NSAPreTrained):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if None not in (cache, past_key_values) and cache is not past_key_values:
+            raise ValueError("cache must be None with past_key_values: both are names of one argument")
         given = past_key_values if cache is None else cache
         batch, length = tokens.shape[:2]
         cache = self._cache_for_call(given, batch, use_cache, cu_seq_lens_q)
@@ -164,18 +174,20 @@ class NSAModel(NSAPreTrained):
             if cu_seq_lens_q is not None:
                 raise ValueError("attention_mask must be None with cu_seq_lens_q")
             if cache is None:
-                if position_ids is not None and shows_documents(mask, position_ids):
-                    return Packing.of_documents(position_ids, batch)
-                return Packing.of_padded(mask)
+                if position_ids is None or not shows_documents(mask, position_ids):
+                    return Packing.of_padded(mask)
+                if not bool(mask.all()):
+                    raise ValueError("attention_mask must have no padding beside rows of several documents: pack them")
+                return Packing.of_documents(position_ids, batch)
             cache.check_mask(mask)
-            return Packing.of_chunk(mask[:, -length:])
+            mask = mask[:, -length:]
+            if position_ids is not None and length > 1 and not torch.compiler.is_compiling():
+                _check_rise(not shows_documents(mask, position_ids))
+            return Packing.of_chunk(mask)
         if position_ids is None or cu_seq_lens_q is not None or length == 1:
             return None
         if cache is None:
             return Packing.of_documents(position_ids, batch)
-        if not torch.compiler.is_compiling() and bool((position_ids.diff(dim=-1) < 1).any()):
-            raise ValueError(
-                f"position_ids must rise within a row with {CACHE}, which holds one sequence a row: for several "
-                f"documents a row, use_cache=False"
-            )
+        if not torch.compiler.is_compiling():
+            _check_rise(not bool((position_ids.diff(dim=-1) < 1).any()))
         return None

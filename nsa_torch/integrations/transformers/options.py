@@ -7,6 +7,20 @@ from typing import Any, ClassVar
 
 from ...checkpoints import VERSION
 
+# Options of NSAAttention that models do not offer: their families say what is biased, normed and rotated.
+_LAYER_ALONE = {
+    "compression_hidden",
+    "gate_dtype",
+    "kv_conv",
+    "o_bias",
+    "per_head_compression",
+    "qk_norm",
+    "qkv_bias",
+    "rope_dim",
+    "rope_interleaved",
+    "shared_kv",
+}
+
 
 @dataclass(kw_only=True, repr=False, eq=False)
 class NSAOptions:
@@ -31,6 +45,8 @@ class NSAOptions:
         cls.base_model_tp_plan = {name: how for name, how in plan.items() if "self_attn" not in name}
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if unknown := sorted(kwargs.keys() & _LAYER_ALONE):
+            raise TypeError(f"{', '.join(unknown)} must be left to NSAAttention: a configuration does not have it")
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if dropout := getattr(self, "attention_dropout", 0):
             raise ValueError(f"attention_dropout must be 0 with NSA, got {dropout}")
