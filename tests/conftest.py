@@ -43,6 +43,15 @@ def noted(request: pytest.FixtureRequest) -> Iterator[None]:
         request.node.user_properties += [("torch", str(torch.__version__)), *noted]
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled before the test, and nothing left after it."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

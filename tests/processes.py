@@ -50,6 +50,16 @@ def assert_near(got: Tensor, expected: Tensor, name: str, tolerance: float = 1e-
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
+def train(module: nn.Module, x: Tensor, target: Tensor, steps: int, norm: float) -> None:
+    """Steps of AdamW towards a target, gradients clipped at this norm."""
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for _ in range(steps):
+        (module(x) - target).square().mean().backward()
+        nn.utils.clip_grad_norm_(module.parameters(), norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """The whole gradients of a module's parameters, by the names that they have without wrappers."""
     found = {}

@@ -65,6 +65,14 @@ def test_every_test_file_runs_on_both_ends_or_is_excepted_by_name() -> None:
     assert listed() == sorted(listed())
 
 
+def test_models_are_tested_with_a_transformers_that_is_new_enough() -> None:
+    """tests/hf_models.py skips them elsewhere."""
+    versions = (ROOT / "nsa_torch" / "integrations" / "transformers" / "versions.py").read_text()
+    oldest = ".".join(re.search(r"^OLDEST = \((\d+), (\d+)\)", versions, re.MULTILINE).groups())  # type: ignore[union-attr]
+    assert f"transformers>={oldest}\n" in (ROOT / "requirements" / "test.txt").read_text()
+    assert f"TRANSFORMERS={oldest} " in (ROOT / ".ci" / "run").read_text()
+
+
 def test_both_ends_of_what_is_supported_are_tested() -> None:
     """The Makefile's usual torch is the oldest, and .ci/run goes on with the newest, in an environment of its own."""
     assert f",$(strip $(TORCH)),{OLDEST}.0)" in (ROOT / "Makefile").read_text()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from test_cuda_runtime import captured, no_host_sync
 from test_layer_options import ALL, OPTIONS
 from test_module import VARIANTS, gradients
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("fresh_compiler")]
 
 DEVICE = "cuda"
 HIDDEN, LENGTH = 24, 37
@@ -25,13 +24,6 @@ SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "v_head_dim": 6}
 BLOCKS = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 # A layer as one trains it: the paper's block sizes.
 LAYER = {"hidden_size": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 64, "num_selected": 6, "window": 128}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 def make(dtype: torch.dtype = torch.float32, **options: Any) -> NSAAttention:

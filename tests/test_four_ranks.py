@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_torch import NSAAttention
-from processes import assert_all_near, assert_near, gradients, on_ranks, whole
+from processes import assert_all_near, assert_near, gradients, on_ranks, train, whole
 from test_data_parallel import Block, Model, batches, loss_of, make_model
 from test_module import BLOCKS, DK, DV, HIDDEN, tokens
 
@@ -62,12 +62,7 @@ def _training_and_decoding(mesh: Any) -> None:
     cut, target = parallel(copy.deepcopy(alone), mesh), tokens(2, LENGTH, seed=5)
     x = tokens(2, LENGTH)
     for module in (alone, cut):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        for _ in range(5):
-            (module(x) - target).square().mean().backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 0.1)
-            optimizer.step()
-            optimizer.zero_grad()
+        train(module, x, target, 5, 0.1)
     for name, parameter in alone.named_parameters():
         assert_near(whole(cut.get_parameter(name)), parameter, name, 1e-7)
     with torch.no_grad():

@@ -21,6 +21,7 @@ from test_cache import (
     NoHostSync,
     Ragged,
     assert_same,
+    check_chunks,
     in_chunks,
     make,
     random_sizes,
@@ -43,19 +44,7 @@ HELD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", [*OPTIONS.values(), *HELD.values(), {"kv_conv": 1}], ids=str)
 def test_chunks_and_single_tokens_are_the_full_forward(options: dict[str, Any]) -> None:
-    module, x, rng = make(**options), tokens(2, LENGTH), random.Random(0)
-    expected = module(x)
-    for sizes, max_length, max_crop in (
-        ([1] * LENGTH, LENGTH, 0),
-        ([20] + [1] * (LENGTH - 20), 100, 3),
-        ([LENGTH], 100, 0),
-        ([2, 1, 2, 3, 1, 28], 100, 0),
-        (random_sizes(LENGTH, rng), LENGTH, 0),
-        (random_sizes(LENGTH, rng), None, 1),
-    ):
-        cache = module.new_cache(2, max_length, max_crop=max_crop)
-        assert_same(in_chunks(module, x, sizes, cache), expected)
-        assert cache.lengths.tolist() == [LENGTH] * 2
+    check_chunks(make(**options))
 
 
 @pytest.mark.parametrize("options", PAIRS.values(), ids=PAIRS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,18 +13,10 @@ from test_compile import assert_same, compiled, graphs, loss_of, make, tokens, t
 from test_layer_options import ALL, OPTIONS
 from test_rotary_tables import tables_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "fresh_compiler")
 
 # Each option, all, and a dtype of the gates.
 VARIANTS = [*OPTIONS.values(), ALL | {"gate_dtype": torch.float64}]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)

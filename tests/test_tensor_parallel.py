@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from processes import assert_near, gradients, on_ranks, on_two_ranks, whole
+from processes import assert_near, gradients, on_ranks, on_two_ranks, train, whole
 from test_module import DK, DV, HEADS, HIDDEN, KV_HEADS, make, tokens
 
 RANKS = 2
@@ -79,12 +79,7 @@ def _training(mesh: Any) -> None:
     cut = parallel(copy.deepcopy(layer), mesh)
     x, target = tokens(2, 29), tokens(2, 29, seed=5)
     for module in (layer, cut):
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        for _ in range(10):
-            (module(x) - target).square().mean().backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        train(module, x, target, 10, 1.0)
     for name, parameter in layer.named_parameters():
         got = whole(dict(cut.named_parameters())[name])
         torch.testing.assert_close(got, parameter, rtol=1e-6, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
