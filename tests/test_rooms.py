@@ -18,7 +18,7 @@ FLOORS = (
     ("host",),
     ("gates",),
     ("compression", "range", "rotate", "selected", "selection"),
-    ("nsa", "plans"),
+    ("decode", "nsa", "plans"),
     ("python",),
 )
 ELEMENTS = (("bf16", "BFloat16"), ("fp16", "Half"))

@@ -4,20 +4,22 @@
 #include "common/rows.cuh"
 #include "common/scores.cuh"
 #include "common/softmax.cuh"
-#include "decode/params.h"
+#include "common/tile_dims.h"
+#include "decode/ranges.cuh"
+#include "decode/tiles.h"
 
 namespace nsa {
 
 // kRowTiles: tiles of 16 rows. Warps are laid out as row tiles by slices of a chunk's keys.
-template <typename Element_, int kDimK_, int kDimV_, int kRowTiles_, int kKeys_, int kStages_>
-struct DecodeShape {
+template <typename Element_, int kDimK_, int kDimV_, int kRowTiles_>
+struct DecodeShape : TileDimsOf<Element_, kDimK_, kDimV_> {
   using Element = Element_;
-  static constexpr int kDimK = kDimK_;
-  static constexpr int kDimV = kDimV_;
+  using TileDimsOf<Element_, kDimK_, kDimV_>::kDimK;
+  using TileDimsOf<Element_, kDimK_, kDimV_>::kDimV;
   static constexpr int kRowTiles = kRowTiles_;
-  static constexpr int kStages = kStages_;
-  static constexpr int kKeys = kKeys_;  // of a chunk
-  static constexpr int kSlices = kRowTiles == 1 ? kKeys / 16 : 2;
+  static constexpr int kStages = decode_sm80::kStages;
+  static constexpr int kKeys = decode_sm80::chunk_keys({kDimK, kDimV});
+  static constexpr int kSlices = decode_sm80::slices(kRowTiles, kKeys);
   static constexpr int kSliceKeys = kKeys / kSlices;
   static constexpr int kWarps = kRowTiles * kSlices;
   static constexpr int kThreads = 32 * kWarps;
@@ -30,13 +32,6 @@ struct DecodeShape {
   static constexpr int kQueryBytes = QTile::kSize * static_cast<int>(sizeof(Element));
   static_assert(kSlices * kRows * kDimV * 4 <= kRingBytes);
 };
-
-// Where a row lies in the pools of keys and of values, in elements; kNowhere: zeros.
-struct RowOffsets {
-  int64_t k;
-  int64_t v;
-};
-constexpr int64_t kNowhere = -1;
 
 template <typename Shape>
 struct KeyStream {
@@ -92,25 +87,6 @@ struct DecodeSums {
   RunningSoftmax<1> softmax;
   float out[1][Shape::kDimV / 8][4];
 };
-
-// A page of a table; -1, with a fault, where the pool lacks it.
-__device__ inline int32_t page_at(const DecodeParams& params, const PagedRows& rows, int64_t sequence, int32_t index) {
-  const int32_t page = index < rows.table_width ? rows.table[sequence * rows.table_stride + index] : -1;
-  if (page < 0 || page >= rows.k.pages || page >= rows.v.pages) {
-    if (params.faults != nullptr) {
-      *params.faults = 1;
-    }
-    return -1;
-  }
-  return page;
-}
-
-__device__ inline RowOffsets row_of_page(const PagedRows& rows, int32_t page, int32_t row) {
-  if (page < 0) {
-    return {kNowhere, kNowhere};
-  }
-  return {page * rows.k.page_stride + row * rows.k.row_stride, page * rows.v.page_stride + row * rows.v.row_stride};
-}
 
 // Starts to copy the queries of rows [first_row, ...): those beyond `rows` become zeros.
 template <typename Shape>
