@@ -12,7 +12,8 @@ constexpr int32_t kChooseWarps = kChooseThreads / 32;
 constexpr int32_t kMostColumns = 256;  // of an output
 constexpr int64_t kOffsetBytes = 16;   // where a key and its value lie
 constexpr int32_t kMostPartBlocks = 64;
-constexpr int64_t kChooseStaticBytes = 1168;
+constexpr int64_t kListBytes = 2 * kFloatBytes * kMostPartBlocks + 1;  // of a part, and whether it is the last
+constexpr int64_t kChooseStaticBytes = 1280;
 // Sums of two rows of kMostColumns for each warp.
 constexpr int64_t kAddingBytes = kFloatBytes * kChooseWarps * kMostColumns;
 
@@ -64,8 +65,8 @@ constexpr KernelTile selected_tile(TileDims dims, int32_t row_tiles, int32_t par
           .keys = chunk,
           .stages = kStages,
           .dynamic_bytes = ring_bytes(dims) + query_bytes(dims, row_tiles) + offsets_bytes(dims, part_keys),
-          .static_bytes = exchange_bytes(row_tiles, slices(row_tiles, chunk)) +
-                          2 * kFloatBytes * decode_tiles::kMostPartBlocks + 128};
+          .static_bytes =
+              round_up(exchange_bytes(row_tiles, slices(row_tiles, chunk)) + decode_tiles::kListBytes, 128)};
 }
 
 }  // namespace decode_sm80
@@ -87,7 +88,7 @@ constexpr KernelTile ranges_tile(int32_t width_k, int32_t split_keys, int32_t wi
 }
 constexpr KernelTile selected_tile(int32_t width_k, int32_t part_keys) {
   KernelTile tile = ranges_tile(width_k, part_keys, 0);
-  tile.static_bytes += 2 * kFloatBytes * decode_tiles::kMostPartBlocks + 16;
+  tile.static_bytes = round_up(tile.static_bytes + decode_tiles::kListBytes, 128);
   return tile;
 }
 
