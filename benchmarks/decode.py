@@ -12,19 +12,19 @@ difference from the same op in float32.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import commit_of, slug
-from peers import in_a_line
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 import nsa_torch
+from gpu import commit_of, slug, write
+from peers import in_a_line
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -88,14 +88,13 @@ def measure_peers(row: Row, dtype: torch.dtype) -> dict[str, float | str]:
     found: dict[str, float | str] = {}
     for name, backend in {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}.items():
         try:
-            attend = sdpa_decode(backend)
             sets = []
             for _ in range(copies):
                 q = torch.randn(row["batch"], row["heads"], row["tokens"], row["dk"], device="cuda", dtype=dtype)
                 k = torch.randn(row["batch"], row["kv_heads"], row["context"], row["dk"], device="cuda", dtype=dtype)
                 v = torch.randn(row["batch"], row["kv_heads"], row["context"], row["dv"], device="cuda", dtype=dtype)
                 sets.append((q, k, v))
-            found[name] = median_us([lambda s=s: attend(*s) for s in sets], max(1, 24 // copies))
+            found[name] = median_us([partial(attend_dense, backend, *each) for each in sets], max(1, 24 // copies))
         except RuntimeError as error:
             found[name] = in_a_line(error)
         sets = []
@@ -103,12 +102,9 @@ def measure_peers(row: Row, dtype: torch.dtype) -> dict[str, float | str]:
     return found
 
 
-def sdpa_decode(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.nn.attention.sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    return attend
+def attend_dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.nn.attention.sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 @torch.no_grad()
@@ -119,7 +115,7 @@ def measure(row: Row) -> Row:
     copies = max(1, min(MOST_COPIES, int(CACHE_BYTES / moved) + 1, int(80e9 / pools)))
     sets = [paged_inputs(row, dtype, seed) for seed in range(copies)]
     attend = nsa_torch.nsa_attention_with_kvcache
-    us = median_us([lambda s=s: attend(**s) for s in sets], max(1, 48 // copies))
+    us = median_us([partial(attend, **each) for each in sets], max(1, 48 // copies))
     first = {name: x.float() if x.is_floating_point() else x for name, x in sets[0].items()}
     error = (attend(**sets[0]).float() - attend(**first)).abs().max().item() if row["batch"] <= 8 else None
     del sets, first
@@ -159,13 +155,18 @@ def main() -> None:
     parser.add_argument("--commit", help="of the sources; default: git's")
     options = parser.parse_args()
     gpu = torch.cuda.get_device_name()
-    head = {"gpu": gpu, "commit": commit_of(options), "torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+    head = {
+        "gpu": gpu,
+        "commit": commit_of(options),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     rows = []
     path = options.output or RESULTS / f"decode-{slug(gpu)}.json"
     for row in rows_of(options):
-        rows.append(measure(row))
+        rows.append(head | measure(row))
         print(line_of(rows[-1]), flush=True)
-        path.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+        write(path, head | {"cudnn": torch.backends.cudnn.version()}, rows)
 
 
 if __name__ == "__main__":

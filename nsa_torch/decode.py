@@ -46,8 +46,8 @@ def nsa_attention_with_kvcache(
 
     A contiguous cache (B, length, Hkv, D) is one page for each sequence: ``block_table = arange(B)[:, None]``.
 
-    On CUDA nothing is read back to the host, and how the work is cut follows from shapes alone: a CUDA graph of the call
-    can be replayed while lengths and tables change in place. Lengths beyond the table's width count as that width;
+    On CUDA nothing is read back to the host, and how the work is cut follows from shapes alone: a CUDA graph of the
+    call can be replayed while lengths and tables change in place. Lengths beyond the table's width count as that width;
     a page that the pool lacks is read as zeros. On the CPU both raise ValueError.
 
     Args:

@@ -9,10 +9,10 @@
 namespace nsa {
 
 struct DecodeInputs {
-  at::Tensor q;                             // (B, Tq, Hq, Dk), or packed
-  std::array<at::Tensor, 3> keys;           // of the branches: (pages, rows of a page, Hkv, D)
+  at::Tensor q;                    // (B, Tq, Hq, Dk), or packed
+  std::array<at::Tensor, 3> keys;  // of the branches: (pages, rows of a page, Hkv, D)
   std::array<at::Tensor, 3> values;
-  std::array<at::Tensor, 3> tables;         // (B, pages of a sequence)
+  std::array<at::Tensor, 3> tables;  // (B, pages of a sequence)
   at::Tensor gates;
   at::Tensor cache_seqlens;
   OptionalTensor cu_seqlens_q;

@@ -37,74 +37,77 @@ static __device__ __noinline__ RowSums join_splits(const RowSums* of_row, int32_
   return joined;
 }
 
-constexpr int kMostColumns = 2;  // times 128: of an output
+constexpr int kMostColumns = decode_tiles::kMostColumns / 128;
+
+__device__ inline void add_weighted(float4& total, float weight, const float4& x) {
+  total.x = fmaf(weight, x.x, total.x);
+  total.y = fmaf(weight, x.y, total.y);
+  total.z = fmaf(weight, x.z, total.z);
+  total.w = fmaf(weight, x.w, total.w);
+}
+
+// A row's splits `first`, `first + step`, ... of both branches, added up with their gates: columns 128 c + 4 lane. By a
+// warp.
+__device__ inline void sum_splits(float4 (&total)[kMostColumns], const DecodeParams& params, int32_t unit,
+                                  const float (&gates)[3], int32_t row, int32_t first_split, int32_t split_step) {
+  const int64_t place = static_cast<int64_t>(unit) * params.all_splits() * params.rows() + row;
+  const RowSums* const sums = params.range_sums + place;
+  const float* const outs = params.range_out + place * params.columns;
+  const int64_t step = static_cast<int64_t>(params.rows()) * params.columns;
+  const RowSums compressed = join_splits(sums, params.splits, params.rows());
+  const RowSums windowed =
+      join_splits(sums + static_cast<int64_t>(params.splits) * params.rows(), params.window_splits, params.rows());
+  const float factors[2] = {compressed.sum > 0.f ? gates[0] / compressed.sum : 0.f,
+                            windowed.sum > 0.f ? gates[2] / windowed.sum : 0.f};
+#pragma unroll 4
+  for (int32_t s = first_split; s < params.all_splits(); s += split_step) {
+    const bool first = s < params.splits;
+    const float highest = sums[static_cast<int64_t>(s) * params.rows()].highest;
+    if (highest == kMinusInfinity) {
+      continue;  // its output was not written
+    }
+    const float weight = factors[first ? 0 : 1] * exp2_approx(highest - (first ? compressed : windowed).highest);
+#pragma unroll
+    for (int c = 0; c < kMostColumns; ++c) {
+      const int32_t column = 128 * c + 4 * this_lane();
+      if (column < params.columns) {
+        add_weighted(total[c], weight, *reinterpret_cast<const float4*>(outs + s * step + column));
+      }
+    }
+  }
+}
 
 // Adds up the splits of both branches, with their gates, for rows [first_row, first_row + kChooseWarps / warps): each
 // by `warps` warps.
 __device__ inline void add_splits(const DecodeParams& params, int32_t unit, const DecodeSequence& sequence,
                                   int32_t head, int32_t first_row, int32_t warps, float4* shared) {
   const int32_t row = first_row + this_warp() / warps;
+  const int32_t part = this_warp() % warps;
   const bool there = row < sequence.queries * params.group;
   float4 total[kMostColumns] = {};
   if (there) {
     const int32_t query = static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
-    const int32_t query_head = head * params.group + row - query * params.group;
     float gates[3];
-    load_gates(gates, params.gates, sequence.batch, sequence.first + query, query_head);
-    const int64_t place = static_cast<int64_t>(unit) * params.all_splits() * params.rows() + row;
-    const RowSums* const sums = params.range_sums + place;
-    const float* const outs = params.range_out + place * params.columns;
-    const int64_t step = static_cast<int64_t>(params.rows()) * params.columns;
-    const RowSums compressed = join_splits(sums, params.splits, params.rows());
-    const RowSums windowed = join_splits(sums + static_cast<int64_t>(params.splits) * params.rows(),
-                                         params.window_splits, params.rows());
-    const float factors[2] = {compressed.sum > 0.f ? gates[0] / compressed.sum : 0.f,
-                              windowed.sum > 0.f ? gates[2] / windowed.sum : 0.f};
-#pragma unroll 4
-    for (int32_t s = this_warp() % warps; s < params.all_splits(); s += warps) {
-      const bool first = s < params.splits;
-      const float highest = sums[static_cast<int64_t>(s) * params.rows()].highest;
-      if (highest == kMinusInfinity) {
-        continue;  // its output was not written
-      }
-      const float weight = factors[first ? 0 : 1] * exp2_approx(highest - (first ? compressed : windowed).highest);
-#pragma unroll
-      for (int c = 0; c < kMostColumns; ++c) {
-        if (128 * c < params.columns) {
-          const int32_t column = 128 * c + 4 * this_lane();
-          const float4 x = column < params.columns ? *reinterpret_cast<const float4*>(outs + s * step + column)
-                                                   : make_float4(0.f, 0.f, 0.f, 0.f);
-          total[c].x = fmaf(weight, x.x, total[c].x);
-          total[c].y = fmaf(weight, x.y, total[c].y);
-          total[c].z = fmaf(weight, x.z, total[c].z);
-          total[c].w = fmaf(weight, x.w, total[c].w);
-        }
-      }
-    }
+    load_gates(gates, params.gates, sequence.batch, sequence.first + query,
+               head * params.group + row - query * params.group);
+    sum_splits(total, params, unit, gates, row, part, warps);
   }
 #pragma unroll
   for (int c = 0; c < kMostColumns; ++c) {
     shared[(kMostColumns * this_warp() + c) * 32 + this_lane()] = total[c];
   }
   __syncthreads();
-  if (!there || this_warp() % warps >= kMostColumns) {
-    return;
-  }
 #pragma unroll 1
-  for (int32_t c = this_warp() % warps; c < kMostColumns; c += min(warps, kMostColumns)) {
+  for (int32_t c = part; there && c < kMostColumns; c += warps) {
+    const int32_t column = 128 * c + 4 * this_lane();
     float4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 1
-    for (int32_t w = this_warp() / warps * warps; w < (this_warp() / warps + 1) * warps; ++w) {
-      const float4 x = shared[(kMostColumns * w + c) * 32 + this_lane()];
-      sum.x += x.x;
-      sum.y += x.y;
-      sum.z += x.z;
-      sum.w += x.w;
+    for (int32_t w = this_warp() - part; w < this_warp() - part + warps; ++w) {
+      add_weighted(sum, 1.f, shared[(kMostColumns * w + c) * 32 + this_lane()]);
     }
-    const int32_t column = 128 * c + 4 * this_lane();
     if (column < params.columns) {
-      *reinterpret_cast<float4*>(params.gated +
-                                 (static_cast<int64_t>(unit) * params.rows() + row) * params.columns + column) = sum;
+      const int64_t place = static_cast<int64_t>(unit) * params.rows() + row;
+      *reinterpret_cast<float4*>(params.gated + place * params.columns + column) = sum;
     }
   }
 }
@@ -174,8 +177,8 @@ __device__ inline void find_digit(Selector& selector, int32_t n, int shift) {
   }
 }
 
-// The n-th highest of `count` ranks, or the part of it that tells, with how many are higher in selector.higher: ranks of
-// that part or above are the n highest where selector.done. Digits of eight bits from the top.
+// The n-th highest of `count` ranks, or the part of it that tells, with how many are higher in selector.higher: ranks
+// of that part or above are the n highest where selector.done. Digits of eight bits from the top.
 __device__ inline void find_nth(Selector& selector, const uint32_t* ranks, int32_t count, int32_t n) {
   if (threadIdx.x == 0) {
     selector.prefix = 0u;
@@ -268,9 +271,9 @@ struct Chooser {
   __device__ void write(int32_t at, int32_t block) const {
     const PagedRows& keys = params.selected;
     list[at] = block;
-    params.block_pages[list - params.block_indices + at] = page_at(
-        params, keys, index,
-        static_cast<int32_t>(keys.by_page.divide(static_cast<uint32_t>(block * params.select_size))));
+    params.block_pages[list - params.block_indices + at] =
+        page_at(params, keys, index,
+                static_cast<int32_t>(keys.by_page.divide(static_cast<uint32_t>(block * params.select_size))));
   }
 
   // The n highest, in ascending order: those from `least` on, and the first `ties` of those one below it.
@@ -351,9 +354,8 @@ static __global__ void __launch_bounds__(kChooseThreads) decode_choose(const __g
     choose_blocks(params, unit, index, sequence, x, shared);
     return;
   }
-  add_splits(params, unit, sequence, head,
-             (x - params.queries) * (kChooseWarps / params.adding_warps), params.adding_warps,
-             reinterpret_cast<float4*>(shared));
+  add_splits(params, unit, sequence, head, (x - params.queries) * (kChooseWarps / params.adding_warps),
+             params.adding_warps, reinterpret_cast<float4*>(shared));
 }
 
 }  // namespace nsa

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "decode/call.h"
+#include "decode/tiles.h"
 #include "host/autograd.h"
 #include "host/backend.h"
 #include "host/checks.h"
@@ -76,14 +77,14 @@ void check_pages(const DecodeInputs& in, const DecodeOptions& options, bool own_
   TORCH_CHECK_VALUE(page % options.select_size == 0, "k_slc must have pages of a multiple of select_size, ",
                     options.select_size, ", tokens, got ", page);
   TORCH_CHECK_VALUE(in.keys[0].sym_size(1) * options.blocks.block_stride == page,
-                    "k_cmp must have one row a page for every block_stride, ", options.blocks.block_stride,
-                    ", of the ", page, " tokens of k_slc's, got ", in.keys[0].sym_size(1));
+                    "k_cmp must have one row a page for every block_stride, ", options.blocks.block_stride, ", of the ",
+                    page, " tokens of k_slc's, got ", in.keys[0].sym_size(1));
   TORCH_CHECK_VALUE(own_window || in.keys[2].sym_size(1) == page, "k_win must have the pages of k_slc, of ", page,
                     " tokens, or a window_table, got pages of ", in.keys[2].sym_size(1));
   check_table("block_table", in.tables[1], in);
   check_table("window_table", in.tables[2], in);
-  TORCH_CHECK_VALUE(in.tables[1].sym_size(1) * page <= kLargestSize, "block_table must name fewer than 2^31 tokens, got ",
-                    in.tables[1].sym_size(1), " pages of ", page);
+  TORCH_CHECK_VALUE(in.tables[1].sym_size(1) * page <= kLargestSize,
+                    "block_table must name fewer than 2^31 tokens, got ", in.tables[1].sym_size(1), " pages of ", page);
 }
 
 int64_t count_queries(const DecodeInputs& in, const std::optional<int64_t>& max_seqlen_q) {
@@ -95,8 +96,6 @@ int64_t count_queries(const DecodeInputs& in, const std::optional<int64_t>& max_
   check_size("max_seqlen_q", *max_seqlen_q, 0);
   return *max_seqlen_q;
 }
-
-constexpr int64_t kMostQueries = 8;
 
 template <Backend backend>
 at::Tensor attend(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor& v_cmp, const at::Tensor& k_slc,
@@ -125,7 +124,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k_cmp, const at::Tensor
                               num_splits.value_or(0)};
   check_pages(in, options, window_table.has_value());
   in.max_seqlen_q = count_queries(in, max_seqlen_q);
-  TORCH_CHECK_VALUE(in.max_seqlen_q <= kMostQueries, "q must have at most ", kMostQueries,
+  TORCH_CHECK_VALUE(in.max_seqlen_q <= kMostDecodeQueries, "q must have at most ", kMostDecodeQueries,
                     " queries of a sequence, got ", in.max_seqlen_q, " (nsa_attention takes any)");
   c10::SymDimVector shape(q.sym_sizes().begin(), q.sym_sizes().end());
   shape.back() = v_slc.sym_size(3);

@@ -56,8 +56,8 @@ struct DecodeParams {
   Divisor by_block_stride;
   Divisor by_select_size;
 
-  TensorView q;      // (B, Tq, Hq, Dk), or packed
-  TensorView out;    // (B, Tq, Hq, Dv), or packed
+  TensorView q;    // (B, Tq, Hq, Dk), or packed
+  TensorView out;  // (B, Tq, Hq, Dv), or packed
   GatesView gates;
   PagedRows compressed;
   PagedRows selected;
@@ -70,11 +70,11 @@ struct DecodeParams {
   int32_t window_split_keys;  // keys of a split of the window
   int32_t window_splits;
   Divisor by_split_blocks;
-  int32_t spill_blocks;       // blocks after a split that its last keys reach into
-  int32_t part_blocks;        // chosen blocks of a part
+  int32_t spill_blocks;  // blocks after a split that its last keys reach into
+  int32_t part_blocks;   // chosen blocks of a part
   int32_t parts;
-  int32_t adding_warps;       // that add up the splits of a row: 1 to 16, a power of two
-  int32_t columns;            // of a row in the workspace: Dv, rounded up to a tile's
+  int32_t adding_warps;  // that add up the splits of a row: 1 to 16, a power of two
+  int32_t columns;       // of a row in the workspace: Dv, rounded up to a tile's
 
   // Workspace, float32. R = Tq G rows, S = splits, then window_splits.
   float* range_out;        // (units, S, R, columns)
@@ -98,10 +98,10 @@ struct DecodeParams {
 
 // A sequence of the batch, as a unit sees it.
 struct DecodeSequence {
-  int32_t batch;     // 0 when packed
-  int32_t first;     // token of its first query
+  int32_t batch;  // 0 when packed
+  int32_t first;  // token of its first query
   int32_t queries;
-  int32_t length;    // keys
+  int32_t length;  // keys
   NSA_HOST_DEVICE int32_t position(int32_t query) const { return length - queries + query; }
 };
 

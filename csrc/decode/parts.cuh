@@ -137,7 +137,8 @@ __device__ inline void finish_part(const DecodeParams& params, const SelectedPar
   __threadfence();
   const int32_t chunks = params.columns / 4;
 #pragma unroll 1
-  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < params.group * chunks; i += static_cast<int32_t>(blockDim.x)) {
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < params.group * chunks;
+       i += static_cast<int32_t>(blockDim.x)) {
     const int32_t g = i / chunks;
     const int32_t column = 4 * (i - g * chunks);
     Element* const to = params.out.row<Element>(part.sequence.batch, part.sequence.first + part.query,

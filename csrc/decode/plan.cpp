@@ -23,8 +23,7 @@ void cut_ranges(DecodeParams& p, int32_t num_splits, int64_t most_keys) {
   p.spill_blocks = static_cast<int32_t>(ceil_div(p.block_size / p.block_stride - 1, p.pieces()));
   const int64_t wanted = num_splits > 0 ? ceil_div(blocks, num_splits) : split_keys(p) / p.pieces();
   const int64_t most = std::max<int64_t>(most_keys / p.pieces(), 1);
-  p.split_blocks = static_cast<int32_t>(
-      std::max({std::min(wanted, most), int64_t{1}, int64_t{p.spill_blocks}}));
+  p.split_blocks = static_cast<int32_t>(std::max({std::min(wanted, most), int64_t{1}, int64_t{p.spill_blocks}}));
   p.by_split_blocks = Divisor(static_cast<uint32_t>(p.split_blocks));
   p.splits = static_cast<int32_t>(std::max<int64_t>(ceil_div(blocks, p.split_blocks), 1));
   p.window_split_keys = num_splits == 0 && p.split_keys() <= kLeastSplitKeys ? 64 : 128;
@@ -99,8 +98,8 @@ DecodePlan plan_decode(DecodeParams& params, ElementType type, int32_t num_split
     plan.kernel = {Machine::kPlain, "addresses, strides and widths are not multiples of 16 bytes"};
   }
   const bool plain = plan.kernel.machine == Machine::kPlain;
-  params.columns = plain ? static_cast<int32_t>(round_up(params.out.width, 4))
-                         : tile_dims(params.q.width, params.out.width).v;
+  params.columns =
+      plain ? static_cast<int32_t>(round_up(params.out.width, 4)) : tile_dims(params.q.width, params.out.width).v;
   plan.row_tiles = params.rows() <= 16 ? 1 : 2;
   plan.part_row_tiles = params.group <= 16 ? 1 : 2;
   // Kept scores may take less shared memory than the GPU has.

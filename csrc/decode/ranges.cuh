@@ -75,8 +75,8 @@ struct RangeSplit {
       first = split * params.split_keys();
       end = min(first + params.split_keys(), blocks_before(params, last));
     } else {
-      first = max(position(params, first_row) + 1 - params.window, 0) +
-              (split - params.splits) * params.window_split_keys;
+      first =
+          max(position(params, first_row) + 1 - params.window, 0) + (split - params.splits) * params.window_split_keys;
       end = min(first + params.window_split_keys, last + 1);
     }
     count = max(end - first, 0);
@@ -87,8 +87,7 @@ struct RangeSplit {
     return sequence.position(static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row))));
   }
   __device__ static int32_t blocks_before(const DecodeParams& params, int32_t position) {
-    return static_cast<int32_t>(
-        CompressedRange{params.block_size, params.block_stride}(int64_t{position}).end);
+    return static_cast<int32_t>(CompressedRange{params.block_size, params.block_stride}(int64_t{position}).end);
   }
   // Keys of the split that a row sees.
   __device__ KeyRange seen(const DecodeParams& params, int32_t row) const {

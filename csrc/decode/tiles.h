@@ -5,6 +5,8 @@
 
 namespace nsa {
 
+constexpr int64_t kMostDecodeQueries = 8;  // of a sequence
+
 namespace decode_tiles {
 
 constexpr int32_t kChooseThreads = 512;
@@ -51,22 +53,22 @@ constexpr KernelTile ranges_tile(TileDims dims, int32_t row_tiles, int32_t split
   const int64_t kept = kFloatBytes * 16 * row_tiles * decode_tiles::kept_pitch(split_keys, chunk);
   const int64_t compressed = kept + offsets_bytes(dims, split_keys);
   const int64_t window = offsets_bytes(dims, window_keys);
-  return {.rows = 16 * row_tiles,
-          .keys = chunk,
-          .stages = kStages,
-          .dynamic_bytes =
-              ring_bytes(dims) + query_bytes(dims, row_tiles) + (compressed > window ? compressed : window),
-          .static_bytes = exchange_bytes(row_tiles, slices(row_tiles, chunk))};
+  return {
+      .rows = 16 * row_tiles,
+      .keys = chunk,
+      .stages = kStages,
+      .dynamic_bytes = ring_bytes(dims) + query_bytes(dims, row_tiles) + (compressed > window ? compressed : window),
+      .static_bytes = exchange_bytes(row_tiles, slices(row_tiles, chunk))};
 }
 
 constexpr KernelTile selected_tile(TileDims dims, int32_t row_tiles, int32_t part_keys) {
   const int32_t chunk = chunk_keys(dims);
-  return {.rows = 16 * row_tiles,
-          .keys = chunk,
-          .stages = kStages,
-          .dynamic_bytes = ring_bytes(dims) + query_bytes(dims, row_tiles) + offsets_bytes(dims, part_keys),
-          .static_bytes =
-              round_up(exchange_bytes(row_tiles, slices(row_tiles, chunk)) + decode_tiles::kListBytes, 128)};
+  return {
+      .rows = 16 * row_tiles,
+      .keys = chunk,
+      .stages = kStages,
+      .dynamic_bytes = ring_bytes(dims) + query_bytes(dims, row_tiles) + offsets_bytes(dims, part_keys),
+      .static_bytes = round_up(exchange_bytes(row_tiles, slices(row_tiles, chunk)) + decode_tiles::kListBytes, 128)};
 }
 
 }  // namespace decode_sm80

@@ -174,10 +174,10 @@ std::vector<Place> places_of(const DecodeInputs& in) {
     const int32_t* const begins = cumulative.has_value() ? cumulative->const_data_ptr<int32_t>() : nullptr;
     const int64_t first = begins != nullptr ? begins[b] : 0;
     const int64_t queries = begins != nullptr ? begins[b + 1] - first : in.q.size(1);
-    TORCH_CHECK_VALUE(queries >= 0 && queries <= in.max_seqlen_q && first >= 0 &&
-                          first + queries <= in.q.size(in.q.dim() - 3),
-                      "cu_seqlens_q must ascend within the tokens of q, by at most max_seqlen_q, ", in.max_seqlen_q,
-                      ", got ", queries, " for sequence ", b);
+    TORCH_CHECK_VALUE(
+        queries >= 0 && queries <= in.max_seqlen_q && first >= 0 && first + queries <= in.q.size(in.q.dim() - 3),
+        "cu_seqlens_q must ascend within the tokens of q, by at most max_seqlen_q, ", in.max_seqlen_q, ", got ",
+        queries, " for sequence ", b);
     for (int64_t i = 0; i < queries; ++i) {
       for (int64_t head = 0; head < in.keys[0].size(2); ++head) {
         places.push_back({b, begins != nullptr ? 0 : b, first + i, length - queries + i, head});
@@ -199,13 +199,13 @@ void decode(const DecodeInputs& given, const DecodeOptions& options, const at::T
   const bool packed = in.cu_seqlens_q.has_value();
   const auto dense = [&](const at::Tensor& x) { return packed ? x.unsqueeze(0) : x; };
   const at::Tensor q = dense(unit_stride(in.q));
-  const at::Tensor gates = dense(in.gates.to(in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous());
+  const at::Tensor gates =
+      dense(in.gates.to(in.q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).contiguous());
   const at::Tensor result = dense(out);
   const std::vector<Place> places = places_of(in);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, in.q.scalar_type(), "nsa_attention_with_kvcache", [&] {
-    for_each_task(static_cast<int64_t>(places.size()), [&](int64_t i) {
-      attend_query<scalar_t>(in, options, q, gates, result, places[i]);
-    });
+    for_each_task(static_cast<int64_t>(places.size()),
+                  [&](int64_t i) { attend_query<scalar_t>(in, options, q, gates, result, places[i]); });
   });
 }
 

@@ -1,8 +1,9 @@
 // A decoding step on CUDA: tensors become a plain struct, the plan is made, the workspace allocated.
+#include "decode/call.h"
+
 #include <ATen/Functions.h>
 #include <c10/cuda/CUDAGuard.h>
 
-#include "decode/call.h"
 #include "decode/cuda/launch.h"
 #include "gates/cuda/call.h"
 #include "host/cuda/device.h"
@@ -40,8 +41,8 @@ PagedRows paged_rows(const at::Tensor& k, const at::Tensor& v, const at::Tensor&
 }
 
 void check_supported(const DecodeInputs& in, const DecodeOptions& o) {
-  TORCH_CHECK_VALUE(o.num_selected <= kMostSelected, "num_selected must be at most ", kMostSelected,
-                    " on CUDA, got ", o.num_selected, " (the CPU takes any)");
+  TORCH_CHECK_VALUE(o.num_selected <= kMostSelected, "num_selected must be at most ", kMostSelected, " on CUDA, got ",
+                    o.num_selected, " (the CPU takes any)");
   const int64_t stride = o.blocks.block_stride;
   TORCH_CHECK_VALUE(o.blocks.block_size / stride <= kMostPieces, "block_size must be at most ", kMostPieces,
                     " strides on CUDA, got ", o.blocks.block_size, " with stride ", stride, " (the CPU takes any)");
@@ -51,8 +52,8 @@ void check_supported(const DecodeInputs& in, const DecodeOptions& o) {
   TORCH_CHECK_VALUE(in.cache_seqlens.size(0) * in.keys[0].size(2) <= 65535,
                     "cache_seqlens must be of at most 65535 sequences times KV heads on CUDA, got ",
                     in.cache_seqlens.size(0), " and ", in.keys[0].size(2));
-  for (const at::Tensor* const pages : {&in.keys[0], &in.values[0], &in.keys[1], &in.values[1], &in.keys[2],
-                                        &in.values[2]}) {
+  for (const at::Tensor* const pages :
+       {&in.keys[0], &in.values[0], &in.keys[1], &in.values[1], &in.keys[2], &in.values[2]}) {
     TORCH_CHECK_VALUE(pages->size(-1) <= 1 || pages->stride(-1) == 1,
                       "keys and values must have a last stride of 1 on CUDA, got strides ", pages->strides());
   }

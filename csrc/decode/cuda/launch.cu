@@ -1,9 +1,8 @@
 // Obeys the plan of a decoding step.
-#include "decode/cuda/launch.h"
-
 #include "common/dispatch.cuh"
 #include "decode/choose.cuh"
 #include "decode/cuda/kernels.h"
+#include "decode/cuda/launch.h"
 #include "decode/launch.cuh"
 #include "decode/plain/attention.cuh"
 

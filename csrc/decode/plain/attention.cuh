@@ -161,8 +161,7 @@ __global__ void __launch_bounds__(decode_plain::kThreads)
   }
   __syncthreads();
   if (split.compressed) {
-    weigh_split(params, split, plain.kept, plain.pitch, plain.count,
-                [&](int32_t row) { return sums[row].highest; });
+    weigh_split(params, split, plain.kept, plain.pitch, plain.count, [&](int32_t row) { return sums[row].highest; });
   }
 }
 
@@ -194,8 +193,7 @@ __global__ void __launch_bounds__(decode_plain::kThreads)
     plain.offsets[i] = i < seen ? part.locate(params, list, i) : nowhere();
   }
   __syncthreads();
-  plain.score(params, params.selected, part.unit.head, part.heads,
-              [&](int32_t) { return KeyRange{0, seen}; });
+  plain.score(params, params.selected, part.unit.head, part.heads, [&](int32_t) { return KeyRange{0, seen}; });
   __syncthreads();
   plain.sum_rows(sums, part.heads);
   __syncthreads();

@@ -260,8 +260,8 @@ __device__ inline float4 join_slices(const float* buffer, int row, int chunk) {
   float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int s = 0; s < Shape::kSlices; ++s) {
-    const float4 x = *reinterpret_cast<const float4*>(buffer + (s * Shape::kRows + row) * Shape::kDimV +
-                                                      ((chunk ^ (row & 7)) << 2));
+    const float4 x =
+        *reinterpret_cast<const float4*>(buffer + (s * Shape::kRows + row) * Shape::kDimV + ((chunk ^ (row & 7)) << 2));
     total.x += x.x;
     total.y += x.y;
     total.z += x.z;
