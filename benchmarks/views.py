@@ -200,6 +200,24 @@ def gradients(file: File, rows: list[Row]) -> str:
     return f"{machine(rows)}:\n\n{markdown(lines)}"
 
 
+def decode(file: File, rows: list[Row]) -> str:
+    del file
+    names = ["context x batch", "heads / KV heads", "d", "tokens", "us", "dense, us", "dense / this", "TB/s"]
+    lines = [names]
+    for row in rows:
+        peers = {name: us for name, us in row["peers"].items() if not isinstance(us, str)}
+        dense = min(peers.values(), default=float("nan"))
+        sizes = [f"{row['context'] // 1024}k x {row['batch']}", f"{row['heads']} / {row['kv_heads']}", f"{row['dk']}"]
+        times = [
+            f"{row['us']:.1f}",
+            f"{dense:.1f}",
+            f"{dense / row['us']:.2f}",
+            f"{row['bytes'] / row['us'] / 1e6:.2f}",
+        ]
+        lines.append([*sizes, str(row["tokens"]), *times])
+    return f"{rows[0]['dtype']}; {machine(rows)}:\n\n{markdown(lines)}"
+
+
 VIEWS = {
     "parts": parts,
     "sums": sums,
@@ -207,4 +225,5 @@ VIEWS = {
     "step": step,
     "libraries": libraries,
     "gradients": gradients,
+    "decode": decode,
 }

@@ -83,4 +83,12 @@ TORCH_LIBRARY(nsa, m) {
       "SymInt window, float? scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
       "SymInt? max_seqlen_k, Tensor? seqused_k) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Few new queries of sequences whose keys lie in pages; cache_seqlens counts them as well.
+  m.def(
+      "nsa_attention_with_kvcache(Tensor q, Tensor k_cmp, Tensor v_cmp, Tensor k_slc, Tensor v_slc, Tensor k_win, "
+      "Tensor v_win, Tensor gates, *, Tensor cache_seqlens, Tensor block_table, Tensor? window_table=None, "
+      "Tensor? cu_seqlens_q=None, int? max_seqlen_q=None, int block_size=32, int block_stride=16, int select_size=64, "
+      "int num_selected=16, int num_initial=1, int num_local=2, int window=512, float? scale=None, "
+      "int? num_splits=None) -> Tensor");
 }

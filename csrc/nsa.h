@@ -178,4 +178,33 @@ inline at::Tensor nsa_attention(const at::Tensor& q, const at::Tensor& k_cmp, co
                  sequences.seqused_k);
 }
 
+// Keys and values of a branch in pages: (pages, rows of a page, Hkv, D). See nsa_attention_with_kvcache.
+struct PagedCache {
+  at::Tensor k_cmp, v_cmp;                 // page_size / block_stride rows a page
+  at::Tensor k_slc, v_slc;                 // page_size rows, a multiple of select_size
+  at::Tensor k_win, v_win;                 // as k_slc, or of any size with a window_table
+  at::Tensor cache_seqlens;                // int32 (B): tokens of each sequence, the queries' own included
+  at::Tensor block_table;                  // int32 (B, pages of a sequence)
+  std::optional<at::Tensor> window_table;  // the same for k_win and v_win
+};
+
+// nsa_attention of the last tokens of sequences in pages, without gradients: q (B, Tq, Hq, Dk), Tq at most 8, or packed
+// with cu_seqlens_q and max_seqlen_q -> out (B, Tq, Hq, Dv). num_splits, when given, makes a sequence's result
+// independent of its batch, to the bit.
+inline at::Tensor nsa_attention_with_kvcache(const at::Tensor& q, const PagedCache& cache, const at::Tensor& gates,
+                                             const Options& options = {}, const Sequences& sequences = {},
+                                             std::optional<int64_t> num_splits = std::nullopt) {
+  using detail::OptionalTensor;
+  static const auto op = detail::find_op<at::Tensor(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, OptionalTensor, OptionalTensor,
+      std::optional<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::optional<double>,
+      std::optional<int64_t>)>("nsa::nsa_attention_with_kvcache");
+  return op.call(q, cache.k_cmp, cache.v_cmp, cache.k_slc, cache.v_slc, cache.k_win, cache.v_win, gates,
+                 cache.cache_seqlens, cache.block_table, cache.window_table, sequences.cu_seqlens_q,
+                 sequences.max_seqlen_q, options.block_size, options.block_stride, options.select_size,
+                 options.num_selected, options.num_initial, options.num_local, options.window, options.scale,
+                 num_splits);
+}
+
 }  // namespace nsa

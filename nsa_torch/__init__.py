@@ -16,6 +16,7 @@ _library.load()
 from nsa_torch import flops  # noqa: E402
 from nsa_torch.cache import NSACache  # noqa: E402
 from nsa_torch.checkpoints import convert_state_dict_0_1  # noqa: E402
+from nsa_torch.decode import nsa_attention_with_kvcache  # noqa: E402
 from nsa_torch.info import KernelLaunch, KernelPlan, build_info, which_kernel  # noqa: E402
 from nsa_torch.module import NSAAttention  # noqa: E402
 from nsa_torch.ops import (  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "compressed_attention",
     "convert_state_dict_0_1",
     "nsa_attention",
+    "nsa_attention_with_kvcache",
     "rotate",
     "select_blocks",
     "selected_attention",

@@ -24,10 +24,10 @@ from torch import Tensor
 
 _INTEGERS = frozenset(
     ("block_size", "block_stride", "select_size", "num_selected", "num_initial", "num_local", "window")
-    + ("seqlen_k", "max_seqlen_q", "max_seqlen_k")
+    + ("seqlen_k", "max_seqlen_q", "max_seqlen_k", "num_splits")
 )
 _OPTIONAL = frozenset(
-    ("pe", "w1", "b1", "w2", "b2", "scale", "seqlen_k", "block_indices")
+    ("pe", "w1", "b1", "w2", "b2", "scale", "seqlen_k", "block_indices", "window_table", "num_splits")
     + ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")
 )
 

@@ -18,6 +18,7 @@ FLOORS = (
     ("host",),
     ("gates",),
     ("compression", "range", "rotate", "selected", "selection"),
+    ("decode",),
     ("nsa", "plans"),
     ("python",),
 )
@@ -66,6 +67,8 @@ def instantiations() -> Iterator[tuple[Path, str]]:
                 name = "_".join([short, *map(str, dims)])
                 arguments = ", ".join([element, *map(str, dims)])
                 yield CSRC / branch / machine / "instantiations" / f"{role}{name}.cu", arguments
+    for (short, element), (k, v) in product(ELEMENTS, tiles):
+        yield CSRC / "decode" / "sm80" / "instantiations" / f"{short}_{k}_{v}.cu", f"{element}, {k}, {v}"
 
 
 def test_every_kernel_that_is_listed_is_compiled() -> None:

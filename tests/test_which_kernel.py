@@ -209,7 +209,7 @@ def test_every_op_of_the_package_is_known() -> None:
 
 
 def test_cpu_kernels_are_named() -> None:
-    for op in (*OPS, "compress", "rotate"):
+    for op in (*OPS, "compress", "rotate", "nsa_attention_with_kvcache"):
         assert nsa_torch.which_kernel(op, num_heads=4, num_kv_heads=2, num_keys=100).reason
 
 

@@ -34,7 +34,7 @@ void autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 template <c10::DeviceType device>
 void register_autocast(torch::Library& m) {
   for (const char* op : {"compress", "compressed_attention", "select_blocks", "selected_attention", "window_attention",
-                         "nsa_attention"}) {
+                         "nsa_attention", "nsa_attention_with_kvcache"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&autocast<device>>());
   }
   for (const char* op : {"compress_backward", "compressed_attention_backward", "selected_attention_backward",

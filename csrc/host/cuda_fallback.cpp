@@ -34,9 +34,9 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nsa, CUDA, m) {
-  for (const char* op :
-       {"compress", "compress_backward", "compressed_attention", "compressed_attention_backward", "select_blocks",
-        "selected_attention", "selected_attention_backward", "window_attention", "window_attention_backward"}) {
+  for (const char* op : {"compress", "compress_backward", "compressed_attention", "compressed_attention_backward",
+                         "select_blocks", "selected_attention", "selected_attention_backward", "window_attention",
+                         "window_attention_backward", "nsa_attention_with_kvcache"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
   }
 }

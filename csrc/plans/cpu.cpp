@@ -23,6 +23,9 @@ KernelReport cpu_report(const KernelQuery& query) {
             "tiles of " + std::to_string(tokens) + " queries, so that a block of " + std::to_string(blocks) +
                 " meets about " + std::to_string(cpu::kRowsWanted) + " rows at once" + products};
   }
+  if (query.op == "nsa_attention_with_kvcache") {
+    return {{{"cpu_decode_" + type, {}}}, "a task for each query and KV head, in " + type};
+  }
   if (query.op == "nsa_attention") {
     return {{{"composition", {}}},
             "the kernels of compressed_attention, select_blocks, selected_attention and window_attention"};

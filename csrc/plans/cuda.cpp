@@ -214,6 +214,9 @@ KernelReport cuda_report(const KernelQuery& query) {
   if (query.op == "nsa_attention") {
     return whole_report(query, device);
   }
+  if (query.op == "nsa_attention_with_kvcache") {
+    return decode_report(query, device);
+  }
   return op_report(query, device, query.op);
 }
 

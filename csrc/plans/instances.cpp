@@ -1,5 +1,6 @@
 #include "plans/instances.h"
 
+#include "decode/tiles.h"
 #include "gates/tiles.h"
 #include "range/tiles.h"
 #include "selected/tiles.h"
@@ -98,6 +99,25 @@ void add_hopper(Instances& to, TileDims dims) {
   }
 }
 
+// Of a step: the splits and parts of a long sequence, with selection blocks of 64.
+void add_decode(Instances& to) {
+  constexpr int32_t kSplitKeys = 512;
+  constexpr int32_t kFewKeys = 64;
+  constexpr int32_t kWindowKeys = 128;
+  constexpr int32_t kPartKeys = 256;
+  for (const TileDims& dims : kTileDims) {
+    for (const int32_t tiles : decode_sm80::kRowTiles) {
+      const std::string rows = std::to_string(16 * tiles) + " rows";
+      to.add("decode_ranges_sm80", dims, decode_sm80::ranges_tile(dims, tiles, kSplitKeys, kWindowKeys), rows);
+      to.add("decode_ranges_sm80", dims, decode_sm80::ranges_tile(dims, tiles, kFewKeys, kWindowKeys), rows);
+      to.add("decode_selected_sm80", dims, decode_sm80::selected_tile(dims, tiles, kPartKeys), rows);
+    }
+  }
+  to.add_any("decode_ranges_plain", decode_plain::ranges_tile(kLargestHeadDim, kSplitKeys, kWindowKeys));
+  to.add_any("decode_selected_plain", decode_plain::selected_tile(kLargestHeadDim, kPartKeys));
+  to.add_any("decode_choose", decode_tiles::choose_tile(16, 128, 1024));
+}
+
 void add_others(Instances& to) {
   to.add_any("combine_gates", gate_tiles::kCombine);
   to.add_any("gate_gradients", gate_tiles::kGradients);
@@ -125,6 +145,7 @@ std::vector<KernelInstance> kernel_instances() {
       add_hopper(instances, dims);
     }
   }
+  add_decode(instances);
   add_others(instances);
   return instances.all;
 }

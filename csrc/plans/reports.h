@@ -20,5 +20,6 @@ KernelReport report_of(const Launches& launches, std::string reason);
 KernelReport cpu_report(const KernelQuery& query);
 KernelReport cuda_report(const KernelQuery& query);
 KernelReport compress_report(const KernelQuery& query);
+KernelReport decode_report(const KernelQuery& query, const Device& device);
 
 }  // namespace nsa

@@ -5,6 +5,7 @@
 
 #include "common/build_info.h"
 #include "common/dispatch.h"
+#include "decode/tiles.h"
 #include "plans/reports.h"
 #include "selection/params.h"
 
@@ -49,14 +50,16 @@ std::vector<std::string> differentiable_inputs(const std::string& op) {
 // What the ops refuse on CUDA, so that no plan is asked about it.
 void check_cuda_limits(const KernelQuery& query) {
   constexpr int64_t kMost = 0x7fffffff;
-  const bool chooses = query.op == "select_blocks" || query.op == "nsa_attention";
+  const bool decodes = query.op == "nsa_attention_with_kvcache";
+  const bool chooses = query.op == "select_blocks" || query.op == "nsa_attention" || decodes;
   if (chooses) {
     require_between("num_selected", query.num_selected, 1, kMostSelected);
     require_between("block_size / block_stride", query.block_size / query.block_stride, 1, kMostPieces);
     require_between("select_size / block_stride", query.select_size / query.block_stride, 1, kMostPieces);
-    const int64_t most_heads = query.dtype == "float32" ? kMost : kMostHeads;
+    const int64_t most_heads = query.dtype == "float32" || decodes ? kMost : kMostHeads;
     require_between("num_heads / num_kv_heads", query.num_heads / query.num_kv_heads, 1, most_heads);
   }
+  require_between("num_queries", query.num_queries, 0, decodes ? kMostDecodeQueries : kMost);
   require_between("num_queries * batch", query.num_queries * query.batch, 0, kMost);
   require_between("num_keys * batch", query.num_keys * query.batch, 0, kMost);
   const int64_t lists = query.num_queries * query.batch * query.num_kv_heads;  // below 2^51
@@ -97,7 +100,8 @@ void check(const KernelQuery& query) {
   if (query.device == "cuda") {
     check_cuda_limits(query);
   }
-  require(!query.backward || query.op != "select_blocks", "backward must be False for select_blocks, got True");
+  require(!query.backward || (query.op != "select_blocks" && query.op != "nsa_attention_with_kvcache"),
+          "backward must be False for " + query.op + ", got True");
   require(query.backward || query.gradients.empty(), "gradients must come with backward, got them without");
   for (const std::string& input : query.gradients) {
     require_one_of("gradients", input, differentiable_inputs(query.op));
@@ -113,7 +117,7 @@ bool wants(const KernelQuery& query, const std::string& input) {
 
 std::vector<std::string> ops_with_kernels() {
   return {"compress",           "rotate",           "compressed_attention", "select_blocks",
-          "selected_attention", "window_attention", "nsa_attention"};
+          "selected_attention", "window_attention", "nsa_attention",        "nsa_attention_with_kvcache"};
 }
 
 KernelReport which_kernel(const KernelQuery& query) {

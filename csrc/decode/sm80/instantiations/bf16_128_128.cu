@@ -1,0 +1,5 @@
+#include "decode/sm80/launch.cuh"
+
+namespace nsa {
+template struct DecodeSm80<BFloat16, 128, 128>;
+}  // namespace nsa

@@ -1,0 +1,5 @@
+#include "decode/sm80/launch.cuh"
+
+namespace nsa {
+template struct DecodeSm80<Half, 192, 128>;
+}  // namespace nsa

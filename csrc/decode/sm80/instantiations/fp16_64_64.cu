@@ -1,0 +1,5 @@
+#include "decode/sm80/launch.cuh"
+
+namespace nsa {
+template struct DecodeSm80<Half, 64, 64>;
+}  // namespace nsa
