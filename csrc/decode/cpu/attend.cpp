@@ -12,11 +12,11 @@
 namespace nsa::cpu {
 namespace {
 
-template <typename scalar_t>
-using Wide = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+template <typename Scalar>
+using Wide = std::conditional_t<std::is_same_v<Scalar, double>, double, float>;
 
 // Rows of one branch's pages, of one KV head.
-template <typename scalar_t>
+template <typename Scalar>
 struct Pages {
   const at::Tensor& k;
   const at::Tensor& v;
@@ -30,15 +30,15 @@ struct Pages {
                       ", got ", page, " for page ", index, " of sequence ", sequence);
     return page;
   }
-  static const scalar_t* at(const at::Tensor& x, int64_t page, int64_t row, int64_t head) {
-    return x.const_data_ptr<scalar_t>() + page * x.stride(0) + row * x.stride(1) + head * x.stride(2);
+  static const Scalar* at(const at::Tensor& x, int64_t page, int64_t row, int64_t head) {
+    return x.const_data_ptr<Scalar>() + page * x.stride(0) + row * x.stride(1) + head * x.stride(2);
   }
 };
 
 // One query of one KV head's group.
-template <typename scalar_t>
+template <typename Scalar>
 struct Query {
-  using W = Wide<scalar_t>;
+  using W = Wide<Scalar>;
   int64_t group;
   std::vector<W> q;    // (G, Dk), times the scale
   std::vector<W> out;  // (G, Dv)
@@ -46,15 +46,15 @@ struct Query {
 
   // Attends to the rows that `row_of(i)` names, i < count; adds to `out` by the gates. `scores` are the probabilities.
   template <typename RowOf>
-  void attend(const Pages<scalar_t>& pages, int64_t sequence, int64_t count, const W* gates, const RowOf& row_of) {
+  void attend(const Pages<Scalar>& pages, int64_t sequence, int64_t count, const W* gates, const RowOf& row_of) {
     const int64_t dim_k = pages.k.size(3), dim_v = pages.v.size(3);
     scores.assign(group * count, W(0));
-    std::vector<const scalar_t*> values(count);
+    std::vector<const Scalar*> values(count);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t row = row_of(i);
       const int64_t page = pages.page_of(sequence, row);
-      const scalar_t* const key = Pages<scalar_t>::at(pages.k, page, row % pages.k.size(1), pages.head);
-      values[i] = Pages<scalar_t>::at(pages.v, page, row % pages.k.size(1), pages.head);
+      const Scalar* const key = Pages<Scalar>::at(pages.k, page, row % pages.k.size(1), pages.head);
+      values[i] = Pages<Scalar>::at(pages.v, page, row % pages.k.size(1), pages.head);
       for (int64_t g = 0; g < group; ++g) {
         W sum = 0;
         for (int64_t c = 0; c < dim_k; ++c) {
@@ -114,17 +114,17 @@ struct Place {
   int64_t head_kv;
 };
 
-template <typename scalar_t>
+template <typename Scalar>
 void attend_query(const DecodeInputs& in, const DecodeOptions& o, const at::Tensor& q, const at::Tensor& gates,
                   const at::Tensor& out, const Place& at) {
-  using W = Wide<scalar_t>;
+  using W = Wide<Scalar>;
   const int64_t group = q.size(2) / in.keys[0].size(2), dim_k = q.size(3), dim_v = out.size(3);
-  Query<scalar_t> query{group, std::vector<W>(group * dim_k), std::vector<W>(group * dim_v, W(0)), {}};
+  Query<Scalar> query{group, std::vector<W>(group * dim_k), std::vector<W>(group * dim_v, W(0)), {}};
   std::array<std::vector<W>, 3> gate;
   for (int64_t g = 0; g < group; ++g) {
     const int64_t head = at.head_kv * group + g;
-    const scalar_t* const from =
-        q.const_data_ptr<scalar_t>() + at.batch * q.stride(0) + at.token * q.stride(1) + head * q.stride(2);
+    const Scalar* const from =
+        q.const_data_ptr<Scalar>() + at.batch * q.stride(0) + at.token * q.stride(1) + head * q.stride(2);
     for (int64_t c = 0; c < dim_k; ++c) {
       query.q[g * dim_k + c] = static_cast<W>(from[c]) * static_cast<W>(o.scale);
     }
@@ -135,7 +135,7 @@ void attend_query(const DecodeInputs& in, const DecodeOptions& o, const at::Tens
   }
   if (at.position >= 0) {
     const auto pages = [&](int branch) {
-      return Pages<scalar_t>{in.keys[branch], in.values[branch], in.tables[branch], at.head_kv};
+      return Pages<Scalar>{in.keys[branch], in.values[branch], in.tables[branch], at.head_kv};
     };
     const int64_t shift = o.blocks.block_size / o.blocks.block_stride - 1;
     const int64_t compressed = o.blocks(at.position).end;
@@ -150,10 +150,10 @@ void attend_query(const DecodeInputs& in, const DecodeOptions& o, const at::Tens
                  [&](int64_t i) { return seen.begin + i; });
   }
   for (int64_t g = 0; g < group; ++g) {
-    scalar_t* const to = out.mutable_data_ptr<scalar_t>() + at.batch * out.stride(0) + at.token * out.stride(1) +
-                         (at.head_kv * group + g) * out.stride(2);
+    Scalar* const to = out.mutable_data_ptr<Scalar>() + at.batch * out.stride(0) + at.token * out.stride(1) +
+                       (at.head_kv * group + g) * out.stride(2);
     for (int64_t c = 0; c < dim_v; ++c) {
-      to[c] = static_cast<scalar_t>(query.out[g * dim_v + c]);
+      to[c] = static_cast<Scalar>(query.out[g * dim_v + c]);
     }
   }
 }
