@@ -69,6 +69,9 @@ def paged_inputs(row: Row, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         given[f"k_{branch}"] = normal(pages, rows, row["kv_heads"], row["dk"])
         given[f"v_{branch}"] = normal(pages, rows, row["kv_heads"], row["dv"])
     given["gates"] = normal(row["batch"], row["tokens"], row["heads"], 3).sigmoid()
+    if row.get("layout") == "heads first":
+        for name in [x for x in given if x[:2] in ("k_", "v_")]:
+            given[name] = given[name].transpose(1, 2).contiguous().transpose(1, 2)
     order = torch.randperm(pages, generator=random, device="cuda").int()
     given["block_table"] = order.reshape(row["batch"], -1)
     given["cache_seqlens"] = torch.full((row["batch"],), row["context"], dtype=torch.int32, device="cuda")

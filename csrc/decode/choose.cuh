@@ -5,6 +5,7 @@
 #include "common/threads.cuh"
 #include "decode/chain.cuh"
 #include "decode/ranges.cuh"
+#include "decode/ranks.cuh"
 #include "decode/tiles.h"
 
 namespace nsa {
@@ -110,17 +111,6 @@ __device__ inline void add_splits(const DecodeParams& params, int32_t unit, cons
       *reinterpret_cast<float4*>(params.gated + place * params.columns + column) = sum;
     }
   }
-}
-
-// Numbers that order blocks: 0 for one that can't be chosen, then free ones by importance, forced ones last.
-__device__ inline uint32_t rank_of(const ForcedBlocks& forced, int32_t block, int32_t own_block, float importance) {
-  if (block > own_block) {
-    return 0u;
-  }
-  if (forced.contains(block, own_block)) {
-    return 0xffffffffu;
-  }
-  return importance >= 0.f ? __float_as_uint(importance) + 2u : 1u;  // NaN counts as the lowest
 }
 
 struct Selector {

@@ -76,10 +76,23 @@ struct DecodeParams {
   int32_t adding_warps;  // that add up the splits of a row: 1 to 16, a power of two
   int32_t columns;       // of a row in the workspace: Dv, rounded up to a tile's
 
+  // On Hopper, else 0: a split is made of stages, each of whole selection blocks.
+  int32_t stage_blocks;    // selection blocks of a stage
+  int32_t stages;          // of the compressed keys that the tables have room for
+  int32_t row_tiles;       // tiles of rows of a unit
+  int32_t items;           // a split of a tile's keys, compressed or of the window
+  int32_t cluster;         // blocks of threads that share a query's choice
+  int32_t padded_group;    // G, rounded up to a multiple of four
+  Divisor by_stage_blocks;
+  Divisor by_all_splits;
+  Divisor by_row_tiles;
+
   // Workspace, float32. R = Tq G rows, S = splits, then window_splits.
   float* range_out;        // (units, S, R, columns)
   RowSums* range_sums;     // (units, S, R)
   float* weights;          // (units, R, splits, split_blocks + spill_blocks)
+  float* stage_weights;    // (units, stages, stage_blocks + spill_blocks, Tq, padded_group), to stage_highest
+  float* stage_highest;    // (units, stages, Tq, padded_group)
   float* gated;            // (units, R, columns): the compressed and the window branch, with their gates
   float* part_out;         // (units, Tq, parts, G, columns)
   RowSums* part_sums;      // (units, Tq, parts, G)
@@ -94,6 +107,10 @@ struct DecodeParams {
   NSA_HOST_DEVICE int32_t weights_of_split() const { return split_blocks + spill_blocks; }
   NSA_HOST_DEVICE int32_t pieces() const { return select_size / block_stride; }
   NSA_HOST_DEVICE int32_t split_keys() const { return split_blocks * pieces(); }
+  NSA_HOST_DEVICE int32_t stage_keys() const { return stage_blocks * pieces(); }
+  NSA_HOST_DEVICE int32_t split_stages() const { return split_blocks / stage_blocks; }
+  NSA_HOST_DEVICE int32_t weights_of_stage() const { return stage_blocks + spill_blocks; }
+  NSA_HOST_DEVICE int32_t padded_rows() const { return queries * padded_group; }
 };
 
 // A sequence of the batch, as a unit sees it.

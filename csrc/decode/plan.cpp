@@ -45,6 +45,81 @@ bool suits_tensor_cores(const DecodeParams& p) {
          p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q.batch_stride % 8 == 0 && p.out.width % 8 == 0;
 }
 
+// Why a step does not suit the kernels for Hopper, or null.
+const char* not_for_sm90(const DecodeParams& p, const Device& device) {
+  const TileDims dims = tile_dims(p.q.width, p.out.width);
+  if (!has_sm90_kernels(dims.k)) {
+    return kDimsTooLarge;
+  }
+  if (device.shared_bytes < kHopperSharedBytes) {
+    return kTooLittleShared;
+  }
+  if (p.group > 32) {
+    return "the decoding kernels for compute capability 9.0 take groups of at most 32 heads";
+  }
+  // Ranks of all blocks lie where keys do later.
+  const int64_t ranks = decode_sm90::selected_stages(dims) * decode_sm90::stage_bytes(dims) / kFloatBytes;
+  return count_blocks(p) > ranks ? "the choice is among more blocks than shared memory holds" : nullptr;
+}
+
+// What streaming a split costs beside its stages, in stages: its queries, its sums, and adding these up.
+constexpr double kSplitCost = 0.35;
+
+// Stages of a split. Splits are taken in rounds by as many blocks of threads as run at once.
+int64_t split_stages(const DecodeParams& p, int32_t num_splits, int64_t window_stages, int64_t blocks_at_once) {
+  if (num_splits > 0) {
+    return std::max<int64_t>(p.stages / num_splits, 1);
+  }
+  int64_t best = 1;
+  double least = 0.;
+  for (int64_t stages = 1; stages <= 8; ++stages) {
+    const int64_t items =
+        int64_t{p.units()} * p.row_tiles * (ceil_div(p.stages, stages) + ceil_div(window_stages, stages));
+    const double cost = static_cast<double>(ceil_div(items, blocks_at_once)) * (static_cast<double>(stages) + kSplitCost);
+    if (stages == 1 || cost < least) {
+      best = stages;
+      least = cost;
+    }
+  }
+  return best;
+}
+
+void cut_for_sm90(DecodePlan& plan, DecodeParams& p, int32_t num_splits, const Device& device) {
+  const TileDims dims = tile_dims(p.q.width, p.out.width);
+  plan.row_tiles = decode_sm90::row_tiles(dims, p.rows());
+  plan.part_row_tiles = decode_sm90::row_tiles(dims, p.group);
+  p.row_tiles = static_cast<int32_t>(ceil_div(p.rows(), 16 * plan.row_tiles));
+  p.by_row_tiles = Divisor(static_cast<uint32_t>(p.row_tiles));
+  p.padded_group = static_cast<int32_t>(round_up(p.group, 4));
+  p.spill_blocks = static_cast<int32_t>(ceil_div(p.block_size / p.block_stride - 1, p.pieces()));
+  p.stage_blocks = decode_sm90::kStageKeys / p.pieces();
+  p.by_stage_blocks = Divisor(static_cast<uint32_t>(p.stage_blocks));
+  p.stages = static_cast<int32_t>(std::max<int64_t>(ceil_div(count_blocks(p), p.stage_blocks), 1));
+  const int64_t seen = std::min<int64_t>(int64_t{p.window} + p.queries - 1, p.max_tokens);
+  const int64_t window_stages = std::max<int64_t>(ceil_div(seen, decode_sm90::kStageKeys), 1);
+  const int64_t stages = split_stages(p, num_splits, window_stages, device.multiprocessors);
+  p.split_blocks = static_cast<int32_t>(stages * p.stage_blocks);
+  p.by_split_blocks = Divisor(static_cast<uint32_t>(p.split_blocks));
+  p.splits = static_cast<int32_t>(ceil_div(p.stages, stages));
+  const int64_t window_split = num_splits > 0 ? 2 : stages;
+  p.window_split_keys = static_cast<int32_t>(window_split * decode_sm90::kStageKeys);
+  p.window_splits = static_cast<int32_t>(ceil_div(window_stages, window_split));
+  p.by_all_splits = Divisor(static_cast<uint32_t>(p.all_splits()));
+  p.items = p.units() * p.row_tiles * p.all_splits();
+  plan.range_blocks = std::min(p.items, device.multiprocessors);
+  p.cluster = num_splits > 0 ? 4 : decode_sm90::kMostCluster;
+  while (p.cluster > 1 &&
+         (p.cluster > p.num_selected ||
+          (num_splits == 0 && int64_t{p.units()} * p.queries * p.cluster > device.multiprocessors))) {
+    p.cluster /= 2;
+  }
+  p.part_blocks = static_cast<int32_t>(ceil_div(p.num_selected, p.cluster));
+  p.parts = 0;
+  plan.launches = {};
+  plan.launches.add("decode_ranges_sm90", decode_sm90::ranges_tile(dims, plan.row_tiles));
+  plan.launches.add("decode_selected_sm90", decode_sm90::selected_tile(dims, plan.part_row_tiles));
+}
+
 void list_launches(DecodePlan& plan, const DecodeParams& p) {
   const bool plain = plan.kernel.machine == Machine::kPlain;
   const TileDims dims = tile_dims(p.q.width, p.out.width);
@@ -61,28 +136,43 @@ void list_launches(DecodePlan& plan, const DecodeParams& p) {
 
 // Numbers of each part of the workspace, in their order.
 struct Workspace {
-  int64_t range_out, range_sums, weights, gated, part_out, part_sums;
+  int64_t range_out, range_sums, weights, stage_weights, stage_highest, gated, part_out, part_sums;
   int64_t finished, lists;
 
   explicit Workspace(const DecodeParams& p) {
     const int64_t units = p.units();
     const int64_t split_rows = units * p.all_splits() * p.rows();
     const int64_t part_rows = units * p.queries * p.parts * p.group;
+    const bool in_stages = p.stages > 0;
     range_out = split_rows * p.columns;
-    range_sums = 2 * split_rows;
-    weights = round_up(units * p.rows() * p.splits * p.weights_of_split(), 4);
-    gated = units * p.rows() * p.columns;
+    range_sums = round_up(2 * split_rows, 4);
+    weights = in_stages ? 0 : round_up(units * p.rows() * p.splits * p.weights_of_split(), 4);
+    stage_highest = units * p.stages * p.padded_rows();
+    stage_weights = stage_highest * p.weights_of_stage();
+    gated = in_stages ? 0 : units * p.rows() * p.columns;
     part_out = part_rows * p.columns;
     part_sums = 2 * part_rows;
     finished = units * p.queries;
     lists = units * p.queries * p.num_selected;
   }
-  int64_t floats() const { return range_out + round_up(range_sums, 4) + weights + gated + part_out + part_sums; }
+  int64_t floats() const {
+    return range_out + range_sums + weights + stage_weights + stage_highest + gated + part_out + part_sums;
+  }
 };
+
+DecodePlan with_workspace(DecodePlan plan, const DecodeParams& params) {
+  const Workspace workspace(params);
+  plan.floats = workspace.floats();
+  plan.ints = workspace.finished + 2 * workspace.lists;
+  return plan;
+}
 
 }  // namespace
 
 int64_t most_decode_tokens(const DecodeParams& params, const Device& device) {
+  if (params.stages > 0) {
+    return params.max_tokens;  // kernels for Hopper are chosen where they have room
+  }
   // A factor for each head and split of the fewest keys, and a rank for each block.
   const double of_block = 4. + 4. * params.group / params.split_blocks;
   const double blocks = static_cast<double>(device.shared_bytes - decode_tiles::kChooseStaticBytes) / of_block;
@@ -91,15 +181,17 @@ int64_t most_decode_tokens(const DecodeParams& params, const Device& device) {
 
 DecodePlan plan_decode(DecodeParams& params, ElementType type, int32_t num_splits, const Device& device) {
   DecodePlan plan{};
-  plan.kernel = {Machine::kSm80, "tensor cores multiply 16-bit elements"};
-  if (type == ElementType::kFloat32) {
-    plan.kernel = {Machine::kPlain, "float32 is computed without tensor cores, whose float32 is not exact"};
-  } else if (!suits_tensor_cores(params)) {
+  plan.kernel = choose_kernel(type, device, not_for_sm90(params, device));
+  if (type != ElementType::kFloat32 && !suits_tensor_cores(params)) {
     plan.kernel = {Machine::kPlain, "addresses, strides and widths are not multiples of 16 bytes"};
   }
   const bool plain = plan.kernel.machine == Machine::kPlain;
   params.columns =
       plain ? static_cast<int32_t>(round_up(params.out.width, 4)) : tile_dims(params.q.width, params.out.width).v;
+  if (plan.kernel.machine == Machine::kSm90) {
+    cut_for_sm90(plan, params, num_splits, device);
+    return with_workspace(plan, params);
+  }
   plan.row_tiles = params.rows() <= 16 ? 1 : 2;
   plan.part_row_tiles = params.group <= 16 ? 1 : 2;
   // Kept scores may take less shared memory than the GPU has.
@@ -116,18 +208,17 @@ DecodePlan plan_decode(DecodeParams& params, ElementType type, int32_t num_split
     params.parts = static_cast<int32_t>(ceil_div(params.num_selected, params.part_blocks));
     list_launches(plan, params);
   }
-  const Workspace workspace(params);
-  plan.floats = workspace.floats();
-  plan.ints = workspace.finished + 2 * workspace.lists;
-  return plan;
+  return with_workspace(plan, params);
 }
 
 void place_workspace(DecodeParams& params, float* floats, int32_t* ints) {
   const Workspace workspace(params);
   params.range_out = floats;
   params.range_sums = reinterpret_cast<RowSums*>(params.range_out + workspace.range_out);
-  params.weights = floats + workspace.range_out + round_up(workspace.range_sums, 4);
-  params.gated = params.weights + workspace.weights;
+  params.weights = params.range_out + workspace.range_out + workspace.range_sums;
+  params.stage_weights = params.weights + workspace.weights;
+  params.stage_highest = params.stage_weights + workspace.stage_weights;
+  params.gated = params.stage_highest + workspace.stage_highest;
   params.part_out = params.gated + workspace.gated;
   params.part_sums = reinterpret_cast<RowSums*>(params.part_out + workspace.part_out);
   params.finished = ints;

@@ -9,9 +9,10 @@ namespace nsa {
 
 struct DecodePlan {
   KernelChoice kernel;
-  int32_t row_tiles;  // of 16 rows, that a block of threads has: sm80
+  int32_t row_tiles;  // of 16 rows, that a block of threads has
   int32_t part_row_tiles;
-  Launches launches;  // ranges, choose, selected
+  int32_t range_blocks;  // of threads, that take splits in turn: sm90
+  Launches launches;     // ranges, choose, selected; choose is a part of selected on sm90
   // Workspace.
   int64_t floats;
   int64_t ints;

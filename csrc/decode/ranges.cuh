@@ -15,9 +15,8 @@ struct RowOffsets {
 };
 __device__ inline RowOffsets nowhere() { return {-1, -1}; }
 
-// A page of a table; -1, with a fault, where the pool lacks it.
-__device__ inline int32_t page_at(const DecodeParams& params, const PagedRows& rows, int64_t sequence, int32_t index) {
-  const int32_t page = index < rows.table_width ? rows.table[sequence * rows.table_stride + index] : -1;
+// A table's entry; -1, with a fault, where the pool lacks that page.
+__device__ inline int32_t checked_page(const DecodeParams& params, const PagedRows& rows, int32_t page) {
   if (page < 0 || page >= rows.k.pages) {
     if (params.faults != nullptr) {
       *params.faults = 1;
@@ -25,6 +24,9 @@ __device__ inline int32_t page_at(const DecodeParams& params, const PagedRows& r
     return -1;
   }
   return page;
+}
+__device__ inline int32_t page_at(const DecodeParams& params, const PagedRows& rows, int64_t sequence, int32_t index) {
+  return checked_page(params, rows, index < rows.table_width ? rows.table[sequence * rows.table_stride + index] : -1);
 }
 
 __device__ inline RowOffsets row_of_page(const PagedRows& rows, int32_t page, int32_t row) {
@@ -138,27 +140,31 @@ __device__ inline bool begin_split(const DecodeParams& params, const RangeSplit&
   return false;
 }
 
-// What a split's keys weigh in the importance of its selection blocks and of those that its last keys reach into, from
-// their exponentials: keys [0, count) of a row. By a warp.
-__device__ inline void weigh_blocks(const DecodeParams& params, const float* from, int32_t count, float* to) {
+// What a row's keys [0, count) weigh in the importance of selection block `block` of theirs, from their exponentials. Past
+// the last of their blocks come those that the last keys reach into.
+__device__ inline float block_weight(const DecodeParams& params, const float* from, int32_t count, int32_t block) {
   const int32_t covered = params.block_size / params.block_stride;
   const int32_t pieces = params.pieces();
+  const int32_t first = block * pieces;
+  if (covered == 2 && pieces == 4) {  // weights 1, 2, 2, 2, 1
+    const float before = block > 0 && first <= count ? from[first - 1] : 0.f;
+    const float4 x = first < count ? *reinterpret_cast<const float4*>(from + first) : make_float4(0.f, 0.f, 0.f, 0.f);
+    return (before + x.w) + 2.f * (x.x + x.y + x.z);
+  }
+  float weight = 0.f;
+  const int32_t stop = min(first + pieces, count);
+#pragma unroll 1
+  for (int32_t m = max(first - covered + 1, 0); m < stop; ++m) {
+    weight += from[m] * static_cast<float>(min(m + covered, first + pieces) - max(m, first));
+  }
+  return weight;
+}
+
+// Those of all blocks of a split. By a warp.
+__device__ inline void weigh_blocks(const DecodeParams& params, const float* from, int32_t count, float* to) {
 #pragma unroll 1
   for (int32_t block = static_cast<int32_t>(threadIdx.x) % 32; block < params.weights_of_split(); block += 32) {
-    float weight = 0.f;
-    const int32_t first = block * pieces;
-    if (covered == 2 && pieces == 4) {  // weights 1, 2, 2, 2, 1
-      const float before = block > 0 && first <= count ? from[first - 1] : 0.f;
-      const float4 x = first < count ? *reinterpret_cast<const float4*>(from + first) : make_float4(0.f, 0.f, 0.f, 0.f);
-      weight = (before + x.w) + 2.f * (x.x + x.y + x.z);
-    } else {
-      const int32_t stop = min(first + pieces, count);
-#pragma unroll 1
-      for (int32_t m = max(first - covered + 1, 0); m < stop; ++m) {
-        weight += from[m] * static_cast<float>(min(m + covered, first + pieces) - max(m, first));
-      }
-    }
-    to[block] = weight;
+    to[block] = block_weight(params, from, count, block);
   }
 }
 

@@ -73,6 +73,63 @@ constexpr KernelTile selected_tile(TileDims dims, int32_t row_tiles, int32_t par
 
 }  // namespace decode_sm80
 
+// Hopper: stages of 128 keys in a ring that one set of warps fills and another empties.
+namespace decode_sm90 {
+
+constexpr int32_t kStageKeys = 128;
+constexpr int32_t kProducerWarps = 4;
+constexpr int32_t kConsumerWarps = 8;
+constexpr int32_t kThreads = 32 * (kProducerWarps + kConsumerWarps);
+constexpr int32_t kMostCluster = 8;
+constexpr int32_t kCachedPages = 1024;  // of a sequence's table
+constexpr int32_t kKeptPitch = kStageKeys + 4;
+constexpr int32_t kRowTiles[] = {1, 2, 4};
+constexpr int32_t most_row_tiles(TileDims dims) { return dims.k <= 128 ? 4 : 2; }
+constexpr int32_t row_tiles(TileDims dims, int64_t rows) {
+  return rows <= 16 ? 1 : rows <= 32 ? 2 : most_row_tiles(dims);
+}
+
+constexpr int64_t stage_bytes(TileDims dims) { return kHalfBytes * kStageKeys * (dims.k + dims.v); }
+constexpr int32_t range_stages(TileDims dims, int32_t row_tiles) {
+  return dims.k + dims.v <= 128 ? (row_tiles == 1 ? 6 : 4) : dims.k <= 128 && row_tiles == 1 ? 3 : 2;
+}
+constexpr int32_t selected_stages(TileDims dims) { return dims.k + dims.v <= 128 ? 4 : 2; }
+
+constexpr int64_t query_bytes(TileDims dims, int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * dims.k; }
+constexpr int64_t weight_bytes(int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * kStageKeys; }
+constexpr int64_t exchange_bytes(int32_t row_tiles) { return kFloatBytes * 2 * kConsumerWarps * 16 * row_tiles; }
+constexpr int64_t out_bytes(TileDims dims, int32_t row_tiles) { return kFloatBytes * 16 * row_tiles * dims.v; }
+
+constexpr KernelTile ranges_tile(TileDims dims, int32_t row_tiles) {
+  const int32_t stages = range_stages(dims, row_tiles);
+  const int64_t kept = kFloatBytes * 16 * row_tiles * kKeptPitch;
+  return {.rows = 16 * row_tiles,
+          .keys = kStageKeys,
+          .stages = stages,
+          .dynamic_bytes = round_up(stages * stage_bytes(dims) + 2 * query_bytes(dims, row_tiles) +
+                                        weight_bytes(row_tiles) + kept + exchange_bytes(row_tiles) +
+                                        kBarrierBytes * (2 * stages + 4),
+                                    128)};
+}
+
+// Besides the ring: the sum of the other two branches, all parts of the cluster, rows of both branches' splits.
+constexpr KernelTile selected_tile(TileDims dims, int32_t row_tiles) {
+  const int32_t stages = selected_stages(dims);
+  const int64_t sums = 2 * out_bytes(dims, row_tiles) + 2 * kFloatBytes * kMostCluster * 16 * row_tiles +
+                       4 * kFloatBytes * 32 * kConsumerWarps;
+  const int64_t rows = kFloatBytes * 7 * 16 * row_tiles;
+  const int64_t lists = kFloatBytes * (kCachedPages + 64 + 4);
+  return {.rows = 16 * row_tiles,
+          .keys = kStageKeys,
+          .stages = stages,
+          .dynamic_bytes =
+              round_up(stages * stage_bytes(dims) + query_bytes(dims, row_tiles) + weight_bytes(row_tiles) +
+                           exchange_bytes(row_tiles) + sums + rows + lists + kBarrierBytes * (2 * stages + 2),
+                       128)};
+}
+
+}  // namespace decode_sm90
+
 // Without tensor cores, any element: a warp for each key, then a thread for each column.
 namespace decode_plain {
 

@@ -1,0 +1,5 @@
+#include "decode/sm90/launch.cuh"
+
+namespace nsa {
+template struct DecodeSm90<BFloat16, 128, 128>;
+}  // namespace nsa
