@@ -53,6 +53,8 @@ struct DecodeParams {
   int32_t num_selected;
   ForcedBlocks forced;
   int32_t window;
+  int32_t covered;  // strides of a compressed block, l / d
+  int32_t pieces;   // strides of a selection block, l' / d
   Divisor by_block_stride;
   Divisor by_select_size;
 
@@ -77,19 +79,26 @@ struct DecodeParams {
   int32_t columns;       // of a row in the workspace: Dv, rounded up to a tile's
 
   // On Hopper, else 0: a split is made of stages, each of whole selection blocks.
-  int32_t stage_blocks;    // selection blocks of a stage
-  int32_t stages;          // of the compressed keys that the tables have room for
-  int32_t row_tiles;       // tiles of rows of a unit
-  int32_t items;           // a split of a tile's keys, compressed or of the window
-  int32_t cluster;         // blocks of threads that share a query's choice
-  int32_t padded_group;    // G, rounded up to a multiple of four
+  int32_t stage_blocks;  // selection blocks of a stage
+  int32_t stages;        // of the compressed keys that the tables have room for
+  int32_t row_tiles;     // tiles of rows of a unit
+  int32_t range_blocks;  // of threads, that share all stages
+  int32_t fixed_splits;  // of a range's stages, or 0: shares are equal
+  int32_t split_stages;  // of a fixed split
+  int32_t items;         // ranges times fixed splits
+  int32_t range_slots;   // of partial sums, each of a tile of rows
+  int32_t tile_rows;
+  int32_t cluster;       // blocks of threads that share a query's choice
+  int32_t slices;        // of the blocks that each of them ranks
+  int32_t padded_group;  // G, rounded up to a multiple of four
   Divisor by_stage_blocks;
-  Divisor by_all_splits;
+  Divisor by_stage_keys;
   Divisor by_row_tiles;
+  Divisor by_tile_rows;
 
   // Workspace, float32. R = Tq G rows, S = splits, then window_splits.
-  float* range_out;        // (units, S, R, columns)
-  RowSums* range_sums;     // (units, S, R)
+  float* range_out;        // (units, S, R, columns); on Hopper (range_slots, tile_rows, columns)
+  RowSums* range_sums;     // (units, S, R); on Hopper (range_slots, tile_rows)
   float* weights;          // (units, R, splits, split_blocks + spill_blocks)
   float* stage_weights;    // (units, stages, stage_blocks + spill_blocks, Tq, padded_group), to stage_highest
   float* stage_highest;    // (units, stages, Tq, padded_group)
@@ -105,10 +114,8 @@ struct DecodeParams {
   NSA_HOST_DEVICE int32_t units() const { return batch * heads_kv; }
   NSA_HOST_DEVICE int32_t all_splits() const { return splits + window_splits; }
   NSA_HOST_DEVICE int32_t weights_of_split() const { return split_blocks + spill_blocks; }
-  NSA_HOST_DEVICE int32_t pieces() const { return select_size / block_stride; }
-  NSA_HOST_DEVICE int32_t split_keys() const { return split_blocks * pieces(); }
-  NSA_HOST_DEVICE int32_t stage_keys() const { return stage_blocks * pieces(); }
-  NSA_HOST_DEVICE int32_t split_stages() const { return split_blocks / stage_blocks; }
+  NSA_HOST_DEVICE int32_t split_keys() const { return split_blocks * pieces; }
+  NSA_HOST_DEVICE int32_t stage_keys() const { return stage_blocks * pieces; }
   NSA_HOST_DEVICE int32_t weights_of_stage() const { return stage_blocks + spill_blocks; }
   NSA_HOST_DEVICE int32_t padded_rows() const { return queries * padded_group; }
 };
@@ -121,6 +128,12 @@ struct DecodeSequence {
   int32_t length;  // keys
   NSA_HOST_DEVICE int32_t position(int32_t query) const { return length - queries + query; }
 };
+
+// Compressed blocks that a query at `position` sees.
+NSA_HOST_DEVICE inline int32_t blocks_before(const DecodeParams& p, int32_t position) {
+  const int32_t past = position + 1 - p.block_size;
+  return past < 0 ? 0 : static_cast<int32_t>(p.by_block_stride.divide(static_cast<uint32_t>(past))) + 1;
+}
 
 // A unit: sequence `index` of the batch and KV head `head`.
 struct DecodeUnit {

@@ -20,9 +20,9 @@ int64_t split_keys(const DecodeParams& p) {
 
 void cut_ranges(DecodeParams& p, int32_t num_splits, int64_t most_keys) {
   const int64_t blocks = count_blocks(p);
-  p.spill_blocks = static_cast<int32_t>(ceil_div(p.block_size / p.block_stride - 1, p.pieces()));
-  const int64_t wanted = num_splits > 0 ? ceil_div(blocks, num_splits) : split_keys(p) / p.pieces();
-  const int64_t most = std::max<int64_t>(most_keys / p.pieces(), 1);
+  p.spill_blocks = static_cast<int32_t>(ceil_div(p.covered - 1, p.pieces));
+  const int64_t wanted = num_splits > 0 ? ceil_div(blocks, num_splits) : split_keys(p) / p.pieces;
+  const int64_t most = std::max<int64_t>(most_keys / p.pieces, 1);
   p.split_blocks = static_cast<int32_t>(std::max({std::min(wanted, most), int64_t{1}, int64_t{p.spill_blocks}}));
   p.by_split_blocks = Divisor(static_cast<uint32_t>(p.split_blocks));
   p.splits = static_cast<int32_t>(std::max<int64_t>(ceil_div(blocks, p.split_blocks), 1));
@@ -45,6 +45,15 @@ bool suits_tensor_cores(const DecodeParams& p) {
          p.q.token_stride % 8 == 0 && p.q.head_stride % 8 == 0 && p.q.batch_stride % 8 == 0 && p.out.width % 8 == 0;
 }
 
+int64_t count_stages(const DecodeParams& p) {
+  return std::max<int64_t>(ceil_div(count_blocks(p), decode_sm90::kStageKeys / p.pieces), 1);
+}
+// Queries see windows of their own: the first one's begin and the last one's end.
+int64_t window_stages(const DecodeParams& p) {
+  const int64_t seen = std::min<int64_t>(int64_t{p.window} + p.queries - 1, p.max_tokens);
+  return std::max<int64_t>(ceil_div(seen, decode_sm90::kStageKeys), 1);
+}
+
 // Why a step does not suit the kernels for Hopper, or null.
 const char* not_for_sm90(const DecodeParams& p, const Device& device) {
   const TileDims dims = tile_dims(p.q.width, p.out.width);
@@ -57,64 +66,63 @@ const char* not_for_sm90(const DecodeParams& p, const Device& device) {
   if (p.group > 32) {
     return "the decoding kernels for compute capability 9.0 take groups of at most 32 heads";
   }
+  // Numbers of stages times those of blocks of threads are numbers of 32 bits.
+  if (int64_t{p.units()} * ceil_div(p.rows(), 16) * (count_stages(p) + window_stages(p)) > (1 << 22)) {
+    return "the sequences have too many keys together";
+  }
   // Ranks of all blocks lie where keys do later.
-  const int64_t ranks = decode_sm90::selected_stages(dims) * decode_sm90::stage_bytes(dims) / kFloatBytes;
-  return count_blocks(p) > ranks ? "the choice is among more blocks than shared memory holds" : nullptr;
+  const int64_t ranks = decode_sm90::selected_stages(dims) * decode_sm90::stage_bytes(dims) / kFloatBytes -
+                        2 * decode_sm90::kMostCandidates;
+  const int64_t needed = count_blocks(p) + (count_stages(p) + 1) * round_up(p.group, 4) + 4;
+  return needed > ranks ? "the choice is among more blocks than shared memory holds" : nullptr;
 }
 
-// What streaming a split costs beside its stages, in stages: its queries, its sums, and adding these up.
-constexpr double kSplitCost = 0.35;
-
-// Stages of a split. Splits are taken in rounds by as many blocks of threads as run at once.
-int64_t split_stages(const DecodeParams& p, int32_t num_splits, int64_t window_stages, int64_t blocks_at_once) {
+// Blocks of threads that share a query's choice: all clusters run at once. Those of three or more do not find room on every
+// multiprocessor, since a cluster lies within a part of the GPU.
+int32_t cluster_of(const DecodeParams& p, int32_t num_splits, const Device& device) {
+  const int64_t most = std::min(decode_sm90::kMostCluster, p.num_selected);
   if (num_splits > 0) {
-    return std::max<int64_t>(p.stages / num_splits, 1);
+    return static_cast<int32_t>(std::min<int64_t>(4, most));
   }
-  int64_t best = 1;
-  double least = 0.;
-  for (int64_t stages = 1; stages <= 8; ++stages) {
-    const int64_t items =
-        int64_t{p.units()} * p.row_tiles * (ceil_div(p.stages, stages) + ceil_div(window_stages, stages));
-    const double cost = static_cast<double>(ceil_div(items, blocks_at_once)) * (static_cast<double>(stages) + kSplitCost);
-    if (stages == 1 || cost < least) {
-      best = stages;
-      least = cost;
-    }
-  }
-  return best;
+  const int64_t queries = int64_t{p.units()} * p.queries;
+  const int64_t fitting = device.multiprocessors * 9 / 10 / queries;
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(fitting >= 3 ? fitting : device.multiprocessors / queries, 1, most));
 }
 
 void cut_for_sm90(DecodePlan& plan, DecodeParams& p, int32_t num_splits, const Device& device) {
   const TileDims dims = tile_dims(p.q.width, p.out.width);
   plan.row_tiles = decode_sm90::row_tiles(dims, p.rows());
   plan.part_row_tiles = decode_sm90::row_tiles(dims, p.group);
-  p.row_tiles = static_cast<int32_t>(ceil_div(p.rows(), 16 * plan.row_tiles));
+  p.tile_rows = 16 * plan.row_tiles;
+  p.by_tile_rows = Divisor(static_cast<uint32_t>(p.tile_rows));
+  p.row_tiles = static_cast<int32_t>(ceil_div(p.rows(), p.tile_rows));
   p.by_row_tiles = Divisor(static_cast<uint32_t>(p.row_tiles));
   p.padded_group = static_cast<int32_t>(round_up(p.group, 4));
-  p.spill_blocks = static_cast<int32_t>(ceil_div(p.block_size / p.block_stride - 1, p.pieces()));
-  p.stage_blocks = decode_sm90::kStageKeys / p.pieces();
+  p.spill_blocks = static_cast<int32_t>(ceil_div(p.covered - 1, p.pieces));
+  p.stage_blocks = decode_sm90::kStageKeys / p.pieces;
   p.by_stage_blocks = Divisor(static_cast<uint32_t>(p.stage_blocks));
-  p.stages = static_cast<int32_t>(std::max<int64_t>(ceil_div(count_blocks(p), p.stage_blocks), 1));
-  const int64_t seen = std::min<int64_t>(int64_t{p.window} + p.queries - 1, p.max_tokens);
-  const int64_t window_stages = std::max<int64_t>(ceil_div(seen, decode_sm90::kStageKeys), 1);
-  const int64_t stages = split_stages(p, num_splits, window_stages, device.multiprocessors);
-  p.split_blocks = static_cast<int32_t>(stages * p.stage_blocks);
-  p.by_split_blocks = Divisor(static_cast<uint32_t>(p.split_blocks));
-  p.splits = static_cast<int32_t>(ceil_div(p.stages, stages));
-  const int64_t window_split = num_splits > 0 ? 2 : stages;
-  p.window_split_keys = static_cast<int32_t>(window_split * decode_sm90::kStageKeys);
-  p.window_splits = static_cast<int32_t>(ceil_div(window_stages, window_split));
-  p.by_all_splits = Divisor(static_cast<uint32_t>(p.all_splits()));
-  p.items = p.units() * p.row_tiles * p.all_splits();
-  plan.range_blocks = std::min(p.items, device.multiprocessors);
-  p.cluster = num_splits > 0 ? 4 : decode_sm90::kMostCluster;
-  while (p.cluster > 1 &&
-         (p.cluster > p.num_selected ||
-          (num_splits == 0 && int64_t{p.units()} * p.queries * p.cluster > device.multiprocessors))) {
-    p.cluster /= 2;
+  p.by_stage_keys = Divisor(static_cast<uint32_t>(p.stage_keys()));
+  p.stages = static_cast<int32_t>(count_stages(p));
+  const int32_t ranges = 2 * p.units() * p.row_tiles;
+  if (num_splits > 0) {
+    p.split_stages = std::max(p.stages / num_splits, 1);
+    const int64_t most = std::max<int64_t>(p.stages, window_stages(p));
+    p.fixed_splits = static_cast<int32_t>(ceil_div(most, p.split_stages));
+    p.items = ranges * p.fixed_splits;
+    p.range_blocks = std::min(p.items, device.multiprocessors);
+    p.range_slots = p.items;
+  } else {
+    p.range_blocks = static_cast<int32_t>(std::min<int64_t>(
+        int64_t{p.units()} * p.row_tiles * (p.stages + window_stages(p)), device.multiprocessors));
+    p.range_slots = p.range_blocks + ranges;
   }
+  p.cluster = cluster_of(p, num_splits, device);
   p.part_blocks = static_cast<int32_t>(ceil_div(p.num_selected, p.cluster));
   p.parts = 0;
+  const int64_t most_slices = decode_sm90::kMostCandidates / (int64_t{p.cluster} * p.num_selected);
+  p.slices = static_cast<int32_t>(
+      std::clamp<int64_t>(ceil_div(count_blocks(p), int64_t{p.cluster} * decode_sm90::kSliceBlocks), 1, most_slices));
   plan.launches = {};
   plan.launches.add("decode_ranges_sm90", decode_sm90::ranges_tile(dims, plan.row_tiles));
   plan.launches.add("decode_selected_sm90", decode_sm90::selected_tile(dims, plan.part_row_tiles));
@@ -141,9 +149,10 @@ struct Workspace {
 
   explicit Workspace(const DecodeParams& p) {
     const int64_t units = p.units();
-    const int64_t split_rows = units * p.all_splits() * p.rows();
-    const int64_t part_rows = units * p.queries * p.parts * p.group;
     const bool in_stages = p.stages > 0;
+    const int64_t split_rows =
+        in_stages ? int64_t{p.range_slots} * p.tile_rows : units * p.all_splits() * p.rows();
+    const int64_t part_rows = units * p.queries * p.parts * p.group;
     range_out = split_rows * p.columns;
     range_sums = round_up(2 * split_rows, 4);
     weights = in_stages ? 0 : round_up(units * p.rows() * p.splits * p.weights_of_split(), 4);
@@ -181,6 +190,9 @@ int64_t most_decode_tokens(const DecodeParams& params, const Device& device) {
 
 DecodePlan plan_decode(DecodeParams& params, ElementType type, int32_t num_splits, const Device& device) {
   DecodePlan plan{};
+  params.covered = params.block_size / params.block_stride;
+  params.pieces = params.select_size / params.block_stride;
+  params.by_block_stride = Divisor(static_cast<uint32_t>(params.block_stride));
   plan.kernel = choose_kernel(type, device, not_for_sm90(params, device));
   if (type != ElementType::kFloat32 && !suits_tensor_cores(params)) {
     plan.kernel = {Machine::kPlain, "addresses, strides and widths are not multiples of 16 bytes"};
@@ -199,7 +211,7 @@ DecodePlan plan_decode(DecodeParams& params, ElementType type, int32_t num_split
     cut_ranges(params, num_splits, most);
     cut_parts(params, num_splits);
     list_launches(plan, params);
-    if (plan.launches.of[0].tile.shared_bytes() <= device.shared_bytes || most <= params.pieces()) {
+    if (plan.launches.of[0].tile.shared_bytes() <= device.shared_bytes || most <= params.pieces) {
       break;
     }
   }

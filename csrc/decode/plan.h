@@ -11,8 +11,7 @@ struct DecodePlan {
   KernelChoice kernel;
   int32_t row_tiles;  // of 16 rows, that a block of threads has
   int32_t part_row_tiles;
-  int32_t range_blocks;  // of threads, that take splits in turn: sm90
-  Launches launches;     // ranges, choose, selected; choose is a part of selected on sm90
+  Launches launches;  // ranges, choose, selected; choose is a part of selected on sm90
   // Workspace.
   int64_t floats;
   int64_t ints;

@@ -82,14 +82,11 @@ struct RangeSplit {
       end = min(first + params.window_split_keys, last + 1);
     }
     count = max(end - first, 0);
-    shift = first + (compressed ? params.block_size / params.block_stride - 1 : 0);
+    shift = first + (compressed ? params.covered - 1 : 0);
   }
 
   __device__ int32_t position(const DecodeParams& params, int32_t row) const {
     return sequence.position(static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row))));
-  }
-  __device__ static int32_t blocks_before(const DecodeParams& params, int32_t position) {
-    return static_cast<int32_t>(CompressedRange{params.block_size, params.block_stride}(int64_t{position}).end);
   }
   // Keys of the split that a row sees.
   __device__ KeyRange seen(const DecodeParams& params, int32_t row) const {
@@ -143,8 +140,8 @@ __device__ inline bool begin_split(const DecodeParams& params, const RangeSplit&
 // What a row's keys [0, count) weigh in the importance of selection block `block` of theirs, from their exponentials. Past
 // the last of their blocks come those that the last keys reach into.
 __device__ inline float block_weight(const DecodeParams& params, const float* from, int32_t count, int32_t block) {
-  const int32_t covered = params.block_size / params.block_stride;
-  const int32_t pieces = params.pieces();
+  const int32_t covered = params.covered;
+  const int32_t pieces = params.pieces;
   const int32_t first = block * pieces;
   if (covered == 2 && pieces == 4) {  // weights 1, 2, 2, 2, 1
     const float before = block > 0 && first <= count ? from[first - 1] : 0.f;

@@ -16,7 +16,7 @@ void DecodeSm90<Element, kDimK, kDimV>::ranges(const DecodeParams& params, const
     using Shape = StageShape<Element, kDimK, kDimV, tiles, kStages>;
     static_assert(states_sm90(decode_sm90::ranges_tile({kDimK, kDimV}, tiles),
                               round_up(sizeof(RangesShared<Shape>), 128)));
-    const dim3 grid(static_cast<unsigned>(plan.range_blocks));
+    const dim3 grid(static_cast<unsigned>(params.range_blocks));
     launch_in_chain(decode_ranges_sm90<Shape>, grid, Shape::kThreads, plan.launches.of[0].tile, true, stream,
                     "decoding: ranges", params);
   };

@@ -9,6 +9,7 @@
 #include "decode/ranks.cuh"
 #include "decode/sm90/cluster.cuh"
 #include "decode/sm90/highest.cuh"
+#include "decode/sm90/schedule.cuh"
 #include "decode/sm90/stage.cuh"
 
 namespace nsa {
@@ -19,24 +20,33 @@ template <typename Shape>
 struct ChosenShared {
   using Element = typename Shape::Element;
   static constexpr int kFours = Shape::kRows * Shape::kDimV / 4;
-  Ring<Shape> ring;  // before it is filled: the rank of each selection block
+  Ring<Shape> ring;  // before it is filled: what the choice needs
   Element queries[Shape::QTile::kSize];
   Element weights[Shape::WeightTile::kSize];
   ConsumerExchange<Shape> exchange;
   float4 gated[kFours];                          // the other branches' sum, of this block of threads' share
-  float4 parts[kFours];                          // (cluster, share)
+  float4 parts[kFours + kMostCluster];           // (cluster, share)
   RowSums part_sums[kMostCluster][Shape::kRows];  // of all rows
   float4 adding[Shape::kConsumers];
-  RowSums ranges[2][Shape::kRows];   // of the compressed branch and of the window, over all splits
+  RowSums ranges[2][Shape::kRows];  // of the compressed branch and of the window, over all splits: 1 / sum
   float gates[3][Shape::kRows];
   int32_t pages[decode_sm90::kCachedPages];
   int32_t list[64];
-  Barrier full[Shape::kStages];
-  Barrier empty[Shape::kStages];
+  Slots slots[2][2];  // of a branch's partial sums, for the query's first and last tile of rows
+  int32_t stages;     // of compressed keys that the sequence has
+  RingBarriers<Shape> barriers;
   Barrier queries_full;
 
-  __device__ uint32_t* ranks() { return reinterpret_cast<uint32_t*>(&ring); }
+  // The choice: candidates of all slices; ranks of this block of threads' blocks; then, for a stage and a head, what makes
+  // weights probabilities.
+  __device__ Candidate* candidates() { return reinterpret_cast<Candidate*>(&ring); }
+  __device__ uint32_t* ranks() { return reinterpret_cast<uint32_t*>(candidates() + decode_sm90::kMostCandidates); }
+  __device__ float* factors(int32_t ranked) {
+    return reinterpret_cast<float*>(ranks() + ((ranked + 3) & ~3));
+  }
 };
+
+constexpr int kRankLoads = 6;  // that a thread has under way
 
 // The query of a cluster, as one of its blocks of threads sees it.
 template <typename Shape>
@@ -79,7 +89,32 @@ struct ChosenPart {
     }
   }
 
-  // Each row's highest score and sum over all splits, of both branches. By the consumers, 16 for each row.
+  // Tiles of rows that a row of the query is in: its first one, or the next.
+  __device__ int32_t first_tile() const {
+    return static_cast<int32_t>(params.by_tile_rows.divide(static_cast<uint32_t>(first_row())));
+  }
+  __device__ int32_t tile_of(int32_t g) const { return first_row() + g < (first_tile() + 1) * params.tile_rows ? 0 : 1; }
+
+  // Where the partial sums lie. By one warp.
+  __device__ void find_ranges() const {
+    const StageTotals totals = count_all_stages(params, unit.index);
+    const StageCounts counts = count_stages(params, unit.index);
+    if (this_lane() < 4) {
+      const int32_t branch = this_lane() / 2;
+      const int32_t tile = min(first_tile() + this_lane() % 2, params.row_tiles - 1);
+      shared.slots[branch][this_lane() % 2] =
+          find_slots(params, totals, counts, unit_index, unit.head, tile, branch == 0);
+      shared.stages = counts.compressed;
+    }
+  }
+  // A row's place in partial sum `i` of a branch.
+  __device__ int64_t range_place(int32_t branch, int32_t g, int32_t i) const {
+    const int32_t tile = tile_of(g);
+    return static_cast<int64_t>(shared.slots[branch][tile].first + i) * params.tile_rows + first_row() + g -
+           (first_tile() + tile) * params.tile_rows;
+  }
+
+  // Each row's highest score and the inverse of its sum over all parts, of both branches. By the consumers, 16 for each row.
   __device__ void join_ranges() const {
     const int32_t lane = this_lane() % 16;
     const int32_t begin = static_cast<int32_t>(threadIdx.x) - Shape::kProducers;
@@ -87,15 +122,11 @@ struct ChosenPart {
     for (int32_t i = begin / 16; i < 2 * Shape::kRows; i += Shape::kConsumers / 16) {
       const int32_t branch = i / Shape::kRows;
       const int32_t g = i % Shape::kRows;
-      const int32_t splits = g >= params.group ? 0 : branch == 0 ? params.splits : params.window_splits;
-      const RowSums* const of_row =
-          params.range_sums +
-          (static_cast<int64_t>(unit_index) * params.all_splits() + (branch == 0 ? 0 : params.splits)) * params.rows() +
-          first_row() + g;
+      const int32_t parts = g >= params.group ? 0 : shared.slots[branch][tile_of(g)].count;
       RowSums joined{kMinusInfinity, 0.f};
 #pragma unroll 2
-      for (int32_t s = lane; s < splits; s += 16) {
-        const float2 x = __ldcg(reinterpret_cast<const float2*>(of_row + static_cast<int64_t>(s) * params.rows()));
+      for (int32_t s = lane; s < parts; s += 16) {
+        const float2 x = __ldcg(reinterpret_cast<const float2*>(params.range_sums + range_place(branch, g, s)));
         join(joined, {x.x, x.y});
       }
 #pragma unroll
@@ -104,7 +135,7 @@ struct ChosenPart {
                       __shfl_xor_sync(0xffffffffu, joined.sum, step)});
       }
       if (lane == 0) {
-        shared.ranges[branch][g] = joined;
+        shared.ranges[branch][g] = {joined.highest, joined.sum == 0.f ? 0.f : 1.f / joined.sum};
       }
     }
   }
@@ -128,76 +159,147 @@ struct ChosenPart {
     }
   }
 
-  // Column `at` of a stage's weights, as probabilities, summed over the group.
-  __device__ float sum_heads(int32_t stage, int32_t at) const {
+  // Blocks that this block of threads ranks: [begin, end).
+  __device__ int32_t ranked_each() const { return (own_block + params.cluster) / params.cluster; }
+  __device__ int32_t ranked_begin() const { return min(block * ranked_each(), own_block + 1); }
+  __device__ int32_t ranked_end() const { return min((block + 1) * ranked_each(), own_block + 1); }
+
+  // Stages of compressed keys that weigh in them: [first_stage, ...).
+  __device__ int32_t stage_of(int32_t selection_block) const {
+    return static_cast<int32_t>(params.by_stage_blocks.divide(static_cast<uint32_t>(selection_block)));
+  }
+  __device__ int32_t first_stage() const { return max(stage_of(ranked_begin()) - 1, 0); }
+
+  // What makes a stage's weights of a head probabilities: (stage, padded group).
+  __device__ void read_factors(float* factors, int32_t stages) const {
+    const int32_t first = first_stage();
+#pragma unroll 1
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < stages * params.padded_group; i += Shape::kThreads) {
+      const int32_t stage = i / params.padded_group;
+      const int32_t g = i - stage * params.padded_group;
+      float factor = 0.f;
+      if (g < params.group && first + stage < shared.stages) {
+        const float highest =
+            __ldcg(params.stage_highest + (static_cast<int64_t>(unit_index) * params.stages + first + stage) *
+                                              params.padded_rows() +
+                   query * params.padded_group + g);
+        const RowSums joined = shared.ranges[0][g];
+        factor = highest == kMinusInfinity ? 0.f : exp2_approx(highest - joined.highest) * joined.sum;
+      }
+      factors[i] = factor;
+    }
+  }
+
+  // Four heads' weights of a block in a stage.
+  __device__ const float4* weights_at(int32_t stage, int32_t at, int32_t lane) const {
     const int64_t number = static_cast<int64_t>(unit_index) * params.stages + stage;
-    const float4* const weights = reinterpret_cast<const float4*>(
-        params.stage_weights + (number * params.weights_of_stage() + at) * params.padded_rows() +
-        query * params.padded_group);
-    const float4* const highest = reinterpret_cast<const float4*>(params.stage_highest + number * params.padded_rows() +
-                                                                  query * params.padded_group);
-    float sum = 0.f;
-#pragma unroll 4
-    for (int32_t i = 0; i < params.padded_group / 4; ++i) {
-      const float4 w = __ldcg(weights + i);
-      const float4 h = __ldcg(highest + i);
-      add_head(sum, 4 * i, w.x, h.x);
-      add_head(sum, 4 * i + 1, w.y, h.y);
-      add_head(sum, 4 * i + 2, w.z, h.z);
-      add_head(sum, 4 * i + 3, w.w, h.w);
-    }
-    return sum;
+    return reinterpret_cast<const float4*>(params.stage_weights +
+                                           (number * params.weights_of_stage() + at) * params.padded_rows() +
+                                           query * params.padded_group) +
+           lane;
   }
-  __device__ void add_head(float& sum, int32_t g, float weight, float highest) const {
-    const RowSums joined = shared.ranges[0][g];
-    if (g < params.group && highest != kMinusInfinity) {
-      sum = fmaf(weight, exp2_approx(highest - joined.highest) * joined.sum, sum);  // 1 / sum: see invert_sums
+  __device__ static float weigh_heads(const float4& weights, const float4& factors) {
+    // Factors of 0 belong to what was not written.
+    float sum = factors.x == 0.f ? 0.f : weights.x * factors.x;
+    sum += factors.y == 0.f ? 0.f : weights.y * factors.y;
+    sum += factors.z == 0.f ? 0.f : weights.z * factors.z;
+    return sum + (factors.w == 0.f ? 0.f : weights.w * factors.w);
+  }
+
+  // The probability of each block in turn, as `lanes` neighbouring lanes have it together, to done(block, probability).
+  template <typename Done>
+  __device__ void weigh_blocks_of(const float* factors, int32_t lanes, const Done& done) const {
+    const int32_t begin = ranked_begin();
+    const int32_t items = (ranked_end() - begin) * lanes;
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % lanes;
+    const bool used = 4 * lane < params.padded_group;
+#pragma unroll 1
+    for (int32_t of_round = 0; of_round < items; of_round += kRankLoads * Shape::kThreads) {
+      float4 weights[kRankLoads];
+#pragma unroll
+      for (int r = 0; r < kRankLoads; ++r) {
+        const int32_t i = of_round + r * Shape::kThreads + static_cast<int32_t>(threadIdx.x);
+        const int32_t b = begin + i / lanes;
+        const int32_t stage = stage_of(b);
+        weights[r] = i < items && used ? __ldcg(weights_at(stage, b - stage * params.stage_blocks, lane))
+                                       : make_float4(0.f, 0.f, 0.f, 0.f);
+      }
+#pragma unroll
+      for (int r = 0; r < kRankLoads; ++r) {
+        const int32_t i = of_round + r * Shape::kThreads + static_cast<int32_t>(threadIdx.x);
+        const int32_t b = begin + i / lanes;
+        float sum = 0.f;
+        if (i < items && used) {
+          const int32_t stage = stage_of(b);
+          const float* const of_stage = factors + (stage - first_stage()) * params.padded_group;
+          sum = weigh_heads(weights[r], reinterpret_cast<const float4*>(of_stage)[lane]);
+          const int32_t at = b - stage * params.stage_blocks;
+          if (at < params.spill_blocks && stage > 0) {  // the last keys of the stage before reach into it
+            sum += weigh_heads(__ldcg(weights_at(stage - 1, params.stage_blocks + at, lane)),
+                               reinterpret_cast<const float4*>(of_stage - params.padded_group)[lane]);
+          }
+        }
+        for (int32_t step = lanes / 2; step > 0; step /= 2) {
+          sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        }
+        if (i < items && lane == 0) {
+          done(b, sum);
+        }
+      }
     }
   }
 
-  // Of both branches' sums: the compressed one's inverse, and what a split's output is multiplied with.
-  __device__ void invert_sums() const {
-    const int32_t g = static_cast<int32_t>(threadIdx.x) - Shape::kProducers;
-    if (g >= 0 && g < 2 * Shape::kRows) {
-      RowSums& joined = shared.ranges[g / Shape::kRows][g % Shape::kRows];
-      joined.sum = joined.sum == 0.f ? 0.f : 1.f / joined.sum;
-    }
-  }
-
-  // Ranks some of the blocks for all blocks of threads of the cluster.
+  // By all threads, once the sums over all parts are there.
   __device__ void rank_blocks() const {
-    const int32_t each = (own_block + params.cluster) / params.cluster;  // (own_block + 1) / cluster, rounded up
-    const int32_t end = min((block + 1) * each, own_block + 1);
-    const uint32_t to = shared_address(shared.ranks());
+    const int32_t begin = ranked_begin();
+    const int32_t ranked = ranked_end() - begin;
+    if (ranked <= 0) {
+      return;
+    }
+    float* const factors = shared.factors(ranked);
+    read_factors(factors, stage_of(ranked_end() - 1) - first_stage() + 1);
+    __syncthreads();
+    const int32_t fours = params.padded_group / 4;
+    const int32_t lanes = fours <= 1 ? 1 : fours <= 2 ? 2 : fours <= 4 ? 4 : 8;
+    uint32_t* const ranks = shared.ranks();
+    weigh_blocks_of(factors, lanes, [&](int32_t b, float importance) {
+      ranks[b - begin] = rank_of(params.forced, b, own_block, importance);
+    });
+  }
+
+  // The highest of each slice of these blocks, by a warp for each, to all blocks of threads of the cluster.
+  __device__ void send_candidates() const {
+    const int32_t begin = ranked_begin();
+    const int32_t count = ranked_end() - begin;
+    const int32_t each = (count + params.slices - 1) / params.slices;
+    const uint32_t* const ranks = shared.ranks();
 #pragma unroll 1
-    for (int32_t b = block * each + static_cast<int32_t>(threadIdx.x); b < end; b += Shape::kThreads) {
-      const int32_t stage = static_cast<int32_t>(params.by_stage_blocks.divide(static_cast<uint32_t>(b)));
-      const int32_t at = b - stage * params.stage_blocks;
-      float importance = sum_heads(stage, at);
-      if (at < params.spill_blocks && stage > 0) {
-        importance += sum_heads(stage - 1, params.stage_blocks + at);
-      }
-      const uint32_t rank = rank_of(params.forced, b, own_block, importance);
+    for (int32_t slice = this_warp(); slice < params.slices; slice += Shape::kThreads / 32) {
+      const int32_t first = min(slice * each, count);
+      const uint32_t to = shared_address(shared.candidates() + (block * params.slices + slice) * params.num_selected);
+      const auto send = [&](int32_t place, uint32_t rank, int32_t number) {
 #pragma unroll 1
-      for (int32_t other = 0; other < params.cluster; ++other) {
-        store_there(address_in(to + 4 * b, other), rank);
+        for (int32_t other = 0; other < params.cluster; ++other) {
+          store_there(address_in(to + static_cast<uint32_t>(sizeof(Candidate)) * place, other), __uint_as_float(rank),
+                      __int_as_float(number));
+        }
+      };
+      const int32_t taken = take_highest_of(
+          min(each, count - first), [&](int32_t i) { return ranks[first + i]; }, params.num_selected,
+          [&](int32_t place, int32_t i, uint32_t rank) { send(place, rank, begin + first + i); });
+      for (int32_t place = taken + this_lane(); place < params.num_selected; place += 32) {
+        send(place, 0u, -1);
       }
     }
   }
 
-  // By one warp.
+  // The highest of all candidates: the choice, by one warp.
   __device__ void choose() const {
-    const uint32_t* const ranks = shared.ranks();
-    const int32_t count = own_block + 1;
-    RankThreshold threshold;
-    if (count <= 256) {
-      threshold = find_threshold(HeldRanks<8>(ranks, count), chosen);
-    } else if (count <= 1024) {
-      threshold = find_threshold(HeldRanks<32>(ranks, count), chosen);
-    } else {
-      threshold = find_threshold(SharedRanks{ranks, count}, chosen);
-    }
-    write_chosen(threshold, ranks, count, chosen, shared.list);
+    const Candidate* const candidates = shared.candidates();
+    take_highest_of(
+        params.cluster * params.slices * params.num_selected, [&](int32_t i) { return candidates[i].rank; },
+        params.num_selected,
+        [&](int32_t place, int32_t i, uint32_t) { shared.list[place] = candidates[i].block; });
   }
 
   // The part's keys: those of its blocks that the query sees.
@@ -227,68 +329,58 @@ struct ChosenPart {
 #pragma unroll 1
     for (int32_t first = 0; first < count; first += Shape::kKeys) {
       const int32_t i = first + static_cast<int32_t>(threadIdx.x);
-      const RowOffsets row = i < count ? locate(i) : nowhere();
-      wait(&shared.empty[place.stage], place.parity ^ 1);
-      fill_stage<Shape>(shared.ring, place.stage, &shared.full[place.stage], pools, row);
+      fill_stage<Shape>(shared.ring, shared.barriers, place, pools, i < count ? locate(i) : nowhere());
       place.advance();
     }
   }
 
-  // What the splits of a row's both branches are multiplied with.
-  __device__ float weight_of_split(int32_t g, int32_t split) const {
-    const int32_t branch = split < params.splits ? 0 : 1;
-    const RowSums joined = shared.ranges[branch][g];
-    const float highest = __ldcg(&params.range_sums[(static_cast<int64_t>(unit_index) * params.all_splits() + split) *
-                                                        params.rows() +
-                                                    first_row() + g]
-                                      .highest);
-    return highest == kMinusInfinity
-               ? 0.f
-               : shared.gates[2 * branch][g] * joined.sum * exp2_approx(highest - joined.highest);
+  // A four of the other branches' sum, with their gates: every `step`-th part from `first` on.
+  __device__ float4 add_parts_of(int32_t at, int32_t first, int32_t step) const {
+    const int32_t g = at / (Shape::kDimV / 4);
+    const int32_t column = at % (Shape::kDimV / 4) * 4;
+    float4 sum = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+    for (int32_t branch = 0; branch < 2; ++branch) {
+      const RowSums joined = shared.ranges[branch][g];
+      const float gate = shared.gates[2 * branch][g] * joined.sum;
+      const int32_t parts = shared.slots[branch][tile_of(g)].count;
+#pragma unroll 4
+      for (int32_t s = first; s < parts; s += step) {
+        const int64_t place = range_place(branch, g, s);
+        const float highest = __ldcg(&params.range_sums[place].highest);
+        const float4 x = __ldcg(reinterpret_cast<const float4*>(params.range_out + place * Shape::kDimV + column));
+        if (highest != kMinusInfinity) {
+          add_four(sum, gate * exp2_approx(highest - joined.highest), x);
+        }
+      }
+    }
+    return sum;
   }
 
-  // The other branches' splits, with their gates, of this block of threads' share of the output. By the consumers.
-  __device__ void add_splits() const {
+  // The other branches' sum, of this block of threads' share of the output. By the consumers.
+  __device__ void add_ranges() const {
     const int32_t thread = static_cast<int32_t>(threadIdx.x) - Shape::kProducers;
-    const int32_t fours = params.group * (Shape::kDimV / 4);
-    const int32_t groups = max(Shape::kConsumers / share, 1);
+    const int32_t end = min(share, params.group * (Shape::kDimV / 4) - block * share);
+    const int32_t groups = Shape::kConsumers / share;
+    if (groups <= 1) {
 #pragma unroll 1
-    for (int32_t first = 0; first < share; first += Shape::kConsumers) {
-      const int32_t group = groups == 1 ? 0 : thread / share;
-      const int32_t i = first + (groups == 1 ? thread : thread - group * share);
-      const int32_t at = block * share + i;
-      float4 sum = {0.f, 0.f, 0.f, 0.f};
-      if (i < share && at < fours && group < groups) {
-        const int32_t g = at / (Shape::kDimV / 4);
-        const float* const from =
-            params.range_out +
-            (static_cast<int64_t>(unit_index) * params.all_splits() * params.rows() + first_row() + g) * Shape::kDimV +
-            at % (Shape::kDimV / 4) * 4;
-#pragma unroll 4
-        for (int32_t s = group; s < params.all_splits(); s += groups) {
-          const float weight = weight_of_split(g, s);
-          const float4 x = __ldcg(reinterpret_cast<const float4*>(from + static_cast<int64_t>(s) * params.rows() *
-                                                                             Shape::kDimV));
-          if (weight != 0.f) {  // else its output was not written
-            add_four(sum, weight, x);
-          }
-        }
+      for (int32_t i = thread; i < end; i += Shape::kConsumers) {
+        shared.gated[i] = add_parts_of(block * share + i, 0, 1);
       }
-      if (groups == 1) {
-        if (i < share) {
-          shared.gated[i] = sum;
-        }
-        continue;
-      }
-      shared.adding[thread] = sum;
-      sync_consumers<Shape>();
-      if (thread < share) {
+      return;
+    }
+    const int32_t group = thread / share;
+    const int32_t i = thread - group * share;
+    shared.adding[thread] = group < groups && i < end ? add_parts_of(block * share + i, group, groups)
+                                                      : make_float4(0.f, 0.f, 0.f, 0.f);
+    sync_consumers<Shape>();
+    if (thread < share) {
+      float4 sum = shared.adding[thread];
 #pragma unroll 1
-        for (int32_t other = 1; other < groups; ++other) {
-          add_four(sum, 1.f, shared.adding[other * share + thread]);
-        }
-        shared.gated[thread] = sum;
+      for (int32_t other = 1; other < groups; ++other) {
+        add_four(sum, 1.f, shared.adding[other * share + thread]);
       }
+      shared.gated[thread] = sum;
     }
   }
   __device__ static void add_four(float4& sum, float weight, const float4& x) {
@@ -311,12 +403,7 @@ struct ChosenPart {
     RingPlace<Shape::kStages> place;
 #pragma unroll 1
     for (int32_t first = 0; first < count; first += Shape::kKeys) {
-      wait(&shared.full[place.stage], place.parity);
-      consumer.attend(sums, shared.ring, place.stage, seen, first, first + Shape::kKeys);
-      __syncwarp();
-      if (this_lane() == 0) {
-        arrive(&shared.empty[place.stage]);
-      }
+      consumer.attend(sums, shared.ring, shared.barriers, place, seen, first, first + Shape::kKeys);
       place.advance();
     }
   }
@@ -398,8 +485,11 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const
   }
   arrive_at_cluster();  // all have begun: their shared memory is there
   if (threadIdx.x == 0) {
-    init_ring(shared.full, shared.empty, Shape::kProducers, Shape::kWarps);
+    shared.barriers.init();
     init_barrier(&shared.queries_full, Shape::kProducers);
+  }
+  if (this_warp() == 1) {
+    part.find_ranges();
   }
   part.cache_pages();
   __syncthreads();
@@ -412,12 +502,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const
     part.read_gates();
   } else {
     part.join_ranges();
-    sync_consumers<Shape>();
-    part.invert_sums();
   }
   __syncthreads();
-  wait_for_cluster();
   part.rank_blocks();
+  __syncthreads();
+  wait_for_cluster();
+  part.send_candidates();
   sync_cluster();
   if (produces) {
     if (this_warp() == 0) {
@@ -429,7 +519,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const
     sync_producers<Shape>();
     part.produce(part.count_keys());
   } else {
-    part.add_splits();
+    part.add_ranges();
     sync_group(kListBarrier, 32 + Shape::kConsumers);
     StageSums<Shape> sums;
     part.consume(part.count_keys(), sums);

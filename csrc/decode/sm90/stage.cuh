@@ -43,6 +43,20 @@ struct Ring {
   Element v[Shape::kStages][Shape::VTile::kSize];
 };
 
+// A stage's keys and values are filled and drained each for themselves: keys are free as soon as they are scored.
+template <typename Shape>
+struct RingBarriers {
+  Barrier k_full[Shape::kStages];
+  Barrier k_empty[Shape::kStages];
+  Barrier v_full[Shape::kStages];
+  Barrier v_empty[Shape::kStages];
+
+  __device__ void init() {
+    init_ring(k_full, k_empty, Shape::kProducers, Shape::kWarps);
+    init_ring(v_full, v_empty, Shape::kProducers, Shape::kWarps);
+  }
+};
+
 // What the consuming warps tell each other.
 template <typename Shape>
 struct ConsumerExchange {
@@ -100,14 +114,17 @@ __device__ inline void copy_warp_rows(const Tile& tile, int first, const typenam
   }
 }
 
-// By a producing warp: its 32 rows of a stage.
+// By a producing warp: its 32 rows of a stage, once it is empty.
 template <typename Shape>
-__device__ inline void fill_stage(Ring<Shape>& ring, int stage, Barrier* full,
+__device__ inline void fill_stage(Ring<Shape>& ring, RingBarriers<Shape>& barriers, const RingPlace<Shape::kStages>& at,
                                   const HeadPools<typename Shape::Element>& pools, const RowOffsets& place) {
   const int first = 32 * this_warp();
-  copy_warp_rows(typename Shape::KTile{ring.k[stage]}, first, pools.k, pools.k_width, place.k);
-  copy_warp_rows(typename Shape::VTile{ring.v[stage]}, first, pools.v, pools.v_width, place.v);
-  arrive_after_copies(full);
+  wait(&barriers.k_empty[at.stage], at.parity ^ 1);
+  copy_warp_rows(typename Shape::KTile{ring.k[at.stage]}, first, pools.k, pools.k_width, place.k);
+  arrive_after_copies(&barriers.k_full[at.stage]);
+  wait(&barriers.v_empty[at.stage], at.parity ^ 1);
+  copy_warp_rows(typename Shape::VTile{ring.v[at.stage]}, first, pools.v, pools.v_width, place.v);
+  arrive_after_copies(&barriers.v_full[at.stage]);
 }
 
 // By all producers: queries of rows [first_row, ...), those from `rows` on as zeros.
@@ -272,17 +289,30 @@ struct StageConsumer {
     }
   }
 
-  __device__ void attend(StageSums<Shape>& sums, Ring<Shape>& ring, int stage, const SeenKeys<Shape>& seen,
-                         int32_t first_key, int32_t last_key) const {
+  __device__ void attend(StageSums<Shape>& sums, Ring<Shape>& ring, RingBarriers<Shape>& barriers,
+                         const RingPlace<Shape::kStages>& at, const SeenKeys<Shape>& seen, int32_t first_key,
+                         int32_t last_key) const {
     float scores[Shape::kRowTiles][2][4];
-    score(scores, typename Shape::KTile{ring.k[stage]}, seen, first_key, last_key);
+    wait(&barriers.k_full[at.stage], at.parity);
+    score(scores, typename Shape::KTile{ring.k[at.stage]}, seen, first_key, last_key);
+    release(&barriers.k_empty[at.stage]);
     sync_consumers<Shape>();
     weigh(sums, scores);
     sync_consumers<Shape>();
-    accumulate(sums, typename Shape::VTile{ring.v[stage]});
+    wait(&barriers.v_full[at.stage], at.parity);
+    accumulate(sums, typename Shape::VTile{ring.v[at.stage]});
+    release(&barriers.v_empty[at.stage]);
   }
 
  private:
+  // The warp is done with a buffer, after products that read it.
+  __device__ static void release(Barrier* empty) {
+    __syncwarp();
+    if (this_lane() == 0) {
+      arrive(empty);
+    }
+  }
+
   // Right operands of 32 keys: [half of the keys][eight columns].
   __device__ static void load_values(uint32_t (&b)[2][Shape::kColumns / 8][2], const typename Shape::VTile& values,
                                      int key, int column) {
