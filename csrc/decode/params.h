@@ -87,14 +87,21 @@ struct DecodeParams {
   int32_t split_stages;  // of a fixed split
   int32_t items;         // ranges times fixed splits
   int32_t range_slots;   // of partial sums, each of a tile of rows
-  int32_t tile_rows;
+  int32_t tile_queries;  // whole queries of a tile of rows
+  int32_t tile_rows;     // theirs
   int32_t cluster;       // blocks of threads that share a query's choice
   int32_t slices;        // of the blocks that each of them ranks
   int32_t padded_group;  // G, rounded up to a multiple of four
+  Divisor by_fours;      // padded_group / 4
+  // In shared memory of a block of threads that chooses, from the ring on, in bytes.
+  int32_t choice_sums;     // (parts, G) RowSums
+  int32_t choice_factors;  // (stages, padded_group)
+  int32_t choice_weights;  // (choice_stages, stage_blocks + spill_blocks, padded_group)
+  int32_t choice_stages;   // at a time
   Divisor by_stage_blocks;
   Divisor by_stage_keys;
   Divisor by_row_tiles;
-  Divisor by_tile_rows;
+  Divisor by_tile_queries;
 
   // Workspace, float32. R = Tq G rows, S = splits, then window_splits.
   float* range_out;        // (units, S, R, columns); on Hopper (range_slots, tile_rows, columns)

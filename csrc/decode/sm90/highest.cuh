@@ -1,4 +1,4 @@
-// The n highest of the ranks of selection blocks, by warps.
+// The n highest of selection blocks' ranks, by a warp.
 #pragma once
 
 #include "decode/ranks.cuh"
@@ -11,50 +11,46 @@ struct Candidate {
   int32_t block;
 };
 
-// Ranks in registers: number 32 i + lane; 0 beyond the last.
-template <int kPerLane>
-struct HeldRanks {
-  uint32_t ranks[kPerLane];
-
-  template <typename RankOf>
-  __device__ HeldRanks(int32_t count, const RankOf& rank_of) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int32_t at = 32 * i + this_lane();
-      ranks[i] = at < count ? rank_of(at) : 0u;
-    }
-  }
-  template <typename Function>
-  __device__ void visit(const Function& function) const {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      function(32 * i, ranks[i]);
-    }
-  }
-};
-
-// Ranks where they are, any number.
-template <typename RankOf>
-struct DistantRanks {
+// Candidates that a warp goes through, 128 at a time: the first of them stay in registers.
+struct CandidateRanks {
+  const Candidate* from;
   int32_t count;
-  const RankOf& rank_of;
+  uint32_t held[4];
 
+  __device__ CandidateRanks(const Candidate* from_, int32_t count_) : from(from_), count(count_) { load(0, held); }
+
+  // Calls function(number of the lane's rank, rank) for all, with 0 beyond the last.
   template <typename Function>
   __device__ void visit(const Function& function) const {
-#pragma unroll 8
-    for (int32_t first = 0; first < count; first += 32) {
-      const int32_t at = first + this_lane();
-      function(first, at < count ? rank_of(at) : 0u);
+    uint32_t ranks[4] = {held[0], held[1], held[2], held[3]};
+#pragma unroll 1
+    for (int32_t first = 0;;) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        function(first + 32 * i + this_lane(), ranks[i]);
+      }
+      first += 128;
+      if (first >= count) {
+        return;
+      }
+      load(first, ranks);
+    }
+  }
+  __device__ int32_t count_from(uint32_t least) const {
+    int32_t sum = 0;
+    visit([&](int32_t, uint32_t rank) { sum += rank >= least ? 1 : 0; });
+    return __reduce_add_sync(0xffffffffu, sum);
+  }
+
+ private:
+  __device__ void load(int32_t first, uint32_t (&ranks)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int32_t at = first + 32 * i + this_lane();
+      ranks[i] = at < count ? from[at].rank : 0u;
     }
   }
 };
-
-template <typename Ranks>
-__device__ inline int32_t count_from(const Ranks& ranks, uint32_t least) {
-  int32_t count = 0;
-  ranks.visit([&](int32_t, uint32_t rank) { count += rank >= least ? 1 : 0; });
-  return __reduce_add_sync(0xffffffffu, count);
-}
 
 // Chosen are the ranks above `at`, and the first `ties` of those that equal it.
 struct RankThreshold {
@@ -63,8 +59,7 @@ struct RankThreshold {
 };
 
 // Of the n highest ranks above 0; of all where there are fewer.
-template <typename Ranks>
-__device__ inline RankThreshold find_threshold(const Ranks& ranks, int32_t n) {
+__device__ inline RankThreshold find_threshold(const CandidateRanks& ranks, int32_t n) {
   int32_t forced = 0;
   int32_t present = 0;
   uint32_t highest = 0u;
@@ -73,11 +68,10 @@ __device__ inline RankThreshold find_threshold(const Ranks& ranks, int32_t n) {
     present += rank != 0u ? 1 : 0;
     highest = max(highest, rank == kForcedRank ? 0u : rank);
   });
-  const int32_t counts = __reduce_add_sync(0xffffffffu, forced << 16 | present);
-  if ((counts & 0xffff) <= n) {
+  if (__reduce_add_sync(0xffffffffu, present) <= n) {
     return {0u, 0};
   }
-  if (counts >> 16 >= n) {
+  if (__reduce_add_sync(0xffffffffu, forced) >= n) {
     return {kForcedRank, n};
   }
   uint32_t high = __reduce_max_sync(0xffffffffu, highest);
@@ -86,7 +80,7 @@ __device__ inline RankThreshold find_threshold(const Ranks& ranks, int32_t n) {
 #pragma unroll 1
   while (low < high) {
     const uint32_t middle = low + (high - low + 1u) / 2u;
-    const int32_t count = count_from(ranks, middle);
+    const int32_t count = ranks.count_from(middle);
     if (count == n) {
       return {middle - 1u, 0};
     }
@@ -96,37 +90,28 @@ __device__ inline RankThreshold find_threshold(const Ranks& ranks, int32_t n) {
       high = middle - 1u;
     }
   }
-  return {low, n - count_from(ranks, low + 1u)};
+  return {low, n - ranks.count_from(low + 1u)};
 }
 
-// Calls take(place among the chosen, number of the rank, rank) for each that is chosen, in ascending order of their numbers; returns
-// how many there are.
-template <typename Ranks, typename Take>
-__device__ inline int32_t take_highest(const Ranks& ranks, int32_t n, const Take& take) {
+// Copies the n highest of `count` candidates, in their order, and returns how many there were.
+static __device__ __noinline__ int32_t take_highest(const Candidate* from, int32_t count, int32_t n, Candidate* to) {
+  const CandidateRanks ranks(from, count);
   const RankThreshold threshold = find_threshold(ranks, n);
   const unsigned lower = (1u << this_lane()) - 1u;
   int32_t place = 0;
   int32_t ties = threshold.ties;
-  ranks.visit([&](int32_t first, uint32_t rank) {
+  ranks.visit([&](int32_t number, uint32_t rank) {
     const unsigned equals = __ballot_sync(0xffffffffu, rank == threshold.at);
     const bool taken = rank > threshold.at || (rank == threshold.at && __popc(equals & lower) < ties);
     const unsigned all = __ballot_sync(0xffffffffu, taken);
     if (taken) {
-      take(place + __popc(all & lower), first + this_lane(), rank);
+      to[place + __popc(all & lower)] = from[number];
     }
     ties = max(ties - __popc(equals), 0);
     place += __popc(all);
   });
+  __syncwarp();
   return place;
-}
-
-// The same of `count` ranks, rank_of(number): few are held in registers.
-template <typename RankOf, typename Take>
-__device__ inline int32_t take_highest_of(int32_t count, const RankOf& rank_of, int32_t n, const Take& take) {
-  if (count <= 128) {
-    return take_highest(HeldRanks<4>(count, rank_of), n, take);
-  }
-  return take_highest(DistantRanks<RankOf>{count, rank_of}, n, take);
 }
 
 }  // namespace nsa

@@ -27,7 +27,7 @@ __device__ inline void produce_ranges(const DecodeParams& params, RangesShared<S
   RingPlace<2> queries;
   RangePiece piece;
 #pragma unroll 1
-  while (walk.next(piece, Shape::kRows)) {
+  while (walk.next(piece, params.tile_rows)) {
     const PagedRows& keys = piece.keys(params);
     const int32_t stage_keys = piece.stage_keys(params);
     const int32_t row = static_cast<int32_t>(threadIdx.x);
@@ -92,10 +92,17 @@ struct RangesConsumer {
     float* const to = params.stage_weights + number * params.weights_of_stage() * params.padded_rows() +
                       padded_row(params, piece.first_row + row);
     const float* const from = shared.kept + row * decode_sm90::kKeptPitch;
+    // The last head's thread also writes zeros for those that fill up the group.
+    const int32_t head = row - params.group * static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
+    const int32_t padding = head == params.group - 1 ? params.padded_group - params.group : 0;
 #pragma unroll 1
     for (int32_t block = thread() / Shape::kRows; block < params.weights_of_stage();
          block += Shape::kConsumers / Shape::kRows) {
       to[block * params.padded_rows()] = block_weight(params, from, count, block);
+#pragma unroll 1
+      for (int32_t i = 1; i <= padding; ++i) {
+        to[block * params.padded_rows() + i] = 0.f;
+      }
     }
   }
 
@@ -116,7 +123,7 @@ struct RangesConsumer {
   }
 
   __device__ void store_sums(const RangePiece& piece, const StageSums<Shape>& sums) const {
-    const int64_t place = static_cast<int64_t>(piece.slot) * Shape::kRows;
+    const int64_t place = static_cast<int64_t>(piece.slot) * params.tile_rows;
     share_totals(shared.exchange, sums);
     sync_consumers<Shape>();
     float* const out = params.range_out + place * Shape::kDimV + Shape::kColumns * consumer_warp<Shape>();
@@ -163,7 +170,7 @@ struct RangesConsumer {
     RingPlace<2> queries;
     RangePiece piece;
 #pragma unroll 1
-    while (walk.next(piece, Shape::kRows)) {
+    while (walk.next(piece, params.tile_rows)) {
       wait(&shared.queries_full[queries.stage], queries.parity);
       consume(piece, place, queries.stage);
       __syncwarp();
@@ -183,10 +190,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_ranges_sm90(const _
     shared.barriers.init();
     init_ring(shared.queries_full, shared.queries_empty, Shape::kProducers, Shape::kWarps);
   }
+  const PieceWalk walk(params);
+  __syncthreads();
   wait_for_previous();
   start_next();
-  const PieceWalk walk(params, count_all_stages(params, 0));
-  __syncthreads();
   if (this_warp() < decode_sm90::kProducerWarps) {
     produce_ranges(params, shared, walk);
   } else {

@@ -33,8 +33,12 @@ struct StageTotals {
   int32_t before;
 };
 
-__device__ inline int32_t sequence_stages(const DecodeParams& params, int32_t index) {
-  return index < params.batch ? count_stages(params, index).both() * params.heads_kv * params.row_tiles : 0;
+// Stages of all tiles of a sequence.
+__device__ inline int32_t sequence_stages(const DecodeParams& params, const StageCounts& counts) {
+  return counts.both() * params.heads_kv * params.row_tiles;
+}
+__device__ inline StageCounts counts_of_lane(const DecodeParams& params, int32_t index) {
+  return index < params.batch ? count_stages(params, index) : StageCounts{0, 0};
 }
 
 // By a warp.
@@ -43,7 +47,7 @@ __device__ inline StageTotals count_all_stages(const DecodeParams& params, int32
   int32_t before = 0;
 #pragma unroll 1
   for (int32_t b = this_lane(); b < params.batch; b += 32) {
-    const int32_t stages = sequence_stages(params, b);
+    const int32_t stages = sequence_stages(params, count_stages(params, b));
     all += stages;
     before += b < index ? stages : 0;
   }
@@ -155,17 +159,25 @@ struct PieceWalk {
   int32_t begin;  // its first stage of all
   StageCounts counts;
 
-  __device__ PieceWalk(const DecodeParams& p, const StageTotals& totals)
+  // By a warp.
+  __device__ explicit PieceWalk(const DecodeParams& p)
       : params(p), at(static_cast<int32_t>(blockIdx.x)), end(p.items), index(0), begin(0), counts{0, 0} {
     if (p.fixed_splits > 0) {
       return;
     }
-    const StageShares shares(p, totals.all);
+    // The first sequences' lengths are read once for both the sum and the search.
+    const StageCounts held = counts_of_lane(p, this_lane());
+    int32_t all = sequence_stages(p, held);
+#pragma unroll 1
+    for (int32_t b = 32 + this_lane(); b < p.batch; b += 32) {
+      all += sequence_stages(p, count_stages(p, b));
+    }
+    const StageShares shares(p, __reduce_add_sync(0xffffffffu, all));
     at = end = 0;
     if (static_cast<int32_t>(blockIdx.x) < shares.blocks) {
       at = shares.begin(static_cast<int32_t>(blockIdx.x));
       end = shares.begin(static_cast<int32_t>(blockIdx.x) + 1);
-      find_sequence();
+      find_sequence(held);
     }
   }
 
@@ -174,11 +186,11 @@ struct PieceWalk {
   }
 
  private:
-  // The sequence that stage `at` belongs to. By whole warps.
-  __device__ void find_sequence() {
+  // The sequence that stage `at` belongs to. `held`: those of the first 32.
+  __device__ void find_sequence(StageCounts held) {
 #pragma unroll 1
-    for (int32_t first = 0; first < params.batch; first += 32) {
-      const int32_t stages = sequence_stages(params, first + this_lane());
+    for (int32_t first = 0;;) {
+      const int32_t stages = sequence_stages(params, held);
       int32_t before = stages;
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
@@ -190,10 +202,15 @@ struct PieceWalk {
         const int lane = __ffs(static_cast<int>(past)) - 1;
         index = first + lane;
         begin += __shfl_sync(0xffffffffu, before - stages, lane);
-        counts = count_stages(params, index);
+        counts = {__shfl_sync(0xffffffffu, held.compressed, lane), __shfl_sync(0xffffffffu, held.window, lane)};
         return;
       }
       begin += __shfl_sync(0xffffffffu, before, 31);
+      first += 32;
+      if (first >= params.batch) {
+        return;
+      }
+      held = counts_of_lane(params, first + this_lane());
     }
   }
 

@@ -103,7 +103,7 @@ struct HeadPools {
 template <typename Tile>
 __device__ inline void copy_warp_rows(const Tile& tile, int first, const typename Tile::Element* pool, int32_t width,
                                       int64_t place) {
-#pragma unroll 8
+#pragma unroll 4
   for (int j = 0; j < Tile::kChunks; ++j) {
     const int i = 32 * j + this_lane();
     const int row = i / Tile::kChunks;
@@ -195,6 +195,9 @@ struct StageConsumer {
       clear(scores[r]);
     }
     const int warp = consumer_warp<Shape>();
+    // Of one tile of rows the sums of every other column are apart: chains of products are half as long.
+    constexpr int kChains = Shape::kRowTiles == 1 ? 2 : 1;
+    float more[kChains][2][4] = {};
 #pragma unroll
     for (int column = 0; column < Shape::kDimK; column += 16) {
       uint32_t b[4];
@@ -203,9 +206,13 @@ struct StageConsumer {
       for (int r = 0; r < Shape::kRowTiles; ++r) {
         uint32_t a[4];
         queries.load_left(a, 16 * r, column, this_lane());
-        multiply_add<Element>(scores[r][0], a, b[0], b[1]);
-        multiply_add<Element>(scores[r][1], a, b[2], b[3]);
+        float(&to)[2][4] = kChains == 2 && column / 16 % 2 == 1 ? more[0] : scores[r];
+        multiply_add<Element>(to[0], a, b[0], b[1]);
+        multiply_add<Element>(to[1], a, b[2], b[3]);
       }
+    }
+    if constexpr (kChains == 2) {
+      add_tiles(scores[0], more[0]);
     }
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -270,6 +277,8 @@ struct StageConsumer {
   // All weights of the stage, times the warp's columns of the values.
   __device__ void accumulate(StageSums<Shape>& sums, const typename Shape::VTile& values) const {
     const int column = Shape::kColumns * consumer_warp<Shape>();
+    constexpr int kChains = Shape::kRowTiles == 1 ? 2 : 1;
+    float more[kChains][Shape::kColumns / 8][4] = {};
 #pragma unroll
     for (int key = 0; key < Shape::kKeys; key += 32) {
       uint32_t b[2][Shape::kColumns / 8][2];
@@ -282,10 +291,13 @@ struct StageConsumer {
           weights.load_left(a, 16 * r, key + 16 * i, this_lane());
 #pragma unroll
           for (int c = 0; c < Shape::kColumns / 8; ++c) {
-            multiply_add<Element>(sums.out[r][c], a, b[i][c][0], b[i][c][1]);
+            multiply_add<Element>(kChains == 2 && i == 1 ? more[0][c] : sums.out[r][c], a, b[i][c][0], b[i][c][1]);
           }
         }
       }
+    }
+    if constexpr (kChains == 2) {
+      add_tiles(sums.out[0], more[0]);
     }
   }
 
@@ -310,6 +322,17 @@ struct StageConsumer {
     __syncwarp();
     if (this_lane() == 0) {
       arrive(empty);
+    }
+  }
+
+  template <int kTiles>
+  __device__ static void add_tiles(float (&to)[kTiles][4], const float (&x)[kTiles][4]) {
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        to[t][j] += x[t][j];
+      }
     }
   }
 
