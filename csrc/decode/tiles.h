@@ -80,6 +80,7 @@ constexpr int32_t kStageKeys = 128;
 constexpr int32_t kProducerWarps = 4;
 constexpr int32_t kConsumerWarps = 8;
 constexpr int32_t kThreads = 32 * (kProducerWarps + kConsumerWarps);
+constexpr int32_t kRangesThreads = kThreads + 32 * kProducerWarps;  // some add up weights by selection blocks
 constexpr int32_t kMostCluster = 8;
 constexpr int32_t kMostCandidates = 1024;  // of all slices
 constexpr int32_t kSliceBlocks = 128;      // that a warp chooses from, unless there are many
@@ -97,6 +98,8 @@ constexpr int32_t range_stages(TileDims dims, int32_t row_tiles) {
 }
 constexpr int32_t selected_stages(TileDims dims) { return dims.k + dims.v <= 128 ? 4 : 2; }
 
+// Buffers of weights in float32, from the warps that compute them to those that add them up by selection blocks.
+constexpr int32_t kept_buffers(int32_t row_tiles) { return row_tiles <= 2 ? 2 : 1; }
 constexpr int64_t query_bytes(TileDims dims, int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * dims.k; }
 constexpr int64_t weight_bytes(int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * kStageKeys; }
 constexpr int64_t exchange_bytes(int32_t row_tiles) { return kFloatBytes * 2 * kConsumerWarps * 16 * row_tiles; }
@@ -104,13 +107,13 @@ constexpr int64_t out_bytes(TileDims dims, int32_t row_tiles) { return kFloatByt
 
 constexpr KernelTile ranges_tile(TileDims dims, int32_t row_tiles) {
   const int32_t stages = range_stages(dims, row_tiles);
-  const int64_t kept = kFloatBytes * 16 * row_tiles * kKeptPitch;
+  const int64_t kept = kFloatBytes * 16 * row_tiles * kKeptPitch * kept_buffers(row_tiles);
   return {.rows = 16 * row_tiles,
           .keys = kStageKeys,
           .stages = stages,
           .dynamic_bytes = round_up(stages * stage_bytes(dims) + 2 * query_bytes(dims, row_tiles) +
                                         weight_bytes(row_tiles) + kept + exchange_bytes(row_tiles) +
-                                        kBarrierBytes * (4 * stages + 4),
+                                        kBarrierBytes * (4 * stages + 4 + 2 * kept_buffers(row_tiles)),
                                     128)};
 }
 

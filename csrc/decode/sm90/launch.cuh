@@ -17,7 +17,7 @@ void DecodeSm90<Element, kDimK, kDimV>::ranges(const DecodeParams& params, const
     static_assert(states_sm90(decode_sm90::ranges_tile({kDimK, kDimV}, tiles),
                               round_up(sizeof(RangesShared<Shape>), 128)));
     const dim3 grid(static_cast<unsigned>(params.range_blocks));
-    launch_in_chain(decode_ranges_sm90<Shape>, grid, Shape::kThreads, plan.launches.of[0].tile, true, stream,
+    launch_in_chain(decode_ranges_sm90<Shape>, grid, decode_sm90::kRangesThreads, plan.launches.of[0].tile, true, stream,
                     "decoding: ranges", params);
   };
   if (plan.row_tiles == 1) {

@@ -11,15 +11,24 @@ namespace nsa {
 template <typename Shape>
 struct RangesShared {
   using Element = typename Shape::Element;
+  static constexpr int kKept = decode_sm90::kept_buffers(Shape::kRowTiles);
   Ring<Shape> ring;
   Element queries[2][Shape::QTile::kSize];
   Element weights[Shape::WeightTile::kSize];
-  float kept[Shape::kRows * decode_sm90::kKeptPitch];
+  float kept[kKept][Shape::kRows * decode_sm90::kKeptPitch];
   ConsumerExchange<Shape> exchange;
   RingBarriers<Shape> barriers;
   Barrier queries_full[2];
   Barrier queries_empty[2];
+  Barrier kept_full[kKept];
+  Barrier kept_empty[kKept];
 };
+
+// Where rows of a unit lie in the arrays of stages.
+__device__ inline int32_t padded_row(const DecodeParams& params, int32_t row) {
+  const int32_t query = static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
+  return query * params.padded_group + row - query * params.group;
+}
 
 template <typename Shape>
 __device__ inline void produce_ranges(const DecodeParams& params, RangesShared<Shape>& shared, PieceWalk walk) {
@@ -53,11 +62,55 @@ __device__ inline void produce_ranges(const DecodeParams& params, RangesShared<S
   }
 }
 
-// Where rows of a unit lie in the arrays of stages.
-__device__ inline int32_t padded_row(const DecodeParams& params, int32_t row) {
-  const int32_t query = static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
-  return query * params.padded_group + row - query * params.group;
-}
+// Adds up by selection blocks what the consumers' weights are.
+template <typename Shape>
+struct RangesWeigher {
+  const DecodeParams& params;
+  RangesShared<Shape>& shared;
+
+  __device__ static int thread() { return static_cast<int>(threadIdx.x) - Shape::kProducers - Shape::kConsumers; }
+
+  // Of stage `number` of all: what `count` keys weigh.
+  __device__ void weigh_stage(const RangePiece& piece, int32_t number, int32_t count, const float* weights) const {
+    const int row = thread() % Shape::kRows;
+    if (row >= piece.here) {
+      return;
+    }
+    const int32_t pitch = params.padded_rows();
+    float* const to = params.stage_weights + static_cast<int64_t>(number) * params.weights_of_stage() * pitch +
+                      padded_row(params, piece.first_row + row);
+    const float* const from = weights + row * decode_sm90::kKeptPitch;
+    // The last head's thread also writes zeros for those that fill up the group.
+    const int32_t head = row - params.group * static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
+    const int32_t padding = head == params.group - 1 ? params.padded_group - params.group : 0;
+#pragma unroll 2
+    for (int32_t block = thread() / Shape::kRows; block < params.weights_of_stage();
+         block += Shape::kProducers / Shape::kRows) {
+      to[block * pitch] = block_weight(params, from, count, block);
+#pragma unroll 1
+      for (int32_t i = 1; i <= padding; ++i) {
+        to[block * pitch + i] = 0.f;
+      }
+    }
+  }
+
+  __device__ void run(PieceWalk walk) const {
+    RingPlace<RangesShared<Shape>::kKept> kept;
+    RangePiece piece;
+#pragma unroll 1
+    while (walk.next(piece, params.tile_rows)) {
+      const int32_t stage_keys = piece.stage_keys(params);
+#pragma unroll 1
+      for (int32_t stage = 0; piece.compressed && stage < piece.stages; ++stage) {
+        wait(&shared.kept_full[kept.stage], kept.parity);
+        weigh_stage(piece, piece.unit_index * params.stages + piece.stage + stage,
+                    max(min(piece.count - stage * stage_keys, stage_keys), 0), shared.kept[kept.stage]);
+        arrive(&shared.kept_empty[kept.stage]);
+        kept.advance();
+      }
+    }
+  }
+};
 
 template <typename Shape>
 struct RangesConsumer {
@@ -80,32 +133,7 @@ struct RangesConsumer {
     return seen;
   }
 
-  // Of a stage of compressed keys: what `count` of them weigh, and the highest scores that this is relative to.
-  __device__ void store_stage(const RangePiece& piece, const StageSums<Shape>& sums, int32_t stage,
-                              int32_t count) const {
-    const int64_t number = static_cast<int64_t>(piece.unit_index) * params.stages + stage;
-    store_highest(piece, number, sums);
-    const int row = thread() % Shape::kRows;
-    if (row >= piece.here) {
-      return;
-    }
-    float* const to = params.stage_weights + number * params.weights_of_stage() * params.padded_rows() +
-                      padded_row(params, piece.first_row + row);
-    const float* const from = shared.kept + row * decode_sm90::kKeptPitch;
-    // The last head's thread also writes zeros for those that fill up the group.
-    const int32_t head = row - params.group * static_cast<int32_t>(params.by_group.divide(static_cast<uint32_t>(row)));
-    const int32_t padding = head == params.group - 1 ? params.padded_group - params.group : 0;
-#pragma unroll 1
-    for (int32_t block = thread() / Shape::kRows; block < params.weights_of_stage();
-         block += Shape::kConsumers / Shape::kRows) {
-      to[block * params.padded_rows()] = block_weight(params, from, count, block);
-#pragma unroll 1
-      for (int32_t i = 1; i <= padding; ++i) {
-        to[block * params.padded_rows() + i] = 0.f;
-      }
-    }
-  }
-
+  // Of a stage of compressed keys: the highest scores that its weights are relative to.
   __device__ void store_highest(const RangePiece& piece, int64_t number, const StageSums<Shape>& sums) const {
     if (consumer_warp<Shape>() != 0 || this_lane() % 4 != 0) {
       return;
@@ -147,19 +175,26 @@ struct RangesConsumer {
     }
   }
 
-  __device__ void consume(const RangePiece& piece, RingPlace<Shape::kStages>& place, int queries) const {
+  __device__ void consume(const RangePiece& piece, RingPlace<Shape::kStages>& place,
+                          RingPlace<RangesShared<Shape>::kKept>& kept, int buffer) const {
     const SeenKeys<Shape> seen = seen_keys(piece);
-    const StageConsumer<Shape> consumer{{shared.queries[queries]}, {shared.weights}, shared.exchange,
-                                        piece.compressed ? shared.kept : nullptr, params.scale_log2};
+    const QueryOperands<Shape> queries(shared.queries[buffer]);
+    const StageConsumer<Shape> consumer{queries, {shared.weights}, shared.exchange, params.scale_log2};
     StageSums<Shape> sums;
     const int32_t stage_keys = piece.stage_keys(params);
 #pragma unroll 1
     for (int32_t stage = 0; stage < piece.stages; ++stage) {
       const int32_t first = stage * stage_keys;
-      consumer.attend(sums, shared.ring, shared.barriers, place, seen, first, first + stage_keys);
+      if (piece.compressed) {
+        wait(&shared.kept_empty[kept.stage], kept.parity ^ 1);
+      }
+      consumer.attend(sums, shared.ring, shared.barriers, place, seen, first, first + stage_keys,
+                      piece.compressed ? shared.kept[kept.stage] : nullptr);
       place.advance();
       if (piece.compressed) {
-        store_stage(piece, sums, piece.stage + stage, max(min(piece.count - first, stage_keys), 0));
+        arrive(&shared.kept_full[kept.stage]);
+        kept.advance();
+        store_highest(piece, static_cast<int64_t>(piece.unit_index) * params.stages + piece.stage + stage, sums);
       }
     }
     store_sums(piece, sums);
@@ -168,11 +203,12 @@ struct RangesConsumer {
   __device__ void run(PieceWalk walk) const {
     RingPlace<Shape::kStages> place;
     RingPlace<2> queries;
+    RingPlace<RangesShared<Shape>::kKept> kept;
     RangePiece piece;
 #pragma unroll 1
     while (walk.next(piece, params.tile_rows)) {
       wait(&shared.queries_full[queries.stage], queries.parity);
-      consume(piece, place, queries.stage);
+      consume(piece, place, kept, queries.stage);
       __syncwarp();
       if (this_lane() == 0) {
         arrive(&shared.queries_empty[queries.stage]);
@@ -183,21 +219,29 @@ struct RangesConsumer {
 };
 
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) decode_ranges_sm90(const __grid_constant__ DecodeParams params) {
+__global__ void __launch_bounds__(decode_sm90::kRangesThreads, 1)
+    decode_ranges_sm90(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   RangesShared<Shape>& shared = *reinterpret_cast<RangesShared<Shape>*>(shared_bytes);
   if (threadIdx.x == 0) {
     shared.barriers.init();
     init_ring(shared.queries_full, shared.queries_empty, Shape::kProducers, Shape::kWarps);
+    init_ring(shared.kept_full, shared.kept_empty, Shape::kConsumers, Shape::kProducers);
   }
   const PieceWalk walk(params);
   __syncthreads();
   wait_for_previous();
   start_next();
-  if (this_warp() < decode_sm90::kProducerWarps) {
+  const int warp = __shfl_sync(0xffffffffu, this_warp(), 0);
+  if (warp < decode_sm90::kProducerWarps) {
+    shrink_registers<88>();
     produce_ranges(params, shared, walk);
-  } else {
+  } else if (warp < decode_sm90::kProducerWarps + Shape::kWarps) {
+    grow_registers<168>();
     RangesConsumer<Shape>{params, shared}.run(walk);
+  } else {
+    shrink_registers<88>();
+    RangesWeigher<Shape>{params, shared}.run(walk);
   }
 }
 

@@ -61,8 +61,6 @@ struct ChosenPart {
   }
 
   __device__ void consume(int32_t count, StageSums<Shape>& sums) const {
-    const StageConsumer<Shape> consumer{
-        {shared.queries}, {shared.weights}, shared.exchange, nullptr, params.scale_log2};
     SeenKeys<Shape> seen;
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -70,10 +68,12 @@ struct ChosenPart {
       seen.high[r][0] = seen.high[r][1] = count;
     }
     wait(&shared.queries_full, 0);
+    const QueryOperands<Shape> queries(shared.queries);
+    const StageConsumer<Shape> consumer{queries, {shared.weights}, shared.exchange, params.scale_log2};
     RingPlace<Shape::kStages> place;
 #pragma unroll 1
     for (int32_t first = 0; first < count; first += Shape::kKeys) {
-      consumer.attend(sums, shared.ring, shared.barriers, place, seen, first, first + Shape::kKeys);
+      consumer.attend(sums, shared.ring, shared.barriers, place, seen, first, first + Shape::kKeys, nullptr);
       place.advance();
     }
   }

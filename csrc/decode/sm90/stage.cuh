@@ -60,8 +60,8 @@ struct RingBarriers {
 // What the consuming warps tell each other.
 template <typename Shape>
 struct ConsumerExchange {
-  float highest[Shape::kWarps][Shape::kRows];
-  float total[Shape::kWarps][Shape::kRows];
+  float highest[Shape::kRows][Shape::kWarps];
+  float total[Shape::kRows][Shape::kWarps];
 };
 
 constexpr int kConsumerBarrier = 1;
@@ -176,15 +176,41 @@ __device__ inline int consumer_warp() {
   return this_warp() - decode_sm90::kProducerWarps;
 }
 
+// The queries as left operands: those of one tile of rows stay in registers.
+template <typename Shape>
+struct QueryOperands {
+  static constexpr bool kHeld = Shape::kRowTiles == 1;
+  typename Shape::QTile tile;
+  uint32_t held[kHeld ? Shape::kDimK / 16 : 1][4];
+
+  __device__ explicit QueryOperands(typename Shape::Element* queries) : tile{queries} {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < Shape::kDimK / 16; ++i) {
+        tile.load_left(held[i], 0, 16 * i, this_lane());
+      }
+    }
+  }
+  __device__ void load(uint32_t (&a)[4], int r, int column) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[i] = held[column / 16][i];
+      }
+    } else {
+      tile.load_left(a, 16 * r, column, this_lane());
+    }
+  }
+};
+
 // A consuming warp's part of a stage. `weights` and `exchange` are shared by all; `kept` (kRows, kKeptPitch), or null,
 // takes the weights in float32, relative to sums.highest.
 template <typename Shape>
 struct StageConsumer {
   using Element = typename Shape::Element;
-  typename Shape::QTile queries;
+  const QueryOperands<Shape>& queries;
   typename Shape::WeightTile weights;
   ConsumerExchange<Shape>& exchange;
-  float* kept;
   float scale_log2;
 
   // The scores of 16 keys, those that are not seen -inf, and each row's highest of them to the other warps.
@@ -205,7 +231,7 @@ struct StageConsumer {
 #pragma unroll
       for (int r = 0; r < Shape::kRowTiles; ++r) {
         uint32_t a[4];
-        queries.load_left(a, 16 * r, column, this_lane());
+        queries.load(a, r, column);
         float(&to)[2][4] = kChains == 2 && column / 16 % 2 == 1 ? more[0] : scores[r];
         multiply_add<Element>(to[0], a, b[0], b[1]);
         multiply_add<Element>(to[1], a, b[2], b[3]);
@@ -230,14 +256,14 @@ struct StageConsumer {
         }
         highest = row_max(highest);
         if (this_lane() % 4 == 0) {
-          exchange.highest[warp][lane_row(r, half)] = highest;
+          exchange.highest[lane_row(r, half)][warp] = highest;
         }
       }
     }
   }
 
   // Scores become weights, for all warps to read.
-  __device__ void weigh(StageSums<Shape>& sums, const float (&scores)[Shape::kRowTiles][2][4]) const {
+  __device__ void weigh(StageSums<Shape>& sums, const float (&scores)[Shape::kRowTiles][2][4], float* kept) const {
     const int warp = consumer_warp<Shape>();
 #pragma unroll
     for (int r = 0; r < Shape::kRowTiles; ++r) {
@@ -246,8 +272,9 @@ struct StageConsumer {
         const int row = lane_row(r, half);
         float now = sums.highest[r][half];
 #pragma unroll
-        for (int w = 0; w < Shape::kWarps; ++w) {
-          now = fmaxf(now, exchange.highest[w][row]);
+        for (int w = 0; w < Shape::kWarps; w += 4) {
+          const float4 x = *reinterpret_cast<const float4*>(&exchange.highest[row][w]);
+          now = fmaxf(now, fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)));
         }
         const float factor = rescaling(sums.highest[r][half], now, 1.f);
         const float offset = now == kMinusInfinity ? 0.f : now;
@@ -303,13 +330,13 @@ struct StageConsumer {
 
   __device__ void attend(StageSums<Shape>& sums, Ring<Shape>& ring, RingBarriers<Shape>& barriers,
                          const RingPlace<Shape::kStages>& at, const SeenKeys<Shape>& seen, int32_t first_key,
-                         int32_t last_key) const {
+                         int32_t last_key, float* kept) const {
     float scores[Shape::kRowTiles][2][4];
     wait(&barriers.k_full[at.stage], at.parity);
     score(scores, typename Shape::KTile{ring.k[at.stage]}, seen, first_key, last_key);
     release(&barriers.k_empty[at.stage]);
     sync_consumers<Shape>();
-    weigh(sums, scores);
+    weigh(sums, scores, kept);
     sync_consumers<Shape>();
     wait(&barriers.v_full[at.stage], at.parity);
     accumulate(sums, typename Shape::VTile{ring.v[at.stage]});
@@ -371,7 +398,7 @@ __device__ inline void share_totals(ConsumerExchange<Shape>& exchange, const Sta
     for (int half = 0; half < 2; ++half) {
       const float total = row_sum(sums.total[r][half]);
       if (this_lane() % 4 == 0) {
-        exchange.total[consumer_warp<Shape>()][lane_row(r, half)] = total;
+        exchange.total[lane_row(r, half)][consumer_warp<Shape>()] = total;
       }
     }
   }
@@ -381,7 +408,7 @@ __device__ inline float total_of_row(const ConsumerExchange<Shape>& exchange, in
   float total = 0.f;
 #pragma unroll
   for (int w = 0; w < Shape::kWarps; ++w) {
-    total += exchange.total[w][row];
+    total += exchange.total[row][w];
   }
   return total;
 }
