@@ -82,10 +82,18 @@ def lines_of(tool_output: str, *, terminal: bool) -> str:
     for line in tool_output.splitlines():
         progress.take(line)
     progress.close()
-    written = os.read(readable, 1 << 20).decode()
-    os.close(readable)
     os.close(writable)
-    return written
+    written = b"".join(iter(lambda: read_some(readable), b""))
+    os.close(readable)
+    return written.decode()
+
+
+def read_some(readable: int) -> bytes:
+    """What there is by now: a terminal may give its lines one by one. Nothing at the end."""
+    try:
+        return os.read(readable, 1 << 16)
+    except OSError:  # a terminal that nobody writes to any more
+        return b""
 
 
 @pytest.fixture(autouse=True)

@@ -67,8 +67,9 @@ def instantiations() -> Iterator[tuple[Path, str]]:
                 name = "_".join([short, *map(str, dims)])
                 arguments = ", ".join([element, *map(str, dims)])
                 yield CSRC / branch / machine / "instantiations" / f"{role}{name}.cu", arguments
-    for (short, element), (k, v) in product(ELEMENTS, tiles):
-        yield CSRC / "decode" / "sm80" / "instantiations" / f"{short}_{k}_{v}.cu", f"{element}, {k}, {v}"
+    for (short, element), (k, v), machine in product(ELEMENTS, tiles, ("sm80", "sm90")):
+        if machine == "sm80" or k <= most:
+            yield CSRC / "decode" / machine / "instantiations" / f"{short}_{k}_{v}.cu", f"{element}, {k}, {v}"
 
 
 def test_every_kernel_that_is_listed_is_compiled() -> None:

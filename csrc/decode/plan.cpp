@@ -76,7 +76,7 @@ const char* not_for_sm90(const DecodeParams& p, const Device& device) {
   if (device.shared_bytes < kHopperSharedBytes) {
     return kTooLittleShared;
   }
-  if (p.group > 32) {
+  if (p.group > 16 * decode_sm90::kMostSelectedRowTiles) {
     return "the decoding kernels for compute capability 9.0 take groups of at most 32 heads";
   }
   // Numbers of stages times those of blocks of threads are numbers of 32 bits.

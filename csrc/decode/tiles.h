@@ -86,7 +86,7 @@ constexpr int32_t kMostCandidates = 1024;  // of all slices
 constexpr int32_t kSliceBlocks = 128;      // that a warp chooses from, unless there are many
 constexpr int32_t kCachedPages = 1024;  // of a sequence's table
 constexpr int32_t kKeptPitch = kStageKeys + 4;
-constexpr int32_t kRowTiles[] = {1, 2, 4};
+constexpr int32_t kMostSelectedRowTiles = 2;  // of one query
 constexpr int32_t most_row_tiles(TileDims dims) { return dims.k <= 128 ? 4 : 2; }
 constexpr int32_t row_tiles(TileDims dims, int64_t rows) {
   return rows <= 16 ? 1 : rows <= 32 ? 2 : most_row_tiles(dims);
@@ -99,7 +99,7 @@ constexpr int32_t range_stages(TileDims dims, int32_t row_tiles) {
 constexpr int32_t selected_stages(TileDims dims) { return dims.k + dims.v <= 128 ? 4 : 2; }
 
 // Buffers of weights in float32, from the warps that compute them to those that add them up by selection blocks.
-constexpr int32_t kept_buffers(int32_t row_tiles) { return row_tiles <= 2 ? 2 : 1; }
+constexpr int32_t kept_buffers(int32_t row_tiles) { return row_tiles == 1 ? 2 : 1; }
 constexpr int64_t query_bytes(TileDims dims, int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * dims.k; }
 constexpr int64_t weight_bytes(int32_t row_tiles) { return kHalfBytes * 16 * row_tiles * kStageKeys; }
 constexpr int64_t exchange_bytes(int32_t row_tiles) { return kFloatBytes * 2 * kConsumerWarps * 16 * row_tiles; }

@@ -113,6 +113,15 @@ void add_decode(Instances& to) {
       to.add("decode_selected_sm80", dims, decode_sm80::selected_tile(dims, tiles, kPartKeys), rows);
     }
   }
+  for (const TileDims& dims : kTileDims) {
+    for (int32_t tiles = 1; has_sm90_kernels(dims.k) && tiles <= decode_sm90::most_row_tiles(dims); tiles *= 2) {
+      const std::string rows = std::to_string(16 * tiles) + " rows";
+      to.add("decode_ranges_sm90", dims, decode_sm90::ranges_tile(dims, tiles), rows);
+      if (tiles <= decode_sm90::kMostSelectedRowTiles) {
+        to.add("decode_selected_sm90", dims, decode_sm90::selected_tile(dims, tiles), rows);
+      }
+    }
+  }
   to.add_any("decode_ranges_plain", decode_plain::ranges_tile(kLargestHeadDim, kSplitKeys, kWindowKeys));
   to.add_any("decode_selected_plain", decode_plain::selected_tile(kLargestHeadDim, kPartKeys));
   to.add_any("decode_choose", decode_tiles::choose_tile(16, 128, 1024));
