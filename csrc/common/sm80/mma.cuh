@@ -44,10 +44,6 @@ __device__ inline void copy_number(float* shared, const float* global, bool vali
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
-// Of two float32 numbers.
-__device__ inline void copy_pair(void* shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(shared_address(shared)), "l"(global) : "memory");
-}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
 // Waits until at most `kPending` of the newest groups are under way.
 template <int kPending>

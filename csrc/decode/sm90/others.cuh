@@ -8,6 +8,11 @@ namespace nsa {
 
 constexpr int kHeldParts = 10;  // partial sums that a thread has under way
 
+// Starts to copy two float32 numbers to shared memory.
+__device__ inline void copy_pair(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;\n" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 template <typename Shape>
 struct OtherBranches {
   const DecodeParams& params;
