@@ -218,9 +218,11 @@ struct RangesConsumer {
   }
 };
 
+// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(decode_sm90::kRangesThreads, 1)
     decode_ranges_sm90(const __grid_constant__ DecodeParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   RangesShared<Shape>& shared = *reinterpret_cast<RangesShared<Shape>*>(shared_bytes);
   if (threadIdx.x == 0) {
@@ -243,6 +245,7 @@ __global__ void __launch_bounds__(decode_sm90::kRangesThreads, 1)
     shrink_registers<88>();
     RangesWeigher<Shape>{params, shared}.run(walk);
   }
+#endif
 }
 
 }  // namespace nsa

@@ -145,8 +145,10 @@ struct ChosenPart {
 };
 
 // Clusters (cluster, unit, query).
+// Empty unless it is compiled for sm_90a: see runs_on_this_device.
 template <typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const __grid_constant__ DecodeParams params) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   ChosenShared<Shape>& shared = *reinterpret_cast<ChosenShared<Shape>*>(shared_bytes);
   const ChosenQuery query(params);
@@ -212,6 +214,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const
   }
   sync_cluster();
   part.write_out();
+#endif
 }
 
 }  // namespace nsa
