@@ -18,6 +18,7 @@ OLDEST, NEWEST = torches.SUPPORTED[0], torches.SUPPORTED[-1]
 ONE_END = {
     "they need a GPU": [
         "test_cuda_cache.py",
+        "test_cuda_decode.py",
         "test_cuda_edges.py",
         "test_cuda_hf.py",
         "test_cuda_module.py",

@@ -31,6 +31,7 @@ MULTIPLIES = {
     "selected_backward_keys_sm90",
 }
 ADDS = {"range_add_partials_sm90"}
+STREAMS = {"decode_ranges_sm90", "decode_selected_sm90"}  # few rows: products of a warp, copies by lanes
 
 
 class Instruction(NamedTuple):
@@ -117,7 +118,7 @@ def read_library(*options: str) -> str:
 def test_hopper_kernels_use_no_local_memory() -> None:
     usage = re.findall(r"Function (\w+):\s+(REG:.*)", read_library("-res-usage"))
     kernels = [(name, used) for name, used in usage if KERNEL.search(name)]
-    assert {KERNEL.search(name)[1] for name, _ in kernels} == MULTIPLIES | ADDS  # type: ignore[index]
+    assert {KERNEL.search(name)[1] for name, _ in kernels} == MULTIPLIES | ADDS | STREAMS  # type: ignore[index]
     assert [name for name, used in kernels if "STACK:0 " not in used or "LOCAL:0 " not in used] == []
 
 
@@ -129,9 +130,12 @@ def test_hopper_kernels_multiply_and_copy_and_load_in_time() -> None:
             assert kernel.has("HGMMA"), kernel.name
             assert kernel.has("UTMALDG", "UBLKCP"), kernel.name
             kernels += 1
+        if kernel.short_name in STREAMS:
+            assert kernel.has("HMMA") and kernel.has("LDGSTS"), kernel.name
+            kernels += 1
         assert not kernel.has("STL", "LDL"), kernel.name
         early += early_arrivals(kernel)
-    assert kernels >= len(MULTIPLIES)
+    assert kernels >= len(MULTIPLIES | STREAMS)
     assert early == []
 
 

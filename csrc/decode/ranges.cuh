@@ -137,8 +137,8 @@ __device__ inline bool begin_split(const DecodeParams& params, const RangeSplit&
   return false;
 }
 
-// What a row's keys [0, count) weigh in the importance of selection block `block` of theirs, from their exponentials. Past
-// the last of their blocks come those that the last keys reach into.
+// What a row's keys [0, count) weigh in the importance of selection block `block` of theirs, from their exponentials.
+// Past the last of their blocks come those that the last keys reach into.
 __device__ inline float block_weight(const DecodeParams& params, const float* from, int32_t count, int32_t block) {
   const int32_t covered = params.covered;
   const int32_t pieces = params.pieces;

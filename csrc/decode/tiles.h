@@ -84,7 +84,7 @@ constexpr int32_t kRangesThreads = kThreads + 32 * kProducerWarps;  // some add 
 constexpr int32_t kMostCluster = 8;
 constexpr int32_t kMostCandidates = 1024;  // of all slices
 constexpr int32_t kSliceBlocks = 128;      // that a warp chooses from, unless there are many
-constexpr int32_t kCachedPages = 1024;  // of a sequence's table
+constexpr int32_t kCachedPages = 1024;     // of a sequence's table
 constexpr int32_t kKeptPitch = kStageKeys + 4;
 constexpr int32_t kMostSelectedRowTiles = 2;  // of one query
 constexpr int32_t most_row_tiles(TileDims dims) { return dims.k <= 128 ? 4 : 2; }
@@ -111,26 +111,26 @@ constexpr KernelTile ranges_tile(TileDims dims, int32_t row_tiles) {
   return {.rows = 16 * row_tiles,
           .keys = kStageKeys,
           .stages = stages,
-          .dynamic_bytes = round_up(stages * stage_bytes(dims) + 2 * query_bytes(dims, row_tiles) +
-                                        weight_bytes(row_tiles) + kept + exchange_bytes(row_tiles) +
-                                        kBarrierBytes * (4 * stages + 4 + 2 * kept_buffers(row_tiles)),
-                                    128)};
+          .dynamic_bytes =
+              round_up(stages * stage_bytes(dims) + 2 * query_bytes(dims, row_tiles) + weight_bytes(row_tiles) + kept +
+                           exchange_bytes(row_tiles) + kBarrierBytes * (4 * stages + 4 + 2 * kept_buffers(row_tiles)),
+                       128)};
 }
 
 // Besides the ring: the sum of the other two branches, all parts of the cluster, rows of both branches' splits.
 constexpr KernelTile selected_tile(TileDims dims, int32_t row_tiles) {
   const int32_t stages = selected_stages(dims);
-  const int64_t sums = 2 * out_bytes(dims, row_tiles) + 4 * kFloatBytes * kMostCluster + 2 * kFloatBytes * kMostCluster * 16 * row_tiles +
-                       4 * kFloatBytes * 32 * kConsumerWarps;
+  const int64_t sums = 2 * out_bytes(dims, row_tiles) + 4 * kFloatBytes * kMostCluster +
+                       2 * kFloatBytes * kMostCluster * 16 * row_tiles + 4 * kFloatBytes * 32 * kConsumerWarps;
   const int64_t rows = kFloatBytes * 7 * 16 * row_tiles;
   const int64_t lists = kFloatBytes * (kCachedPages + 64 + 10);
-  return {.rows = 16 * row_tiles,
-          .keys = kStageKeys,
-          .stages = stages,
-          .dynamic_bytes =
-              round_up(stages * stage_bytes(dims) + query_bytes(dims, row_tiles) + weight_bytes(row_tiles) +
-                           exchange_bytes(row_tiles) + sums + rows + lists + kBarrierBytes * (4 * stages + 2),
-                       128)};
+  return {
+      .rows = 16 * row_tiles,
+      .keys = kStageKeys,
+      .stages = stages,
+      .dynamic_bytes = round_up(stages * stage_bytes(dims) + query_bytes(dims, row_tiles) + weight_bytes(row_tiles) +
+                                    exchange_bytes(row_tiles) + sums + rows + lists + kBarrierBytes * (4 * stages + 2),
+                                128)};
 }
 
 }  // namespace decode_sm90

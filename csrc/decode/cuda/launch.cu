@@ -51,14 +51,15 @@ void launch_decode(const DecodeParams& params, const DecodePlan& plan, ElementTy
         return launch_all<DecodePlain<float>>(params, plan, stream);
     }
   }
-  with_kernel(plan.kernel.machine, type, params.q.width, params.out.width, [&](auto machine, auto element, auto k, auto v) {
-    if constexpr (machine == Machine::kSm90) {
-      DecodeSm90<decltype(element), k, v>::ranges(params, plan, stream);
-      DecodeSm90<decltype(element), k, v>::selected(params, plan, stream);
-    } else {
-      launch_all<DecodeSm80<decltype(element), k, v>>(params, plan, stream);
-    }
-  });
+  with_kernel(plan.kernel.machine, type, params.q.width, params.out.width,
+              [&](auto machine, auto element, auto k, auto v) {
+                if constexpr (machine == Machine::kSm90) {
+                  DecodeSm90<decltype(element), k, v>::ranges(params, plan, stream);
+                  DecodeSm90<decltype(element), k, v>::selected(params, plan, stream);
+                } else {
+                  launch_all<DecodeSm80<decltype(element), k, v>>(params, plan, stream);
+                }
+              });
 }
 
 }  // namespace nsa

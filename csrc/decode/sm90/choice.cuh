@@ -1,5 +1,5 @@
-// The choice of one query's blocks: each block of threads of its cluster ranks some of the blocks and offers the highest
-// of them to all, and all choose from what was offered.
+// The choice of one query's blocks: each block of threads of its cluster ranks some of the blocks and offers the
+// highest of them to all, and all choose from what was offered.
 #pragma once
 
 #include "decode/sm90/query.cuh"
@@ -47,8 +47,7 @@ struct Choice {
   __device__ void copy_weights(int32_t stage) const {
     const int32_t stages = min(params.choice_stages, end_stage - stage);
     copy_heads(shared.at(params.choice_weights), params.stage_weights,
-               (of.unit_index * params.stages + stage) * params.weights_of_stage(),
-               stages * params.weights_of_stage());
+               (of.unit_index * params.stages + stage) * params.weights_of_stage(), stages * params.weights_of_stage());
   }
 
   // Highest scores of stages become what makes their weights probabilities.
@@ -61,14 +60,13 @@ struct Choice {
       const int32_t g = i - row * params.padded_group;
       const float highest = factors[i];
       const RowSums joined = shared.ranges[0][min(g, Shape::kRows - 1)];
-      factors[i] = g >= params.group || highest == kMinusInfinity
-                       ? 0.f
-                       : exp2_approx(highest - joined.highest) * joined.sum;
+      factors[i] =
+          g >= params.group || highest == kMinusInfinity ? 0.f : exp2_approx(highest - joined.highest) * joined.sum;
     }
   }
 
-  // Ranks the blocks of one stage, whose weights are in the buffer from stage `first` on. By a warp, of which 2^log_lanes
-  // neighbouring lanes have four heads each of a block.
+  // Ranks the blocks of one stage, whose weights are in the buffer from stage `first` on. By a warp, of which
+  // 2^log_lanes neighbouring lanes have four heads each of a block.
   __device__ void rank_stage(int32_t stage, int32_t first, int log_lanes) const {
     const int32_t lane = this_lane() & ((1 << log_lanes) - 1);
     const bool used = 4 * lane < params.padded_group;

@@ -14,11 +14,11 @@ void DecodeSm90<Element, kDimK, kDimV>::ranges(const DecodeParams& params, const
   const auto launch_shape = [&](auto tiles) {
     constexpr int kStages = decode_sm90::range_stages({kDimK, kDimV}, tiles);
     using Shape = StageShape<Element, kDimK, kDimV, tiles, kStages>;
-    static_assert(states_sm90(decode_sm90::ranges_tile({kDimK, kDimV}, tiles),
-                              round_up(sizeof(RangesShared<Shape>), 128)));
+    static_assert(
+        states_sm90(decode_sm90::ranges_tile({kDimK, kDimV}, tiles), round_up(sizeof(RangesShared<Shape>), 128)));
     const dim3 grid(static_cast<unsigned>(params.range_blocks));
-    launch_in_chain(decode_ranges_sm90<Shape>, grid, decode_sm90::kRangesThreads, plan.launches.of[0].tile, true, stream,
-                    "decoding: ranges", params);
+    launch_in_chain(decode_ranges_sm90<Shape>, grid, decode_sm90::kRangesThreads, plan.launches.of[0].tile, true,
+                    stream, "decoding: ranges", params);
   };
   if (plan.row_tiles == 1) {
     launch_shape(std::integral_constant<int, 1>());
@@ -34,8 +34,8 @@ void DecodeSm90<Element, kDimK, kDimV>::selected(const DecodeParams& params, con
                                                  cudaStream_t stream) {
   const auto launch_shape = [&](auto tiles) {
     using Shape = StageShape<Element, kDimK, kDimV, tiles, decode_sm90::selected_stages({kDimK, kDimV})>;
-    static_assert(states_sm90(decode_sm90::selected_tile({kDimK, kDimV}, tiles),
-                              round_up(sizeof(ChosenShared<Shape>), 128)));
+    static_assert(
+        states_sm90(decode_sm90::selected_tile({kDimK, kDimV}, tiles), round_up(sizeof(ChosenShared<Shape>), 128)));
     const dim3 grid(static_cast<unsigned>(params.cluster), static_cast<unsigned>(params.units()),
                     static_cast<unsigned>(params.queries));
     launch_in_chain(decode_selected_sm90<Shape>, grid, Shape::kThreads, plan.launches.of[1].tile, false, stream,

@@ -1,4 +1,5 @@
-// The compressed branch and the window, as the second kernel adds them up: each block of threads of a cluster a share of the output.
+// The compressed branch and the window, as the second kernel adds them up: each block of threads of a cluster a share
+// of the output.
 #pragma once
 
 #include "common/gates.cuh"
@@ -39,8 +40,7 @@ struct OtherBranches {
     const int32_t g = static_cast<int32_t>(threadIdx.x);
     if (g < params.group) {
       float gates[3];
-      load_gates(gates, params.gates, of.sequence.batch, of.sequence.first + of.query,
-                 of.unit.head * params.group + g);
+      load_gates(gates, params.gates, of.sequence.batch, of.sequence.first + of.query, of.unit.head * params.group + g);
 #pragma unroll
       for (int b = 0; b < 3; ++b) {
         shared.gates[b][g] = gates[b];
@@ -48,7 +48,8 @@ struct OtherBranches {
     }
   }
 
-  // Each row's highest score and the inverse of its sum over all parts, of both branches. By the consumers, eight for each.
+  // Each row's highest score and the inverse of its sum over all parts, of both branches. By the consumers, eight for
+  // each.
   __device__ void join() const {
     const int32_t lane = this_lane() % 8;
     const int32_t thread = static_cast<int32_t>(threadIdx.x) - Shape::kProducers;

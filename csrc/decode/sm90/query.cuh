@@ -2,9 +2,9 @@
 #pragma once
 
 #include "decode/sm90/cluster.cuh"
+#include "decode/sm90/consumer.cuh"
 #include "decode/sm90/highest.cuh"
 #include "decode/sm90/schedule.cuh"
-#include "decode/sm90/stage.cuh"
 
 namespace nsa {
 
@@ -36,8 +36,8 @@ struct ChosenShared {
   RingBarriers<Shape> barriers;
   Barrier queries_full;
 
-  // The choice: candidates of all slices; what a warp takes of its slice; this block of threads' blocks; and what the first
-  // kernel left of them, at offsets that DecodeParams has.
+  // The choice: candidates of all slices; what a warp takes of its slice; this block of threads' blocks; and what the
+  // first kernel left of them, at offsets that DecodeParams has.
   __device__ Candidate* candidates() { return reinterpret_cast<Candidate*>(&ring); }
   __device__ Candidate* taken(int warp) { return candidates() + decode_sm90::kMostCandidates + 64 * warp; }
   __device__ Candidate* ranked() { return taken(Shape::kThreads / 32); }
@@ -52,14 +52,14 @@ struct ChosenQuery {
   DecodeUnit unit;
   DecodeSequence sequence;
   int32_t query;
-  int32_t block;      // of threads, in the cluster
+  int32_t block;  // of threads, in the cluster
   int32_t position;
   int32_t own_block;
-  int32_t chosen;     // how many blocks are
-  int32_t stages;     // of compressed keys that the sequence has
-  Slots slots[2];     // of partial sums: compressed, window
-  int32_t tile_row;   // of the query's first row, in its tile
-  int32_t share;      // fours of the output for each block of threads
+  int32_t chosen;    // how many blocks are
+  int32_t stages;    // of compressed keys that the sequence has
+  Slots slots[2];    // of partial sums: compressed, window
+  int32_t tile_row;  // of the query's first row, in its tile
+  int32_t share;     // fours of the output for each block of threads
 
   __device__ explicit ChosenQuery(const DecodeParams& p)
       : unit_index(static_cast<int32_t>(blockIdx.y)),

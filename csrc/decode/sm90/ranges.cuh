@@ -3,8 +3,8 @@
 #pragma once
 
 #include "decode/chain.cuh"
+#include "decode/sm90/consumer.cuh"
 #include "decode/sm90/schedule.cuh"
-#include "decode/sm90/stage.cuh"
 
 namespace nsa {
 
@@ -143,8 +143,9 @@ struct RangesConsumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if (lane_row(r, half) < piece.here) {
-          params.stage_highest[number * params.padded_rows() +
-                               padded_row(params, piece.first_row + lane_row(r, half))] = sums.highest[r][half];
+          params
+              .stage_highest[number * params.padded_rows() + padded_row(params, piece.first_row + lane_row(r, half))] =
+              sums.highest[r][half];
         }
       }
     }

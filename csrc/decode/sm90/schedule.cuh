@@ -1,5 +1,5 @@
-// Which stages of keys a block of threads takes: of all sequences' stages, in their order, an equal share. So the work is even
-// whatever the lengths are, and few splits have partial sums. A block of threads reads the lengths for itself.
+// Which stages of keys a block of threads takes: of all sequences' stages, in their order, an equal share. So the work
+// is even whatever the lengths are, and few splits have partial sums. A block of threads reads the lengths for itself.
 //
 // With a number of splits given, splits are cut at the same stages in any batch instead, and taken in turn.
 #pragma once
@@ -59,9 +59,11 @@ struct StageShares {
   int32_t all;
   int32_t blocks;
 
-  __device__ StageShares(const DecodeParams& params, int32_t all_) : all(all_), blocks(min(params.range_blocks, all_)) {}
+  __device__ StageShares(const DecodeParams& params, int32_t all_)
+      : all(all_), blocks(min(params.range_blocks, all_)) {}
   __device__ int32_t begin(int32_t block) const {
-    return static_cast<int32_t>(static_cast<uint32_t>(block) * static_cast<uint32_t>(all) / static_cast<uint32_t>(blocks));
+    return static_cast<int32_t>(static_cast<uint32_t>(block) * static_cast<uint32_t>(all) /
+                                static_cast<uint32_t>(blocks));
   }
   __device__ int32_t block_of(int32_t stage) const {
     return static_cast<int32_t>((static_cast<uint32_t>(stage + 1) * static_cast<uint32_t>(blocks) - 1u) /
@@ -153,7 +155,7 @@ struct RangePiece {
 // The pieces of a block of threads, one after the other.
 struct PieceWalk {
   const DecodeParams& params;
-  int32_t at;     // the next stage of all, or the next split
+  int32_t at;  // the next stage of all, or the next split
   int32_t end;
   int32_t index;  // sequence
   int32_t begin;  // its first stage of all
@@ -250,8 +252,7 @@ struct PieceWalk {
       const StageCounts held = count_stages(params, of.index);
       piece.compressed = number % 2 == 0;
       piece.stage = split * params.split_stages;
-      piece.stages =
-          min((piece.compressed ? held.compressed : held.window) - piece.stage, params.split_stages);
+      piece.stages = min((piece.compressed ? held.compressed : held.window) - piece.stage, params.split_stages);
       if (piece.stages > 0) {
         piece.set(params, of.index, of.head, tile_number - unit * params.row_tiles, tile_rows);
         piece.slot = at;

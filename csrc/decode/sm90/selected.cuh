@@ -1,5 +1,6 @@
 // The second kernel of a step on Hopper: the choice of blocks of one query, attention to them, and the sum of the three
-// branches. A cluster shares a query: each block of threads attends to some of the chosen blocks, and writes some of the output.
+// branches. A cluster shares a query: each block of threads attends to some of the chosen blocks, and writes some of
+// the output.
 #pragma once
 
 #include "decode/chain.cuh"
@@ -35,8 +36,7 @@ struct ChosenPart {
     if (blocks <= 0) {
       return 0;
     }
-    const int32_t past =
-        (shared.list[first_of_list() + blocks - 1] + 1) * params.select_size - 1 - of.position;
+    const int32_t past = (shared.list[first_of_list() + blocks - 1] + 1) * params.select_size - 1 - of.position;
     return blocks * params.select_size - max(past, 0);
   }
   __device__ RowOffsets locate(int32_t i) const {
@@ -44,8 +44,9 @@ struct ChosenPart {
     const int32_t at = static_cast<int32_t>(params.by_select_size.divide(static_cast<uint32_t>(i)));
     const int32_t row = (shared.list[first_of_list() + at] - at) * params.select_size + i;
     const int32_t page = static_cast<int32_t>(keys.by_page.divide(static_cast<uint32_t>(row)));
-    const int32_t number = caches_pages() ? checked_page(params, keys, page < keys.table_width ? shared.pages[page] : -1)
-                                          : page_at(params, keys, of.unit.index, page);
+    const int32_t number = caches_pages()
+                               ? checked_page(params, keys, page < keys.table_width ? shared.pages[page] : -1)
+                               : page_at(params, keys, of.unit.index, page);
     return row_of_page(keys, number, row - page * keys.rows_per_page);
   }
 
@@ -105,7 +106,8 @@ struct ChosenPart {
           const int32_t at = row * (Shape::kDimV / 4) + (column + 8 * c) / 4;
           const int32_t owner = at / of.share;
           store_there(
-              address_in(parts + 16 * (of.block * of.share + at - owner * of.share) + 4 * ((column + 8 * c) % 4), owner),
+              address_in(parts + 16 * (of.block * of.share + at - owner * of.share) + 4 * ((column + 8 * c) % 4),
+                         owner),
               sums.out[r][c][2 * half], sums.out[r][c][2 * half + 1]);
         }
       }
@@ -144,10 +146,43 @@ struct ChosenPart {
   }
 };
 
-// Clusters (cluster, unit, query).
-// Empty unless it is compiled for sm_90a: see runs_on_this_device.
+// What the first kernel left: sums of the other branches joined, and this block of threads' blocks ranked. By all
+// threads; consumers hold the first partial sums of the other branches.
 template <typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const __grid_constant__ DecodeParams params) {
+__device__ inline void rank_blocks(const Choice<Shape>& choice, const OtherBranches<Shape>& others, bool produces,
+                                   float4 (&held)[kHeldParts]) {
+  const DecodeParams& params = choice.params;
+  const ChosenQuery& query = choice.of;
+  others.copy_sums();
+  choice.copy_highest();
+  choice.copy_weights(choice.first_stage);
+  commit_copies();
+  if (produces) {
+    others.read_gates();
+  } else {
+    const auto parts = others.parts_of(0);
+    others.load(held, parts, parts.first);
+  }
+  wait_copies<0>();
+  __syncthreads();
+  if (produces) {
+    fill_queries<Shape>(choice.shared.queries, params, query.sequence, query.unit.head, query.first_row(params),
+                        query.first_row(params) + params.group);
+    arrive_after_copies(&choice.shared.queries_full);
+  } else {
+    others.join();
+  }
+  __syncthreads();
+  choice.make_factors();
+  __syncthreads();
+  choice.rank_blocks();
+  __syncthreads();
+}
+
+// Clusters (cluster, unit, query). Empty unless it is compiled for sm_90a: see runs_on_this_device.
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1)
+    decode_selected_sm90(const __grid_constant__ DecodeParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   ChosenShared<Shape>& shared = *reinterpret_cast<ChosenShared<Shape>*>(shared_bytes);
@@ -165,32 +200,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) decode_selected_sm90(const
   }
   part.cache_pages();
   const bool produces = this_warp() < decode_sm90::kProducerWarps;
-  wait_for_previous();
-  others.copy_sums();
-  choice.copy_highest();
-  choice.copy_weights(choice.first_stage);
-  commit_copies();
   float4 held[kHeldParts];
-  if (produces) {
-    others.read_gates();
-  } else {
-    const auto parts = others.parts_of(0);
-    others.load(held, parts, parts.first);
-  }
-  wait_copies<0>();
-  __syncthreads();
-  if (produces) {
-    fill_queries<Shape>(shared.queries, params, query.sequence, query.unit.head, query.first_row(params),
-                        query.first_row(params) + params.group);
-    arrive_after_copies(&shared.queries_full);
-  } else {
-    others.join();
-  }
-  __syncthreads();
-  choice.make_factors();
-  __syncthreads();
-  choice.rank_blocks();
-  __syncthreads();
+  wait_for_previous();
+  rank_blocks(choice, others, produces, held);
   wait_for_cluster();
   choice.send_candidates();
   if (!produces) {
