@@ -206,21 +206,37 @@ struct StageConsumer {
     float scores[Shape::kRowTiles][2][4];
     wait(&barriers.k_full[at.stage], at.parity);
     score(scores, typename Shape::KTile{ring.k[at.stage]}, seen, first_key, last_key);
-    release(&barriers.k_empty[at.stage]);
+    release(&barriers.k_empty[at.stage], mixed(scores));
     sync_consumers<Shape>();
     weigh(sums, scores, kept);
     sync_consumers<Shape>();
     wait(&barriers.v_full[at.stage], at.parity);
     accumulate(sums, typename Shape::VTile{ring.v[at.stage]});
-    release(&barriers.v_empty[at.stage]);
+    release(&barriers.v_empty[at.stage], mixed(sums.out));
   }
 
  private:
-  // The warp is done with a buffer, after products that read it.
-  __device__ static void release(Barrier* empty) {
+  // A number that depends on all products.
+  template <int kTiles>
+  __device__ static uint32_t mixed(const float (&x)[Shape::kRowTiles][kTiles][4]) {
+    uint32_t all = 0u;
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+      for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          all ^= __float_as_uint(x[r][t][j]);
+        }
+      }
+    }
+    return all;
+  }
+  // The warp is done with a buffer, once `loaded` is there.
+  __device__ static void release(Barrier* empty, uint32_t loaded) {
     __syncwarp();
     if (this_lane() == 0) {
-      arrive(empty);
+      arrive_loaded(empty, loaded);
     }
   }
 
