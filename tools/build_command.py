@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import check_build
+import compiler_cache
 import layers
 from build_progress import shown
 from setuptools import Extension
 from torch.utils.cpp_extension import BuildExtension
+from torches import Torch
 
 SETTINGS = layers.ROOT / "build" / "settings"  # on which the Makefile's stamps depend, in every environment
 INSTALLED = (("csrc/nsa.h", "include"), ("cmake/nsa_torchConfig.cmake", "share/cmake/nsa_torch"))
 
 
 class Build(BuildExtension):
-    """`info` is what build_info.json says: torches by minor version, cuda, architectures, and the sources' digest."""
+    """`info` is what build_info.json says: torches by minor version, cuda, architectures, and the sources' digest.
+
+    `torches` are those that the build is for.
+    """
 
     info: dict[str, Any]
+    torches: Sequence[Torch] = ()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         check_build.demand(check_build.for_compiling())  # torch's own would warn, and compile without ninja
         super().__init__(*arguments, **options)
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            self.build_temp = compiler_cache.lasting_folder()
 
     def get_ext_filename(self, name: str) -> str:
         if name.rsplit(".", maxsplit=1)[-1].startswith("lib"):  # the whole dotted name, or its last part
@@ -37,6 +48,7 @@ class Build(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.split(".")[-1]
         ext.library_dirs.append(str(self._package() / "lib"))
+        ext.include_dirs = compiler_cache.steady(ext.include_dirs, self.torches)
         with self._apart(name):
             super().build_extension(ext)
 
