@@ -26,7 +26,8 @@ SOURCES = {
     "nsa_torch/__init__.py": "",
 }
 BUILD = """
-import sys
+import os, sys, sysconfig
+sysconfig.get_config_vars()["CFLAGS"] += os.environ.get("FLAGS_OF_THIS_PYTHON", "")
 sys.path.insert(0, "tools")
 import backend
 getattr(backend, "build_" + sys.argv[1])(sys.argv[2])
@@ -108,6 +109,19 @@ def test_a_build_for_another_torch_of_the_same_version_is_compiled(tmp_path: Pat
     (other / "torch" / "include" / "torch" / "small.h").write_text("inline int small() { return 4; }\n")
     build("wheel", folder, other, tmp_path / "out", CCACHE_DIR=str(cache))
     assert hits_and_misses(cache) == (0, 4)
+
+
+@needs_ccache
+def test_libraries_are_the_same_whatever_python_builds_them(tmp_path: Path) -> None:
+    """Pythons were compiled with other flags, which they pass on."""
+    cache, torch = tmp_path / "cache", small_torch(tmp_path / "environment")
+    build("wheel", project(tmp_path / "checkout-1"), torch, tmp_path / "out", CCACHE_DIR=str(cache))
+    flags = {"FLAGS_OF_THIS_PYTHON": " -O1 -DANOTHER"}
+    build("wheel", project(tmp_path / "checkout-2"), torch, tmp_path / "out", CCACHE_DIR=str(cache), **flags)
+    assert hits_and_misses(cache) == (2, 4)  # _C alone is compiled anew
+    flags = {"CFLAGS": "-O1"}
+    build("wheel", project(tmp_path / "checkout-3"), torch, tmp_path / "out", CCACHE_DIR=str(cache), **flags)
+    assert hits_and_misses(cache) == (2, 7)
 
 
 def objects(folder: Path) -> dict[str, int]:

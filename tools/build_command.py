@@ -73,14 +73,19 @@ class Build(BuildExtension):
 
     @contextmanager
     def _apart(self, name: str) -> Iterator[None]:
-        """Objects in a folder of their own: a source is compiled for several versions of torch. No Python's headers."""
-        before = self.build_temp, self.compiler.include_dirs
+        """Objects in a folder of their own: a source is compiled for several versions of torch.
+
+        The libraries know no Python: neither its headers nor its flags, unless the environment has flags of its own.
+        """
+        before = self.build_temp, self.compiler.include_dirs, self.compiler.compiler_so
         self.build_temp = f"{self.build_temp}-{name}"
         if name != "_C":
             print(f"nsa_torch: compiling {name}.so", flush=True)
             self.compiler.set_include_dirs([])
+            if not {"CFLAGS", "CPPFLAGS"} & os.environ.keys():
+                self.compiler.set_executable("compiler_so", [before[2][0], *layers.BASE_FLAGS])
         yield
-        self.build_temp, self.compiler.include_dirs = before
+        self.build_temp, self.compiler.include_dirs, self.compiler.compiler_so = before
 
 
 @contextmanager
