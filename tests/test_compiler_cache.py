@@ -77,7 +77,9 @@ def build(kind: str, folder: Path, torch: Path, out: Path, **environment: str) -
 
 def hits_and_misses(cache: Path) -> tuple[int, int]:
     command = ["ccache", "--print-stats"]
-    said = subprocess.run(command, env=os.environ | {"CCACHE_DIR": str(cache)}, check=True, capture_output=True, text=True)
+    said = subprocess.run(
+        command, env=os.environ | {"CCACHE_DIR": str(cache)}, check=True, capture_output=True, text=True
+    )
     counts = dict(line.split("\t") for line in said.stdout.splitlines())
     hits = int(counts["direct_cache_hit"]) + int(counts["preprocessed_cache_hit"])
     return hits, int(counts["cache_miss"])

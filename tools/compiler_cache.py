@@ -63,7 +63,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def lasting_folder() -> str:
-    """Where objects lie in an ordinary build. An editable one has a folder that is thrown away, and compiles all anew."""
+    """Where objects lie in an ordinary build. An editable one has a folder that is thrown away."""
     usual = Distribution().get_command_obj("build")
     usual.ensure_finalized()
     return str(usual.build_temp)  # type: ignore[attr-defined]
