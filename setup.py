@@ -21,12 +21,15 @@ check_build.demand(check_build.for_metadata(ROOT, needs_torch=not SDIST))
 
 def built() -> dict:
     """What is compiled, and what the metadata say of it."""
+    import compiler_cache
     import cuda_build
     import layers
     from build_command import Build
 
     served = torches.served()
     cuda = cuda_build.wanted(served, torches.beneath(served))
+    compiler_cache.use(cuda)
+    Build.torches = served
     Build.info = {
         "torches": {torch.minor: torch.version for torch in served},
         "cuda": cuda.version if cuda else None,

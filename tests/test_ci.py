@@ -30,6 +30,7 @@ ONE_END = {
         "test_build_progress.py",
         "test_build_torches.py",
         "test_ci.py",
+        "test_compiler_cache.py",
         "test_cuda_build.py",
         "test_docs.py",
         "test_machine_code.py",

@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import check_build
+import compiler_cache
 import layers
 from build_progress import shown
 from setuptools import Extension
 from torch.utils.cpp_extension import BuildExtension
+from torches import Torch
 
 SETTINGS = layers.ROOT / "build" / "settings"  # on which the Makefile's stamps depend, in every environment
 INSTALLED = (("csrc/nsa.h", "include"), ("cmake/nsa_torchConfig.cmake", "share/cmake/nsa_torch"))
 
 
 class Build(BuildExtension):
-    """`info` is what build_info.json says: torches by minor version, cuda, architectures, and the sources' digest."""
+    """`info` is what build_info.json says: torches by minor version, cuda, architectures, and the sources' digest.
+
+    `torches` are those that the build is for.
+    """
 
     info: dict[str, Any]
+    torches: Sequence[Torch] = ()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         check_build.demand(check_build.for_compiling())  # torch's own would warn, and compile without ninja
         super().__init__(*arguments, **options)
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:
+            self.build_temp = compiler_cache.lasting_folder()
 
     def get_ext_filename(self, name: str) -> str:
         if name.rsplit(".", maxsplit=1)[-1].startswith("lib"):  # the whole dotted name, or its last part
@@ -37,6 +48,7 @@ class Build(BuildExtension):
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.split(".")[-1]
         ext.library_dirs.append(str(self._package() / "lib"))
+        ext.include_dirs = compiler_cache.steady(ext.include_dirs, self.torches)
         with self._apart(name):
             super().build_extension(ext)
 
@@ -61,14 +73,19 @@ class Build(BuildExtension):
 
     @contextmanager
     def _apart(self, name: str) -> Iterator[None]:
-        """Objects in a folder of their own: a source is compiled for several versions of torch. No Python's headers."""
-        before = self.build_temp, self.compiler.include_dirs
+        """Objects in a folder of their own: a source is compiled for several versions of torch.
+
+        The libraries know no Python: neither its headers nor its flags, unless the environment has flags of its own.
+        """
+        before = self.build_temp, self.compiler.include_dirs, self.compiler.compiler_so
         self.build_temp = f"{self.build_temp}-{name}"
         if name != "_C":
             print(f"nsa_torch: compiling {name}.so", flush=True)
             self.compiler.set_include_dirs([])
+            if not {"CFLAGS", "CPPFLAGS"} & os.environ.keys():
+                self.compiler.set_executable("compiler_so", [before[2][0], *layers.BASE_FLAGS])
         yield
-        self.build_temp, self.compiler.include_dirs = before
+        self.build_temp, self.compiler.include_dirs, self.compiler.compiler_so = before
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -82,8 +81,6 @@ def wanted(torches: Sequence[Torch], beneath: Torch | None = None) -> Toolkit | 
     if found and beneath and beneath.cuda is None:
         with_cuda += f", like the torch {beneath.version} that is installed"
     print(f"nsa_torch: building for torch {', '.join(torch.version for torch in torches)}, {with_cuda}")
-    if cuda and shutil.which("ccache"):  # torch calls nvcc by its path, past ccache's own
-        os.environ.setdefault("PYTORCH_NVCC", f"ccache {cuda.home}/bin/nvcc")
     return cuda
 
 

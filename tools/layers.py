@@ -22,6 +22,8 @@ FOLDER = "nsa_torch.lib"
 KERNELS = "libnsa_torch_kernels"
 # GCC 13 sees array bounds overstepped where torch's headers copy a std::vector<bool>: they are not.
 QUIET = ["-Wall", "-Wno-unknown-pragmas", "-Wno-array-bounds"]
+# CPython's usual ones. Those of the Python that builds differ between versions and distributions.
+BASE_FLAGS = ["-Wsign-compare", "-DNDEBUG", "-g", "-fwrapv", "-O3", "-Wall", "-fPIC"]
 HOST_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-fno-math-errno", *QUIET]
 DEVICE_FLAGS = ["-std=c++20", "-O3", "--threads=1", "-Xptxas=--warn-on-spills"]
 
