@@ -112,10 +112,11 @@ def adopt(cache: Any, config: Any, name: str) -> SharedState:
     if not _can_take_layers(cache):
         expected = "an NSAModelCache, or a DynamicCache or StaticCache of the model's configuration, without offloading"
         message = f"{name} must be {expected}, got {type(cache).__name__}"
-        if type(cache) in (DynamicCache, StaticCache):
-            message += " with offloading" if cache.offloading else f" of {type(layers[0]).__name__}"
-            if cache.get_seq_length() > 0:
-                message += f" with {cache.get_seq_length()} tokens: {NO_PREFIX}"
+        if isinstance(cache, Cache) and cache.offloading:
+            message += " with offloading"
+        elif type(cache) in (DynamicCache, StaticCache):
+            held = cache.get_seq_length()
+            message += f" with {held} tokens: {NO_PREFIX}" if held > 0 else f" of {type(layers[0]).__name__}"
         raise TypeError(message)
     cache.layers = _new_layers(config, layers[0].max_cache_len if type(cache) is StaticCache else None)
     cache.layer_class_to_replicate = None
