@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_models import close, dense_model, filled, make_model, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
+from hf_models import close, filled, make_model, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,12 +104,3 @@ def test_two_caches_are_refused(model: NSALlamaForCausalLM) -> None:
         with pytest.raises(ValueError, match="cache must be None with past_key_values"):
             model.model(ids, **caches)
     assert [cache.get_seq_length() for cache in caches.values()] == [12, 12]
-
-
-@pytest.mark.parametrize("option", ["shared_kv", "kv_conv", "gate_dtype", "num_select"])
-def test_options_that_models_have_not_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"^nsa_options must be among block_size, .*, got {option}$"):
-        use_nsa(dense_model("LlamaModel"), **{option: 3})
-    if option != "num_select":
-        with pytest.raises(TypeError, match=rf"^{option} must be left to NSAAttention"):
-            NSALlamaConfig(**{option: 3})

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...checkpoints import VERSION
-from ...checks import check_at_least
+from ...checks import check_at_least, check_bools
 
 # What transformers calls the attention of a layer, and the cache layers that it needs.
 LAYER_TYPE = "nsa_attention"
@@ -64,6 +64,11 @@ class NSAOptions:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         if dropout := getattr(self, "attention_dropout", 0):
             raise ValueError(f"attention_dropout must be 0 with NSA, got {dropout}")
+        own = {name: getattr(self, name) for name in ("qkv_bias", "o_bias", "qk_norm")}
+        check_bools(**{name: False if given is None else given for name, given in own.items()})
+        check_bools(shared_kv=self.shared_kv, rope_interleaved=self.rope_interleaved)
+        check_bools(per_head_compression=self.per_head_compression)
+        check_at_least(0, kv_conv=0 if self.kv_conv is None else self.kv_conv)
         if self.gate_dtype is not None:
             # from_pretrained keeps some weights in float32, and in no other dtype than its own.
             self.gate_dtype = str(self.gate_dtype).removeprefix("torch.")
