@@ -99,12 +99,13 @@ def adopt(cache: Any, config: Any, name: str) -> SharedState:
     tuning, says nothing of the three branches' own. The compressed branch would need keys before rotation, and a
     gradient into the prefix would have to pass through the cache.
     """
+    if isinstance(cache, NSAModelCache):
+        return cache.state
     layers = cache.layers if isinstance(cache, Cache) else []
     if layers and all(isinstance(layer, NSACacheLayer) for layer in layers) and not cache.offloading:
-        states = {id(layer.state): layer.state for layer in layers}
-        if len(states) > 1:
-            raise TypeError(f"{name} must have layers of one cache, got those of {len(states)}")
-        (state,) = states.values()
+        state: SharedState | None = layers[0].state
+        if any(layer.state is not state for layer in layers):
+            raise TypeError(f"{name} must have layers of one cache, got those of {len({id(x.state) for x in layers})}")
         if state is None:
             state = SharedState(config, layers[0].max_cache_len)
             state.share(layers)

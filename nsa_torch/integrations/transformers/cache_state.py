@@ -53,6 +53,7 @@ class SharedState:
         self.searching = False
         self.fed: Tensor | None = None
         self._order: Tensor | None = None
+        self.compiled: SharedState | None = None  # see compiled.py
 
     def share(self, layers: list[NSACacheLayer]) -> None:
         """Make these the layers of this state."""
@@ -120,7 +121,7 @@ class SharedState:
                 f"attention_mask must be for the {self.columns} cached columns what it was when they were stored"
             )
 
-    def before(self) -> Before:
+    def before(self) -> Before | None:
         """For `restore`."""
         self._apply_order()
         return Before(self.nsa, None if self.nsa is None else self.nsa._sequences.step, self.columns, self.mask)

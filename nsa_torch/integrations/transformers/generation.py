@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import peft
 from .cache import NSAModelCache, adopt
+from .compiled import call_compiled
 from .modeling import CACHE, NSAPreTrained
 
 
@@ -51,6 +52,17 @@ class NSAForCausalLM(NSAPreTrained):
             if state is not None and before is not None and state.columns != before.columns:
                 state.restore(before)
             raise
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """The model's call, compiled for steps of single tokens with a cache of fixed length; else as it is."""
+        return functools.partial(call_compiled, self, super().get_compiled_call(compile_config))  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        # Only when asked: the CUDA graphs of transformers' default have not been measured with these caches.
+        if generation_config.compile_config is None:
+            return False
+        valid: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        return valid
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         peft.check_prompt_learning(self, 0, None, assisted=True)
