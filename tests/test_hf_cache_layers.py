@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, Cache, DynamicCache, QuantizedCache, StaticCache
+from transformers import AutoConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, StaticLayer
 
 from hf_models import NSA, close, dense_model, make_model, make_sequences, nsa_of, pad
@@ -246,38 +248,6 @@ def test_a_call_that_fails_leaves_the_cache_as_it_was(kind: str, where: str, hel
     torch.testing.assert_close(logits, expected, **close)
 
 
-def test_what_cannot_be_is_refused_by_name(model: NSALlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = torch.stack(make_sequences([12]))
-    mask = torch.ones_like(ids)
-    monkeypatch.setattr(torch, "Stream", lambda *args, **kwargs: None)  # torch has none without a GPU
-    for make in (DynamicCache, StaticCache):
-        sizes = {} if make is DynamicCache else {"max_cache_len": 50}
-        cache = make(config=model.config, offloading=True, **sizes)
-        with torch.no_grad(), pytest.raises(TypeError, match=f"without offloading, got {make.__name__} with offloading"):
-            model(ids, **{CACHE: cache})
-        with pytest.raises(TypeError, match="with offloading"):
-            generate(model, ids, mask, **{CACHE: cache})
-    with pytest.raises(ValueError, match="nsa_attention"):
-        QuantizedCache("quanto", model.config)
-    for name, value in {"offloaded": "offloaded", "quantized": "quantized"}.items():
-        with pytest.raises(ValueError, match=f"cache_implementation must be None, 'dynamic' or 'static', got '{value}'"):
-            generate(model, ids, mask, cache_implementation=name)
-    # Of a static layer with a sliding window nobody knows the length that was asked for.
-    sliding = dense_model("MistralForCausalLM", sliding_window=8).config
-    cache = StaticCache(config=sliding, max_cache_len=50)
-    with torch.no_grad(), pytest.raises(TypeError, match="got StaticCache of StaticSlidingWindowLayer"):
-        model(ids, **{CACHE: cache})
-    caches = [DynamicCache(config=model.config) for _ in range(2)]
-    with torch.no_grad():
-        for cache in caches:
-            model(ids, **{CACHE: cache})
-        mixed = Cache(layers=[caches[0].layers[0], caches[1].layers[1]])
-        with pytest.raises(TypeError, match=f"{CACHE} must have layers of one cache, got those of 2"):
-            model(ids, **{CACHE: mixed})
-    with pytest.raises(NotImplementedError, match="takes tokens from NSAAttention alone"):
-        caches[0].update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)
-
-
 @torch.no_grad()
 def test_an_empty_cache_of_another_configuration_takes_nsa_s_layers(model: NSALlamaForCausalLM) -> None:
     ids = torch.stack(make_sequences([12, 12]))
@@ -304,3 +274,11 @@ def test_caches_of_all_kinds_hold_the_same(model: NSALlamaForCausalLM) -> None:
             for name, buffer in one.buffers().items():
                 rows = min(buffer.size(1), two.buffers()[name].size(1))
                 assert torch.equal(buffer[:, :rows], two.buffers()[name][:, :rows])
+
+
+def test_the_example_of_the_documentation_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "hugging_face.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "hugging_face.md", "exec"), names)
+    assert names["out"].shape == (1, 48) and names["cache"].get_seq_length() == 47

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from hf_models import EXTRA, LLAMA, NSA, close, dense_model, make_sequences, nsa_of, pad
 from nsa_torch import NSAAttention
 from nsa_torch.convolution import CausalConv
-from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSAModelCache, use_nsa
 from nsa_torch.integrations import transformers as nsa_transformers
+from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSAModelCache, use_nsa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

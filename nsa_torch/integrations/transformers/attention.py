@@ -64,7 +64,9 @@ class NSASelfAttention(NSAAttention):
 
     def _given_tables(self, position_embeddings: Tables | Tensor | None, x: Tensor) -> Tables | None:
         # transformers' angles stand in both halves, whichever channels are pairs.
-        return None if position_embeddings is None else check_tables(position_embeddings, (*x.shape[:-1], self.head_dim))
+        return (
+            None if position_embeddings is None else check_tables(position_embeddings, (*x.shape[:-1], self.head_dim))
+        )
 
     def _attend_chunk(self, x: Tensor, tables: Tables, packing: Packing, layer: NSALayerCache | None) -> Tensor:
         """Packed tokens x (N, hidden) -> (N, hidden)."""

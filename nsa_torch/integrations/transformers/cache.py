@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, StaticLayer
 
 from ...cache import NSACache
 from ...checks import check_at_least

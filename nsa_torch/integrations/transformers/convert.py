@@ -15,7 +15,6 @@ from .attention import NSASelfAttention
 from .families import FAMILIES
 from .options import NSAOptions, head_dim
 
-
 # Weights that a dense model does not have.
 _NEW = (".gate_proj.", ".compress_", ".k_conv.", ".v_conv.", ".q_norm.", ".k_norm.", "_proj.bias")
 
@@ -82,9 +81,9 @@ def _with_branches(weights: dict[str, Tensor], config: Any) -> dict[str, Tensor]
         _, _, part = name.rpartition(".self_attn.")
         if config.rope_interleaved and part.startswith(("q_proj.", "k_proj.", "q_norm.", "k_norm.")):
             # Channels c and c + D / 2 of a head become 2 c and 2 c + 1.
-            weight = weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)  # noqa: PLW2901
+            weight = weight.unflatten(0, (-1, 2, dim // 2)).transpose(1, 2).flatten(0, 2)
         if part.startswith(("k_proj.", "v_proj.")):
             rows = weight.unflatten(0, (-1, 1, dim))
-            weight = torch.cat([rows] * branches, dim=1).flatten(0, 2)  # noqa: PLW2901
+            weight = torch.cat([rows] * branches, dim=1).flatten(0, 2)
         weights[name] = weight
     return weights
