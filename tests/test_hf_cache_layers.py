@@ -51,8 +51,8 @@ def test_configurations_make_caches_of_nsa_s_layers(family: str) -> None:
     assert STATIC_LAYER_TYPE_MAPPING["nsa_attention"] is NSAStaticLayer and issubclass(NSAStaticLayer, StaticLayer)
     model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA)
     assert model.config.layer_types == ["nsa_attention"] * 2
-    for kind, (make, layer) in {k: (MAKERS[k], t) for k, t in zip(MAKERS, (NSADynamicLayer, NSAStaticLayer))}.items():
-        cache = make(model.config)
+    for kind, layer in {"dynamic": NSADynamicLayer, "static": NSAStaticLayer}.items():
+        cache = MAKERS[kind](model.config)
         assert [type(one) for one in cache.layers] == [layer, layer]
         assert cache.is_compileable == (kind == "static") and cache.is_croppable
         assert cache.get_seq_length() == 0 and cache.batch_size == -1 and not cache.is_initialized

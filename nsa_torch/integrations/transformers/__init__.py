@@ -28,8 +28,15 @@ from .modeling import CACHE
 
 globals().update(CLASSES)
 
-_NAMES = ["CACHE", "NSADynamicLayer", "NSAModelCache", "NSASelfAttention", "NSAStaticLayer", "use_nsa"]
-__all__ = [*_NAMES, *CLASSES]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "CACHE",
+    "NSADynamicLayer",
+    "NSAModelCache",
+    "NSASelfAttention",
+    "NSAStaticLayer",
+    "use_nsa",
+    *CLASSES,
+]
 
 if TYPE_CHECKING:
 

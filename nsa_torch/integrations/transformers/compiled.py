@@ -85,10 +85,10 @@ def call_compiled(model: Any, compiled: Callable[..., Any], **inputs: Any) -> An
     """The model's call for these inputs: compiled, if they are a step of single tokens with a cache of fixed length."""
     tokens, cache = inputs.get("input_ids"), inputs.get(CACHE)
     state = None if cache is None else adopt(cache, model.config, CACHE)
-    single = tokens is not None and tokens.size(1) == 1 and inputs.get("position_ids") is not None
-    if state is None or state.nsa is None or state.max_length is None or not single:
+    if state is None or state.nsa is None or state.max_length is None:
         return model(**inputs)
-    if inputs.get("attention_mask") is not None or tokens.size(0) != state.batch_size or torch.is_grad_enabled():
+    single = tokens is not None and tokens.shape == (state.batch_size, 1) and inputs.get("position_ids") is not None
+    if not single or inputs.get("attention_mask") is not None or torch.is_grad_enabled():
         return model(**inputs)
     state.before()
     seen = state.compiled
