@@ -86,6 +86,19 @@ def test_other_modes(mode: dict[str, Any]) -> None:
     assert len(backend.inputs) <= 1
 
 
+@pytest.mark.skipif(CACHE == "past_key_values", reason="transformers before 5.24 takes no StaticCache there")
+def test_drafts_run_as_they_are() -> None:
+    model, backend = make_model(), Backend()
+    ids = make_sequences([25])[0][None]
+    mask = torch.ones_like(ids)
+    expected = generate(model, ids, mask, use_cache=False)
+    for options in ({"assistant_model": make_model(seed=5, num_hidden_layers=1)}, {"prompt_lookup_num_tokens": 5}):
+        for _ in range(2):
+            static = options | {"cache_implementation": "static"}
+            assert torch.equal(generate(model, ids, mask, backend, **static), expected)
+    assert model._previous_max_cache_length == 37 + 5 - 1
+
+
 def test_a_given_cache_goes_on_after_crop_and_copies() -> None:
     model, backend = make_model(), Backend()
     ids, mask = pad(make_sequences([25, 9]), "left")

@@ -132,6 +132,19 @@ def test_ten_modes_with_what_caches_hold(mode: str, name: str, dtype: torch.dtyp
     assert torch.equal(generate(model, ids, mask, **options), expected)
 
 
+@pytest.mark.parametrize(
+    "family", ["Arcee", "Gemma", "Granite", "Ministral", "Mistral", "Mixtral", "Qwen2", "Qwen3Moe"]
+)
+def test_generation_of_other_families(family: str) -> None:
+    options = {"rope_dim": 4, "shared_kv": True, "kv_conv": 2, "rope_interleaved": True}
+    model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA, **options)
+    assert model.model.rotary_emb.inv_freq.shape == (2,)
+    ids, mask = pad(make_sequences([25, 9]), "left")
+    expected = generate(model, ids, mask, use_cache=False)
+    for given in ({CACHE: DynamicCache(config=model.config)}, {"cache_implementation": "static"}):
+        assert torch.equal(generate(model, ids, mask, **given), expected)
+
+
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generation_with_every_option(name: str, side: str) -> None:
@@ -170,6 +183,18 @@ def test_saved_models_load_with_the_same_results(tmp_path: Path, family: str, na
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-6, atol=1e-6)
     mask = torch.ones_like(ids)
     assert torch.equal(generate(loaded, ids, mask), generate(loaded, ids, mask, use_cache=False))
+
+
+def test_weights_that_a_checkpoint_does_not_have_start_anew(tmp_path: Path) -> None:
+    new_model().save_pretrained(tmp_path)
+    options = {"kv_conv": 4, "qk_norm": True, "shared_kv": False}
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, **options, output_loading_info=True)
+    names = ("k_conv", "v_conv", "q_norm", "k_norm")
+    assert {name.split(".")[-2] for name in info["missing_keys"]} == set(names)
+    attention = loaded.model.layers[1].self_attn
+    for conv in (attention.k_conv, attention.v_conv):
+        assert 0.2 < conv.weight.std() < 0.4 and conv.weight.abs().max() <= 0.5
+    assert all((norm.weight == 1).all() for norm in (attention.q_norm, attention.k_norm))
 
 
 @torch.no_grad()

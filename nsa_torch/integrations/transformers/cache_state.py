@@ -43,7 +43,8 @@ class SharedState:
         self.max_length = max_length
         self.max_crop = max_crop
         self.expected_length = expected_length
-        self.nsa: NSACache | None = None
+        self._nsa: NSACache | None = None
+        self.compiled: SharedState | None = None  # of the same buffers, see compiled.py
         self.columns = 0
         # (B, columns or fewer) bool: the tokens that are not padding. None, and columns after the mask's: all.
         self.mask: Tensor | None = None
@@ -53,7 +54,6 @@ class SharedState:
         self.searching = False
         self.fed: Tensor | None = None
         self._order: Tensor | None = None
-        self.compiled: SharedState | None = None  # see compiled.py
 
     def share(self, layers: list[NSACacheLayer]) -> None:
         """Make these the layers of this state."""
@@ -96,6 +96,15 @@ class SharedState:
         )
         reserve(nsa, self.expected_length)
         return nsa
+
+    @property
+    def nsa(self) -> NSACache | None:
+        """The buffers; None before the first tokens."""
+        return self._nsa
+
+    @nsa.setter
+    def nsa(self, nsa: NSACache | None) -> None:
+        self._nsa, self.compiled = nsa, None
 
     @property
     def batch_size(self) -> int:

@@ -91,12 +91,16 @@ def call_compiled(model: Any, compiled: Callable[..., Any], **inputs: Any) -> An
     if not single or inputs.get("attention_mask") is not None or torch.is_grad_enabled():
         return model(**inputs)
     state.before()
-    seen = state.compiled
-    if not isinstance(seen, StepState) or seen.nsa is not state.nsa:
-        seen = state.compiled = StepState(state, state.nsa)
-    seen.steps.step = None
-    with state.nsa._sequences.elsewhere():
-        out = compiled(**inputs | {CACHE: seen.cache})
-    state.append(1, None)
+    if not isinstance(state.compiled, StepState):
+        state.compiled = StepState(state, state.nsa)
+    state.compiled.steps.step = None  # of a step that failed
+    columns = state.columns
+    try:
+        with state.nsa._sequences.elsewhere():
+            out = compiled(**inputs | {CACHE: state.compiled.cache})
+            state.append(1, None)
+    except BaseException:
+        state.columns = columns
+        raise
     out[CACHE] = cache
     return out

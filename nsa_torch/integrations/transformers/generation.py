@@ -138,8 +138,10 @@ class NSAForCausalLM(NSAPreTrained):
             return
         options: dict[str, Any] = {"expected_length": max_cache_length}
         if implementation == "static":
+            # Looking up the prompt drafts past the end.
+            needed = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
             # As long as the last one at least: what is compiled serves again.
-            longest = max(max_cache_length, generation_config.max_cache_len or 0, self._previous_max_cache_length)
+            longest = max(needed, generation_config.max_cache_len or 0, self._previous_max_cache_length)
             options = {"max_length": longest}
             self._previous_max_cache_length = longest
         if not generation_config.return_dict_in_generate:
