@@ -14,7 +14,7 @@ from hf_models import EXTRA, LLAMA, NSA, close, dense_model, make_sequences, nsa
 from nsa_torch import NSAAttention
 from nsa_torch.convolution import CausalConv
 from nsa_torch.integrations import transformers as nsa_transformers
-from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSAModelCache, use_nsa
+from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSAModelCache, families, use_nsa
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
