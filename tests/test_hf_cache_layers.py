@@ -281,4 +281,5 @@ def test_the_example_of_the_documentation_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(block, "hugging_face.md", "exec"), names)
-    assert names["out"].shape == (1, 48) and names["cache"].get_seq_length() == 47
+    length = names["out"].size(1)  # it may end early
+    assert 41 <= length <= 48 and names["cache"].get_seq_length() == length - 1
