@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, StaticCache
 
-from hf_models import make_model, make_sequences, nsa_of, pad
+from hf_models import close, make_model, make_sequences, nsa_of, pad
 from nsa_torch.integrations.transformers import CACHE, NSAModelCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,6 +135,30 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(after: bool) -> None:
     mask = torch.cat((mask, mask.new_ones(2, 6)), dim=1)
     rest = generate(model, expected[:, :31], mask, backend, max_new_tokens=6, **{CACHE: cache})
     assert torch.equal(rest, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [2, 3])
+def test_crop_after_a_step_that_failed_is_exact_or_refused(removed: int) -> None:
+    """What the step wrote to the rings counts as reached."""
+    model, backend = make_model(window=4, block_size=4), Backend()
+    ids = torch.stack(make_sequences([41, 41]))
+    cache = NSAModelCache(model.config, max_length=60, max_crop=2)
+    model(ids[:, :40], **{CACHE: cache})
+    call = model.get_compiled_call(compiled_config(backend))
+    backend.fails_at, backend.after = 1, True
+    with pytest.raises(MemoryError):
+        call(input_ids=ids[:, 40:], position_ids=torch.tensor([[40]]), **{CACHE: cache})
+    assert cache.get_seq_length() == 40 and nsa_of(cache).lengths.tolist() == [40, 40]
+    if removed == 3:
+        with pytest.raises(ValueError, match="max_crop = 2"):
+            cache.crop(-3)
+    else:
+        cache.crop(-2)
+    start = cache.get_seq_length()
+    new = torch.stack(make_sequences([9, 9], seed=4))
+    expected = model(torch.cat((ids[:, :start], new), 1), use_cache=False).logits[:, start:]
+    torch.testing.assert_close(model(new, **{CACHE: cache}).logits, expected, **close)
 
 
 def test_a_step_that_does_not_fit_is_refused_before_it_runs() -> None:
