@@ -34,6 +34,7 @@ def exported() -> dict[str, set[str] | None]:
             modules[str(node.module).removeprefix("nsa_torch.")] = names
     folder = "integrations/transformers/"
     integrations: dict[str, set[str] | None] = {f"{folder}convert": {"use_nsa"}, f"{folder}cache": {"NSAModelCache"}}
+    integrations[f"{folder}cache_layer"] = {"NSADynamicLayer", "NSAStaticLayer"}
     measured: dict[str, set[str] | None] = {
         "diagnostics/diagnosis": {"diagnose", "Diagnosis", "LayerDiagnosis"},
         "diagnostics/causality": {"check_causality", "CausalityReport", "Leak"},

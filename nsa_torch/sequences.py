@@ -11,6 +11,8 @@ of single tokens keeps no log.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -159,6 +161,26 @@ class Sequences:
             self._put_all_back()
         self._close()
         return done
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Around a step of one token of each sequence that others make, lengths included: it counts, or is undone.
+
+        ValueError if the tokens do not fit, before anything is written. `rollback` does not undo it.
+        """
+        self.settle()
+        if self.unseen:
+            self._look()
+        batch, device = self.geometry.batch_size, self.lengths.device
+        bound, _ = self._reserve(torch.arange(batch + 1, device=device, dtype=torch.int32), 1, False, False)
+        before = self.lengths.clone()
+        try:
+            yield
+        except BaseException:
+            self.reach.copy_(torch.maximum(self.reach, before + 1).masked_fill(before == 0, 0))
+            self.lengths.copy_(before)
+            raise
+        self.length_bound = bound
 
     def _close(self) -> None:
         self.open = self.undoable = False

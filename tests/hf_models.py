@@ -86,3 +86,9 @@ def filled(model: NSALlamaForCausalLM, ids: Tensor, mask: Tensor | None = None, 
     cache = NSAModelCache(model.config, **options)
     model(ids, attention_mask=mask, **{CACHE: cache})
     return cache
+
+
+def nsa_of(cache: Any) -> Any:
+    """The NSACache behind a cache of any class whose layers are NSA's; None before the first tokens."""
+    state = cache.layers[0].state
+    return None if state is None else state.nsa

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
-from hf_models import dense_pair, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSAModelCache
+from hf_models import NSA, dense_model, dense_pair, make_sequences, pad
+from nsa_torch.integrations.transformers import CACHE, NSAModelCache, use_nsa
 from test_cuda_runtime import no_host_sync
 
 pytestmark = pytest.mark.cuda
@@ -55,3 +55,20 @@ def test_padded_generation_is_the_dense_model_s(pair: tuple[Any, Any], side: str
     options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 30}
     dense, model = pair
     assert torch.equal(model.generate(ids, use_cache=use_cache, **options), dense.generate(ids, **options))
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_kv": True, "kv_conv": 3}], ids=str)
+@pytest.mark.parametrize("kind", ["dynamic", "static", "compiled"])
+def test_caches_of_transformers(kind: str, options: dict[str, Any]) -> None:
+    """A cache gives the tokens of generation without; compiled steps as well."""
+    model = use_nsa(dense_model("Qwen3ForCausalLM"), **NSA, **options).cuda().float()
+    ids, mask = (x.cuda() for x in pad(make_sequences([40, 23, 31]), "left"))
+    given: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 30}
+    expected = model.generate(ids, use_cache=False, **given)
+    if kind == "compiled":
+        given["compile_config"] = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        if kind != "dynamic":
+            cache = StaticCache(config=model.config, max_cache_len=80)
+        assert torch.equal(model.generate(ids, **given, **{CACHE: cache}), expected)

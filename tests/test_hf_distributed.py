@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_models import NSA, dense_model, make_sequences, pad
-from nsa_torch.integrations.transformers import use_nsa
+from hf_models import NSA, dense_model, make_sequences, nsa_of, pad
+from nsa_torch.distributed import tensor_parallel_plan
+from nsa_torch.integrations.transformers import CACHE, use_nsa
 from test_tensor_parallel import on_two_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
@@ -96,3 +97,40 @@ def test_trained_sharded_saved_loaded_and_generated_from(tmp_path: Path) -> None
             for use_cache in (True, False)
         ]
         assert torch.equal(*runs)
+
+
+class Cut:
+    """What each process does: generates with its heads of every layer."""
+
+    def __init__(self, folder: Path, options: dict[str, Any]):
+        self.folder = folder
+        self.options = options
+
+    def __call__(self, mesh: Any) -> None:
+        from torch.distributed.tensor.parallel import parallelize_module
+
+        model = use_nsa(dense_model("Qwen3ForCausalLM"), **NSA | self.options)
+        for layer in model.model.layers:
+            parallelize_module(layer.self_attn, mesh, tensor_parallel_plan(layer.self_attn))
+        ids, mask = pad(make_sequences([30, 21]), "left")
+        caches = [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=50), None]
+        runs = []
+        for cache in caches:
+            given = {"use_cache": False} if cache is None else {CACHE: cache}
+            runs.append(model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **given))
+            if cache is not None:
+                assert nsa_of(cache)[0].k_slc.size(1) == 1  # of two KV heads
+        torch.save(runs, self.folder / f"{torch.distributed.get_rank()}.tokens")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("options", [{}, {"shared_kv": True, "kv_conv": 3, "rope_interleaved": True}], ids=str)
+def test_generation_with_tensor_parallel_attention(tmp_path: Path, options: dict[str, Any]) -> None:
+    """A rank's cache holds the rank's heads."""
+    on_two_ranks(Cut(tmp_path, options))
+    model = use_nsa(dense_model("Qwen3ForCausalLM"), **NSA | options)
+    ids, mask = pad(make_sequences([30, 21]), "left")
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, use_cache=False)
+    for rank in range(2):
+        for tokens in torch.load(tmp_path / f"{rank}.tokens"):
+            assert torch.equal(tokens, expected)

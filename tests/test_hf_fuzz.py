@@ -5,14 +5,17 @@ After each, what the model gives with the cache is what it gives without for the
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache, StaticCache
 
-from hf_models import LLAMA, close, make_model
+from hf_models import LLAMA, close, make_model, nsa_of
 from nsa_torch.integrations.transformers import CACHE, NSAModelCache
 from test_cache_failures import FailAt, Interrupt
 
@@ -20,16 +23,19 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_grad")
 
 SEEDS, STEPS, LONGEST = 20, 100, 90
 MODEL = make_model()
+# With what changes what a cache holds.
+WITH_OPTIONS = make_model(shared_kv=True, kv_conv=3)
 
 
 class Fuzz:
     """A cache, and the columns that it should hold: ids and mask, (B, columns)."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, model: Any = MODEL):
         self.rng = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
+        self.model = model
         self.max_crop = self.rng.choice((3, 64))
-        self.cache = NSAModelCache(MODEL.config, self.rng.choice((None, LONGEST)), max_crop=self.max_crop)
+        self.cache: Any = NSAModelCache(model.config, self.rng.choice((None, LONGEST)), max_crop=self.max_crop)
         self.clear(self.rng.choice((1, 2, 3)))
 
     def clear(self, batch: int) -> None:
@@ -51,7 +57,7 @@ class Fuzz:
 
     def whole(self) -> Tensor:
         """Logits of all columns, without a cache."""
-        return MODEL(self.ids, attention_mask=self.mask, position_ids=self.positions(), use_cache=False).logits
+        return self.model(self.ids, attention_mask=self.mask, position_ids=self.positions(), use_cache=False).logits
 
     def positions(self) -> Tensor:
         return (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -70,7 +76,7 @@ class Fuzz:
         masked = not bool(self.mask.all()) or self.rng.random() < 0.5
         options = {"attention_mask": self.mask if masked else None, "position_ids": self.positions()[:, held:]}
         result: list[Tensor] = []
-        self.fallibly(lambda: result.append(MODEL(new, **options, **{CACHE: self.cache}).logits))
+        self.fallibly(lambda: result.append(self.model(new, **options, **{CACHE: self.cache}).logits))
         torch.testing.assert_close(result[-1][real.bool()], self.whole()[:, held:][real.bool()], **close)
         self.reach = max(self.reach, held + count)
 
@@ -108,12 +114,43 @@ class Fuzz:
     def step(self) -> None:
         self.rng.choice([self.chunk] * 7 + [self.crop, self.reorder, self.repeat] + [self.reset] * (self.reach > 60))()
         assert self.cache.get_seq_length() == self.ids.size(1)
-        if self.cache.nsa is not None:
-            assert self.cache.nsa.lengths.tolist() == self.mask.sum(1).tolist()
+        if (nsa := nsa_of(self.cache)) is not None:
+            assert nsa.lengths.tolist() == self.mask.sum(1).tolist()
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_random_steps(seed: int) -> None:
     fuzz = Fuzz(seed)
+    for _ in range(STEPS):
+        fuzz.step()
+
+
+class FuzzOfTransformers(Fuzz):
+    """The same of a DynamicCache or a StaticCache, some of them copied, or recording drafts."""
+
+    def __init__(self, seed: int, kind: str, model: Any):
+        super().__init__(seed, model)
+        static = {"max_cache_len": LONGEST} if kind == "static" else {}
+        self.cache = (StaticCache if static else DynamicCache)(config=model.config, **static)
+        self.max_crop = 64
+        if self.rng.random() < 0.5:
+            self.cache.activate_past_recording()
+
+    def step(self) -> None:
+        if self.rng.random() < 0.1:
+            copied = copy.deepcopy(self.cache)
+            if self.rng.random() < 0.5:
+                self.cache.crop(-1000 if self.rng.random() < 0.5 else 0)  # the copy does not see it
+                self.cache.reset()
+            self.cache = copied
+        super().step()
+        assert len({id(layer.state) for layer in self.cache.layers}) == 1
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("model", [MODEL, WITH_OPTIONS], ids=["plain", "options"])
+@pytest.mark.parametrize("seed", range(5))
+def test_random_steps_of_transformers_caches(seed: int, model: Any, kind: str) -> None:
+    fuzz = FuzzOfTransformers(seed, kind, model)
     for _ in range(STEPS):
         fuzz.step()

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Cache, DynamicCache, QuantizedCache, StaticCache
 
 from hf_models import close, dense_model, filled, make_model, make_sequences, pad
-from nsa_torch.integrations.transformers import CACHE, NSALlamaConfig, NSALlamaForCausalLM, NSAModelCache, use_nsa
+from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -106,10 +107,37 @@ def test_two_caches_are_refused(model: NSALlamaForCausalLM) -> None:
     assert [cache.get_seq_length() for cache in caches.values()] == [12, 12]
 
 
-@pytest.mark.parametrize("option", ["shared_kv", "kv_conv", "gate_dtype", "num_select"])
-def test_options_that_models_have_not_are_refused(option: str) -> None:
-    with pytest.raises(TypeError, match=rf"^nsa_options must be among block_size, .*, got {option}$"):
-        use_nsa(dense_model("LlamaModel"), **{option: 3})
-    if option != "num_select":
-        with pytest.raises(TypeError, match=rf"^{option} must be left to NSAAttention"):
-            NSALlamaConfig(**{option: 3})
+def test_what_caches_cannot_do_is_refused_by_name(model: NSALlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.stack(make_sequences([12]))
+    monkeypatch.setattr(torch, "Stream", lambda *args, **kwargs: None)  # torch has none without a GPU
+    for make in (DynamicCache, StaticCache):
+        sizes = {} if make is DynamicCache else {"max_cache_len": 50}
+        cache = make(config=model.config, offloading=True, **sizes)
+        with (
+            torch.no_grad(),
+            pytest.raises(TypeError, match=f"without offloading, got {make.__name__} with offloading"),
+        ):
+            model(ids, **{CACHE: cache})
+        with pytest.raises(TypeError, match="with offloading"):
+            model.generate(ids, **{CACHE: cache})
+    with pytest.raises(ValueError, match="nsa_attention"):
+        QuantizedCache("quanto", model.config)
+    for name, value in {"offloaded": "offloaded", "quantized": "quantized"}.items():
+        with pytest.raises(
+            ValueError, match=f"cache_implementation must be None, 'dynamic' or 'static', got '{value}'"
+        ):
+            model.generate(ids, cache_implementation=name)
+    # Of a static layer with a sliding window nobody knows the length that was asked for.
+    sliding = dense_model("MistralForCausalLM", sliding_window=8).config
+    cache = StaticCache(config=sliding, max_cache_len=50)
+    with torch.no_grad(), pytest.raises(TypeError, match="got StaticCache of StaticSlidingWindowLayer"):
+        model(ids, **{CACHE: cache})
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    with torch.no_grad():
+        for cache in caches:
+            model(ids, **{CACHE: cache})
+        mixed = Cache(layers=[caches[0].layers[0], caches[1].layers[1]])
+        with pytest.raises(TypeError, match=f"{CACHE} must have layers of one cache, got those of 2"):
+            model(ids, **{CACHE: mixed})
+    with pytest.raises(NotImplementedError, match="takes tokens from NSAAttention alone"):
+        caches[0].update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8), 0)

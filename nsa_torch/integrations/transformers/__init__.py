@@ -9,11 +9,11 @@ NSA...ForCausalLM and, where transformers has it, NSA...ForSequenceClassificatio
 NSA's window is for all layers.
 
 They are ordinary transformers models: batches padded on either side with an `attention_mask`, `generate` with a cache
-(greedy, sampling, beams, assisted), gradient checkpointing, torch.compile, `save_pretrained`, PEFT's adapters and
-virtual tokens, and, once this module is imported, `from_pretrained` of AutoModel, AutoModelForCausalLM and
-AutoModelForSequenceClassification. Packed sequences come as `cu_seq_lens_q`, as for FlashAttention, or as
-`position_ids` that restart. Needs transformers 5.23 or newer; tested
-with 5.23 and 5.24.
+(greedy, sampling, beams, assisted), be it a DynamicCache or a StaticCache of the model's configuration, gradient
+checkpointing, torch.compile, `save_pretrained`, PEFT's adapters and virtual tokens, and, once this module is imported,
+`from_pretrained` of AutoModel, AutoModelForCausalLM and AutoModelForSequenceClassification. Packed sequences come as
+`cu_seq_lens_q`, as for FlashAttention, or as `position_ids` that restart. Needs transformers 5.23 or newer; tested
+with 5.23 and 5.24. More in docs/hugging_face.md.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,22 @@ from typing import TYPE_CHECKING, Any
 from . import versions  # noqa: F401
 from .attention import NSASelfAttention
 from .cache import NSAModelCache
+from .cache_layer import NSADynamicLayer, NSAStaticLayer
 from .convert import use_nsa
 from .families import CLASSES
 from .modeling import CACHE
 
 globals().update(CLASSES)
 
-__all__ = ["CACHE", "NSAModelCache", "NSASelfAttention", "use_nsa", *CLASSES]  # noqa: PLE0604
+__all__ = [  # noqa: PLE0604
+    "CACHE",
+    "NSADynamicLayer",
+    "NSAModelCache",
+    "NSASelfAttention",
+    "NSAStaticLayer",
+    "use_nsa",
+    *CLASSES,
+]
 
 if TYPE_CHECKING:
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from . import peft
 from .cache import NSAModelCache, adopt
+from .compiled import call_compiled
 from .modeling import CACHE, NSAPreTrained
 
 
@@ -22,6 +23,7 @@ class NSAForCausalLM(NSAPreTrained):
     base_class: type[Any]
     dense_class: type[Any]
     config: Any
+    _previous_max_cache_length = -1
 
     def __init__(self, config: Any):
         # The family's own would build the dense model: what it has besides is taken from one without weights.
@@ -42,14 +44,25 @@ class NSAForCausalLM(NSAPreTrained):
         if other in kwargs and CACHE not in kwargs:
             kwargs[CACHE] = kwargs.pop(other)
         given = args[3] if len(args) > 3 else kwargs.get(CACHE)
-        cache = None if given is None else adopt(given, self.config, CACHE)
-        state = None if cache is None else cache.state()
+        state = None if given is None else adopt(given, self.config, CACHE)
+        before = None if state is None else state.before()
         try:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         except BaseException:
-            if cache is not None and state is not None and cache.columns != state.columns:
-                cache.restore(state)
+            if state is not None and before is not None and state.columns != before.columns:
+                state.restore(before)
             raise
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """The model's call, compiled for steps of single tokens with a cache of fixed length; else as it is."""
+        return functools.partial(call_compiled, self, super().get_compiled_call(compile_config))  # type: ignore[misc]
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        # Only when asked: the CUDA graphs of transformers' default have not been measured with these caches.
+        if generation_config.compile_config is None:
+            return False
+        valid: bool = super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc]
+        return valid
 
     def _assisted_decoding(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         peft.check_prompt_learning(self, 0, None, assisted=True)
@@ -62,37 +75,37 @@ class NSAForCausalLM(NSAPreTrained):
     ) -> Any:
         given = kwargs.get(CACHE)
         returned = generation_config.return_dict_in_generate or hasattr(given, "_is_user_defined")
-        cache = adopt(given, self.config, CACHE) if given is not None and returned else None
-        if cache is not None:
-            cache.searching = True
+        state = adopt(given, self.config, CACHE) if given is not None and returned else None
+        if state is not None:
+            state.searching = True
         try:
             searched = super()._beam_search(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, **kwargs
             )
         except BaseException:
-            if cache is not None:
-                cache.stop_search()
+            if state is not None:
+                state.stop_search()
             raise
-        if cache is not None:
+        if state is not None:
             sequences = searched if isinstance(searched, Tensor) else searched.sequences
-            cache.keep_sequences(sequences, input_ids.size(0) // generation_config.num_beams)
+            state.keep_sequences(sequences, input_ids.size(0) // generation_config.num_beams)
         return searched
 
     @functools.wraps(LlamaForCausalLM.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As the family's model."""
         cache, position_ids = kwargs.get(CACHE), kwargs.get("position_ids")
-        if cache is not None:
-            cache = adopt(cache, self.config, CACHE)
-            cache.fed = input_ids if cache.searching else None
-            if cache.starts_assisted:
+        state = None if cache is None else adopt(cache, self.config, CACHE)
+        if state is not None:
+            state.fed = input_ids if state.searching else None
+            if state.starts_assisted:
                 # Assisted decoding would feed all of its input, also what a given cache holds already.
-                cache.starts_assisted = False
-                if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > cache.columns > 0:
-                    kwargs["next_sequence_length"] = input_ids.size(1) - cache.columns
+                state.starts_assisted = False
+                if position_ids is not None and position_ids.size(-1) == input_ids.size(1) > state.columns > 0:
+                    kwargs["next_sequence_length"] = input_ids.size(1) - state.columns
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") is None
-        if cache is not None and cache.columns > 0 and not first:
+        if state is not None and state.columns > 0 and not first:
             inputs.pop("attention_mask", None)  # tokens that `generate` chose are real, and what is cached is known
         if CACHE in inputs and peft.wrapper(self) is not None:
             inputs["past_key_values"] = inputs.pop(CACHE)  # PEFT knows it by its old name alone
@@ -113,19 +126,24 @@ class NSAForCausalLM(NSAPreTrained):
             columns = 0 if cache is None else cache.get_seq_length()
             peft.check_prompt_learning(self, columns, generation_config.prefill_chunk_size, assisted=False)
         if cache is not None:
-            held = adopt(cache, self.config, CACHE)
+            state = adopt(cache, self.config, CACHE)
             if implementation is not None:
                 raise ValueError(f"cache_implementation must be None with {CACHE}, got {implementation!r}")
             cache._is_user_defined = True
             repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            if repeats > 1 and held.batch_size == batch_size:
-                held.batch_repeat_interleave(repeats)
+            if repeats > 1 and state.batch_size == batch_size:
+                cache.batch_repeat_interleave(repeats)
             return
         if not generation_config.use_cache:
             return
         options: dict[str, Any] = {"expected_length": max_cache_length}
         if implementation == "static":
-            options = {"max_length": max(max_cache_length, generation_config.max_cache_len or 0)}
+            # Looking up the prompt drafts past the end.
+            needed = max_cache_length + (generation_config.prompt_lookup_num_tokens or 0)
+            # As long as the last one at least: what is compiled serves again.
+            longest = max(needed, generation_config.max_cache_len or 0, self._previous_max_cache_length)
+            options = {"max_length": longest}
+            self._previous_max_cache_length = longest
         if not generation_config.return_dict_in_generate:
             options["max_crop"] = 0  # nobody gets it
         cache = model_kwargs[CACHE] = NSAModelCache(self.config, **options)

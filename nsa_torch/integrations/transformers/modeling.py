@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from ...block_compression import BlockCompression
 from ...checkpoints import VERSION, convert_rows_0_1
 from ...checks import check_tensors
+from ...convolution import CausalConv
+from ...norms import HeadNorm
 from .attention import NSASelfAttention
 from .batches import Packing, check_mask, check_positions, shows_documents
 from .cache import NSAModelCache, adopt
+from .cache_state import SharedState
+from .options import LAYER_TYPE
 
 ATTENTION = "nsa"
 
@@ -57,7 +62,7 @@ class NSAPreTrained:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, BlockCompression):
+        if isinstance(module, (BlockCompression, CausalConv, HeadNorm)):
             if not any(getattr(weight, "_is_hf_initialized", False) for weight in module.parameters()):
                 module.reset_parameters()
         else:
@@ -80,6 +85,12 @@ class NSAModel(NSAPreTrained):
         super().__init__(config)  # type: ignore[call-arg]
         for index, layer in enumerate(self.layers):
             layer.self_attn = NSASelfAttention(config, index, layer.self_attn)
+        if config.rope_dim is not None:
+            narrow = deepcopy(config)
+            narrow.head_dim = config.rope_dim
+            self.rotary_emb = type(self.rotary_emb)(config=narrow)  # type: ignore[has-type]
+        if config.gate_dtype is not None:
+            self._keep_in_fp32_modules_strict = {"self_attn.gate_proj"}
         self.post_init()  # type: ignore[attr-defined]
 
     def forward(
@@ -119,46 +130,52 @@ class NSAModel(NSAPreTrained):
             raise ValueError("cache must be None with past_key_values: both are names of one argument")
         given = past_key_values if cache is None else cache
         batch, length = tokens.shape[:2]
-        cache = self._cache_for_call(given, batch, use_cache, cu_seq_lens_q)
-        past = 0 if cache is None else cache.get_seq_length()
+        given, state = self._cache_for_call(given, batch, use_cache, cu_seq_lens_q)
+        past = 0 if state is None else state.columns
         mask = None
         if attention_mask is not None:
             mask = check_mask(attention_mask, batch, past, length).to(tokens.device)
         if position_ids is not None:
             check_positions(position_ids, batch, length)
-        packing = self._packing(batch, length, mask, position_ids, cu_seq_lens_q, cache)
-        kwargs |= tensors | {"attention_mask": None, CACHE: cache, "use_cache": cache is not None, "packing": packing}
-        state = None if cache is None else cache.state()
+        packing = self._packing(batch, length, mask, position_ids, cu_seq_lens_q, state)
+        kwargs |= tensors | {"attention_mask": self._no_mask(), CACHE: given, "packing": packing}
+        kwargs["use_cache"] = given is not None
+        before = None if state is None else state.before()
         try:
             out = super().forward(**kwargs)  # type: ignore[misc]
         except BaseException:
-            if cache is not None and state is not None:
-                cache.restore(state)
+            if state is not None and before is not None:
+                state.restore(before)
             raise
-        if cache is not None:
-            cache.append(length, mask)
-            out[CACHE] = cache if given is None else given
+        if state is not None:
+            state.append(length, mask)
+            out[CACHE] = given
         return out
+
+    def _no_mask(self) -> dict[str, None] | None:
+        """No mask, as the family's model takes it: some have one for each type of layer."""
+        return {LAYER_TYPE: None} if "layer_types" in self.config.__dataclass_fields__ else None
 
     def _cache_for_call(
         self, cache: Cache | None, batch: int, use_cache: bool | None, cu_seq_lens_q: Tensor | None
-    ) -> Any:
-        """The cache that was given, or a new one if it is wanted."""
+    ) -> tuple[Cache | None, SharedState | None]:
+        """The cache that was given, or a new one if it is wanted, and its state."""
         if cache is None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
-            packed = cu_seq_lens_q is not None
-            return NSAModelCache(self.config) if use_cache and not packed and not torch.is_grad_enabled() else None
-        cache = adopt(cache, self.config, CACHE)
+            if not use_cache or cu_seq_lens_q is not None or torch.is_grad_enabled():
+                return None, None
+            cache = NSAModelCache(self.config)
+        state = adopt(cache, self.config, CACHE)
         if cu_seq_lens_q is not None:
             raise ValueError(f"cu_seq_lens_q must be None with {CACHE}: a cache continues one sequence a row")
         fits = {
             "layers": (len(cache.layers), self.config.num_hidden_layers),
-            "rows": (batch if cache.batch_size == -1 else cache.batch_size, batch),
+            "rows": (batch if state.batch_size == -1 else state.batch_size, batch),
         }
         for name, (held, expected) in fits.items():
             if held != expected:
                 raise ValueError(f"{CACHE} must have the {expected} {name} of this call, got {held}")
-        return cache
+        return cache, state
 
     def _packing(
         self,
@@ -167,26 +184,26 @@ class NSAModel(NSAPreTrained):
         mask: Tensor | None,
         position_ids: Tensor | None,
         cu_seq_lens_q: Tensor | None,
-        cache: NSAModelCache | None,
+        state: SharedState | None,
     ) -> Packing | None:
         """How the rows of the batch are sequences: None if each is one."""
         if mask is not None:
             if cu_seq_lens_q is not None:
                 raise ValueError("attention_mask must be None with cu_seq_lens_q")
-            if cache is None:
+            if state is None:
                 if position_ids is None or not shows_documents(mask, position_ids):
                     return Packing.of_padded(mask)
                 if not bool(mask.all()):
                     raise ValueError("attention_mask must have no padding beside rows of several documents: pack them")
                 return Packing.of_documents(position_ids, batch)
-            cache.check_mask(mask)
+            state.check_mask(mask)
             mask = mask[:, -length:]
             if position_ids is not None and length > 1 and not torch.compiler.is_compiling():
                 _check_rise(not shows_documents(mask, position_ids))
             return Packing.of_chunk(mask)
         if position_ids is None or cu_seq_lens_q is not None or length == 1:
             return None
-        if cache is None:
+        if state is None:
             return Packing.of_documents(position_ids, batch)
         if not torch.compiler.is_compiling():
             _check_rise(not bool((position_ids.diff(dim=-1) < 1).any()))
