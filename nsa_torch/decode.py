@@ -65,8 +65,9 @@ def nsa_attention_with_kvcache(
         num_selected, num_initial, num_local: as in :func:`select_blocks`.
         window: w, in tokens.
         scale: of the scores; None: Dk^-1/2.
-        num_splits: into how many pieces, at least, a sequence's compressed keys are cut. Given, a sequence's result is
-            the same to the bit in whatever batch it is. None: as many as suit the batch.
+        num_splits: into how many pieces, at least, the compressed keys of block_table's width are cut. Given, a
+            sequence's result is the same to the bit in whatever batch it is, with tables of one width and the same most
+            queries of a sequence. None: as many as suit the batch.
 
     Returns:
         out (B, Tq, Hq, Dv), or packed (sum Tq, Hq, Dv), in q's dtype.
