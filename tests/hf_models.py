@@ -35,6 +35,20 @@ EXTRA: dict[str, dict[str, Any]] = {
 EXTRA["Qwen3Moe"]["experts_implementation"] = "eager"
 NSA = {"block_size": 8, "block_stride": 4, "select_size": 8, "num_selected": 4, "window": 10}
 
+# Ways to call `generate`; what a mode needs besides is in the tests.
+TEN_MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "num_return_sequences": {"do_sample": True, "num_return_sequences": 2},
+    "assisted": {},
+    "static": {},
+    "reused": {},
+    "left_padded": {},
+    "right_padded": {},
+    "repeated_prompt": {},
+}
+
 # Llama's norms round to float32 in a float64 model too.
 close = {"rtol": 0.0, "atol": 2e-5}
 
@@ -92,3 +106,17 @@ def nsa_of(cache: Any) -> Any:
     """The NSACache behind a cache of any class whose layers are NSA's; None before the first tokens."""
     state = cache.layers[0].state
     return None if state is None else state.nsa
+
+
+def train(model: Any, ids: Tensor, steps: int = 8) -> list[float]:
+    """Losses of some steps, in which every weight gets a gradient."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(weight.grad is not None for weight in model.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad
+from hf_models import LLAMA, NSA, close, dense_model, dense_pair, make_sequences, pad, train
 from nsa_torch.integrations import transformers as nsa_transformers
 from nsa_torch.integrations.transformers import CACHE, NSAModelCache, families, use_nsa, versions
 
@@ -118,15 +118,7 @@ def test_sequences_are_classified_by_their_last_real_token(family: str) -> None:
 def test_every_weight_is_trained(family: str) -> None:
     model = use_nsa(dense_model(f"{family}ForCausalLM"), **NSA).train()
     ids = torch.stack(make_sequences([48, 48]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(weight.grad is not None for weight in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, ids)
     assert losses[-1] < 0.8 * losses[0]
 
 

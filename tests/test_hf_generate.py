@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from hf_models import NSA, dense_model, dense_pair, make_model, make_sequences, pad
+from hf_models import NSA, TEN_MODES, dense_model, dense_pair, make_model, make_sequences, pad
 from nsa_torch.integrations.transformers import CACHE, NSALlamaForCausalLM, NSAModelCache, use_nsa
 
 DTYPES = [torch.float64, torch.float32]
@@ -72,20 +72,6 @@ def repeated(model: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
     model(ids[:1, :9], **{CACHE: cache})
     cache.batch_repeat_interleave(len(ids))
     return {CACHE: cache}
-
-
-TEN_MODES: dict[str, Any] = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "beams": {"num_beams": 3},
-    "num_return_sequences": {"do_sample": True, "num_return_sequences": 2},
-    "assisted": {},
-    "static": {},
-    "reused": {},
-    "left_padded": {},
-    "right_padded": {},
-    "repeated_prompt": {},
-}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

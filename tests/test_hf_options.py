@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_models import EXTRA, LLAMA, NSA, close, dense_model, make_sequences, nsa_of, pad
+from hf_models import EXTRA, LLAMA, NSA, TEN_MODES, close, dense_model, make_sequences, nsa_of, pad, train
 from nsa_torch import NSAAttention
 from nsa_torch.integrations import transformers as nsa_transformers
 from nsa_torch.integrations.transformers import CACHE, NSAModelCache, families, use_nsa
@@ -81,20 +81,6 @@ def test_attention_is_that_of_the_layer(family: str, name: str) -> None:
     tables = model.model.rotary_emb(x, torch.arange(30)[None])
     torch.testing.assert_close(attention(x, tables)[0], expected, rtol=1e-5, atol=1e-5)
     assert config.nsa_options()["window"] == alone.window
-
-
-TEN_MODES: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "beams": {"num_beams": 3},
-    "num_return_sequences": {"do_sample": True, "num_return_sequences": 2},
-    "assisted": {},
-    "static": {},
-    "reused": {},
-    "left_padded": {},
-    "right_padded": {},
-    "repeated_prompt": {},
-}
 
 
 def options_of(mode: str, model: Any, draft: Any, ids: Tensor, mask: Tensor) -> dict[str, Any]:
@@ -227,15 +213,7 @@ def test_a_converted_model_starts_as_the_dense_one(family: str, name: str) -> No
 def test_converted_models_are_trained_saved_and_generated_from(tmp_path: Path, family: str, name: str) -> None:
     model = use_nsa(dense_model(f"{family}ForCausalLM", initializer_range=0.05), **NSA | OPTIONS[name]).train()
     ids = torch.stack(make_sequences([12, 12])).repeat(1, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(weight.grad is not None for weight in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, ids)
     assert losses[-1] < 0.9 * losses[0]
     model.eval().save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)

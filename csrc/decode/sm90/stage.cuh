@@ -1,7 +1,4 @@
 // Keys as they stream from pages into a ring of stages of 128 keys: some warps fill it, others multiply (consumer.cuh).
-//
-// Of a stage's keys each consuming warp scores 16, for all rows. The weights change hands in shared memory, and each
-// warp multiplies all of them with columns of its own: what it sums up is complete, and nothing is added up at the end.
 #pragma once
 
 #include "common/rows.cuh"
